@@ -1,0 +1,68 @@
+"""The back ends by name: which of them can run here, why or why not, and which one "auto" takes."""
+
+from typing import NamedTuple
+
+from roma.kernels.checks import fail
+
+NAMES = ("auto", "triton", "native", "torch", "reference")
+
+
+class Backend(NamedTuple):
+    """One back end: its name, whether it can run here, and the reason in a sentence."""
+
+    name: str
+    available: bool
+    reason: str
+
+
+def backends() -> list[Backend]:
+    """All back ends, each with whether it can run here and why.
+
+    Example:
+        >>> [backend.name for backend in backends() if backend.available]
+        ['torch', 'reference']
+    """
+    return [
+        Backend("triton", False, "the Triton kernels are not written yet"),
+        Backend("native", False, "the compiled CPU kernels are not written yet"),
+        Backend(
+            "torch",
+            True,
+            "PyTorch in tiles: bounded workspace, fp32 logits, backward over active rows only",
+        ),
+        Backend(
+            "reference",
+            True,
+            "plain PyTorch with all logits in memory: for tests, never chosen by auto",
+        ),
+    ]
+
+
+def choose(device_type: str) -> tuple[str, str]:
+    """The back end that "auto" takes on a device type ("cpu", "cuda"), and the reason."""
+    preferred = "triton" if device_type == "cuda" else "native"
+    for backend in backends():
+        if backend.name in (preferred, "torch") and backend.available:
+            return backend.name, backend.reason
+    raise RuntimeError("the torch back end is always available")  # guaranteed by the table above
+
+
+def resolve(backend: str, device_type: str) -> str:
+    """The back end to run for the argument `backend`.
+
+    Raises:
+        ValueError: `backend` is no known name, or it cannot run here.
+    """
+    if backend == "auto":
+        return choose(device_type)[0]
+    for known in backends():
+        if known.name == backend:
+            if known.available:
+                return backend
+            fail(
+                "backend",
+                "one that can run here",
+                f"{backend!r}, but {known.reason}",
+                "use 'auto' or ask `roma info`",
+            )
+    fail("backend", "one of " + ", ".join(map(repr, NAMES)), repr(backend), "use 'auto'")

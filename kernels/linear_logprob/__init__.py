@@ -1,0 +1,1 @@
+"""Hidden states × head weight → log-probability, lse and entropy of each token."""

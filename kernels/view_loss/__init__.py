@@ -1,0 +1,1 @@
+"""K+1 log-probs per token → the loss and one coefficient per (view, token)."""
