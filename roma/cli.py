@@ -1,0 +1,261 @@
+"""`roma`: train, evaluate, look at degraded images, make data, see what is installed.
+
+Each command imports what it needs when it runs, so that `roma --help` and `roma info` are quick. An
+error that this package words itself is one line on stderr and exit status 2; ROMA_DEBUG=1 shows the
+traceback. Any other error is a bug, of ours or of a library, and shows it always.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_TOP = """\
+From nothing to a table, in about ten minutes on two CPU cores:
+  roma demo
+
+Step by step:
+  roma data digits --out data/digits              questions about images, with answers
+  roma views photo.png --out views.png            what the degradations do to an image
+  roma train configs/demo.yaml                    rollouts, rewards, views, loss, step
+  roma eval runs/x/global_step_300/actor data/digits@test --out runs/x/eval
+
+`roma COMMAND --help` explains a command, with examples.
+"""
+_TRAIN = """\
+examples:
+  roma train configs/demo.yaml
+  roma train configs/demo.yaml trainer.total_steps=50 algorithm.roma.lambda_inv=3
+  roma train configs/demo.yaml algorithm.view_mode=none           plain GRPO, to compare with
+  roma train data.train_files=data/digits@train worker.actor.model_path=model
+
+A value is read as YAML: lr=3e-4, betas=[0.9, 0.98], val_files=null. An unknown key is an error.
+The run folder (trainer.out) gets config.yaml, metrics.jsonl and global_step_N/. The same command
+again goes on from the newest checkpoint; trainer.resume=never starts anew.
+"""
+_EVAL = """\
+examples:
+  roma eval models/Qwen3-VL-4B-Instruct data/charts@test
+  roma eval runs/x/global_step_300/actor data/digits@test --pools clean,seen,unseen --levels 1,2,3
+  roma eval model data.parquet --limit 200 --out runs/eval
+
+MODEL is a folder in Hugging Face form; DATA a parquet or jsonl file, a saved dataset or
+FOLDER@SPLIT. Decoding is greedy. Prints accuracy per corruption and level and the macro average per
+pool, with 95 % bootstrap intervals over images; --out keeps JSON and plots.
+"""
+_VIEWS = """\
+examples:
+  roma views --list                               every corruption, its pool and levels
+  roma views photo.png --out views.png            one row per corruption, one column per level
+"""
+_DATA = """\
+examples:
+  roma data digits --out data/digits              real handwritten digits: sum, larger
+  roma data charts --out data/charts --train 5000 --format jsonl
+
+Writes train, val and test with the columns images, problem, answer (and solution, a worked answer
+for a supervised start). The three never share a scan or a chart.
+"""
+_DEMO = """\
+examples:
+  roma demo
+  roma demo --out runs/demo --seeds 0,1,2
+
+Makes the data, warm-starts a small Qwen3-VL, trains GRPO, naive augmentation and ROMA over the
+seeds and evaluates them on clean, seen and unseen degradations: report.html, report.json in --out.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0, 1 (an error shown in full), 2 or 130.
+
+    Example:
+        >>> main(["views", "--nosuch"])  # doctest: +SKIP
+    """
+    options = parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print("roma: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        if os.environ.get("ROMA_DEBUG") == "1" or not _is_ours(error):
+            raise
+        print(f"roma: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, all of it."""
+    top = argparse.ArgumentParser(
+        prog="roma",
+        description="Train vision-language models that keep reasoning on bad images.",
+        epilog=_TOP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[..., None], summary: str, epilog: str) -> Any:
+        form = argparse.RawDescriptionHelpFormatter
+        added = commands.add_parser(
+            name, help=summary, description=summary, epilog=epilog, formatter_class=form
+        )
+        added.set_defaults(run=run)
+        return added
+
+    train = command("train", _train, "train a policy from a YAML configuration", _TRAIN)
+    train.add_argument("config", nargs="*", metavar="CONFIG a.b=c", help="YAML file and overrides")
+    shown = train.add_mutually_exclusive_group()
+    shown.add_argument("--list-keys", action="store_true", help="print every key and its meaning")
+    shown.add_argument("--list-metrics", action="store_true", help="print each metric's formula")
+    shown.add_argument("--print-config", action="store_true", help="print what would run, and stop")
+
+    evaluate = command("eval", _eval, "measure a model on clean and degraded images", _EVAL)
+    evaluate.add_argument("model", metavar="MODEL", help="folder of a model in Hugging Face form")
+    evaluate.add_argument("data", metavar="DATA", help="dataset, or FOLDER@SPLIT")
+    words, numbers = _listed(str), _listed(int)
+    evaluate.add_argument("--pools", type=words, default=["clean", "seen", "unseen"], help=_POOLS)
+    evaluate.add_argument("--levels", type=numbers, default=[1, 2, 3], help="severities (1,2,3)")
+    evaluate.add_argument("--out", help="folder for JSON and plots")
+    evaluate.add_argument("--limit", type=int, help="only the first so many rows")
+    evaluate.add_argument("--level-table", help="YAML with other levels, for small images")
+    evaluate.add_argument("--batch-size", type=int, default=64, help="questions at a time (64)")
+    evaluate.add_argument("--max-tokens", type=int, default=2048, help="answer budget (2048)")
+    evaluate.add_argument("--seed", type=int, default=0, help="seed of the noise (0)")
+
+    views = command("views", _views, "see what the degradations do to an image", _VIEWS)
+    views.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
+    views.add_argument("--out", default="views.png", help="where the gallery goes (views.png)")
+    views.add_argument("--list", action="store_true", help="list corruptions, pools and levels")
+    views.add_argument("--level-table", help="YAML with other levels, for small images")
+    views.add_argument("--seed", type=int, default=0, help="seed of the noise (0)")
+
+    data = command("data", _data, "make a dataset whose answers can be verified", _DATA)
+    data.add_argument("kind", choices=("digits", "charts"), help="what the images show")
+    data.add_argument("--out", required=True, help="folder to write to")
+    for split in ("train", "val", "test"):
+        data.add_argument(f"--{split}", type=int, help=f"rows of {split}, 0 for none")
+    data.add_argument("--seed", type=int, default=0, help="another seed, other questions (0)")
+    data.add_argument("--format", default="parquet", choices=("parquet", "jsonl", "hf"))
+
+    command("info", _info, "show versions, back ends and why each is or is not there", "")
+
+    demo = command("demo", _demo, "the whole method, small, with a report at the end", _DEMO)
+    demo.add_argument("--out", default="runs/demo", help="run folder (runs/demo)")
+    demo.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="run seeds (0,1,2)")
+    return top
+
+
+_POOLS = "of clean, seen, unseen, extra (clean,seen,unseen)"
+
+
+def _train(options: argparse.Namespace) -> None:
+    from roma.config import Config, dump, load_config
+    from roma.metrics import METRICS
+    from roma.schema import explain
+
+    if options.list_metrics:
+        for name, meaning in METRICS.items():
+            print(f"{name}\n    {meaning}")
+        return
+    if options.list_keys:
+        for entry in explain(Config):
+            print(f"{entry.key} = {entry.default}    ({entry.kind})\n    {entry.meaning}")
+        return
+    path, *overrides = options.config or [None]
+    if path is not None and "=" in path and not Path(path).exists():
+        path, overrides = None, options.config
+    config = load_config(path, overrides)
+    if options.print_config:
+        print(dump(config), end="")
+        return
+    from roma.trainer import train
+
+    train(config)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from roma.evaluate import run_eval
+
+    run_eval(
+        options.model,
+        options.data,
+        pools=options.pools,
+        levels=options.levels,
+        out=options.out,
+        limit=options.limit,
+        level_table=options.level_table,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_tokens,
+        seed=options.seed,
+    )
+
+
+def _views(options: argparse.Namespace) -> None:
+    from roma.kernels.checks import fail
+    from roma.views import CORRUPTIONS, load_levels
+
+    table = load_levels(options.level_table) if options.level_table else CORRUPTIONS
+    if options.list:
+        for name, corruption in table.items():
+            levels = "  ".join(f"L{at} {level}" for at, level in enumerate(corruption.levels, 1))
+            print(f"{corruption.pool:7}{name:17}{levels}    ({corruption.unit})")
+        return
+    if not options.images:
+        fail(
+            "IMAGE", "at least one image file", "none", "roma views photo.png, or roma views --list"
+        )
+    from roma.views.gallery import write_gallery
+
+    write_gallery(options.images, options.out, corruptions=table, seed=options.seed)
+    print(options.out)
+
+
+def _data(options: argparse.Namespace) -> None:
+    from roma.data.charts import write_charts
+    from roma.data.digits import write_digits
+
+    write = {"digits": write_digits, "charts": write_charts}[options.kind]
+    sizes = {split: getattr(options, split) for split in ("train", "val", "test")}
+    given = {split: size for split, size in sizes.items() if size is not None}
+    written = write(options.out, **given, seed=options.seed, format=options.format)
+    for split, path in written.items():
+        print(f"{split}: {path}")
+
+
+def _info(_: argparse.Namespace) -> None:
+    from roma.info import print_info
+
+    print_info()
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from roma.demo import run_demo
+
+    run_demo(options.out, seeds=options.seeds)
+
+
+def _listed(kind: Callable[[str], T]) -> Callable[[str], list[T]]:
+    """An argparse type: values separated by commas."""
+
+    def parse(text: str) -> list[T]:
+        return [kind(part.strip()) for part in text.split(",") if part.strip()]
+
+    parse.__name__ = f"comma-separated {kind.__name__}"  # argparse names it in its message
+    return parse
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether code of this package raised the error, which then is worded for the user."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

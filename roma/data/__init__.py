@@ -1,0 +1,27 @@
+"""Questions about images: datasets in EasyR1's columns, read, and two of our own, written.
+
+    write_digits("data/digits")                               # roma data digits --out data/digits
+    data = load_dataset_rows("data/digits", split="train")    # a sequence of Example
+
+Needs numpy, Pillow and pyarrow; `datasets` for its own form, scikit-learn for the digits (the extra
+`train` has them all).
+"""
+
+from roma.data.charts import write_charts
+from roma.data.digits import DIGIT_WORDS, write_digits
+from roma.data.example import Example, RowError, decode_image
+from roma.data.loader import Columns, RomaDataset, load_dataset_rows
+from roma.data.writer import FORMATS
+
+__all__ = [
+    "DIGIT_WORDS",
+    "FORMATS",
+    "Columns",
+    "Example",
+    "RomaDataset",
+    "RowError",
+    "decode_image",
+    "load_dataset_rows",
+    "write_charts",
+    "write_digits",
+]

@@ -1,0 +1,81 @@
+"""Sampling with transformers' `generate`: one vision pass and one prefill serve all rollouts of a prompt."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from roma.policy import ImageFeatures, Policy, PromptBatch
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """G completions of each of P prompts; rows p·G to p·G + G − 1 belong to prompt p."""
+
+    tokens: Tensor  # [P·G, T] int64, padded on the right
+    mask: Tensor  # [P·G, T] bool, the end token counts
+    finished: Tensor  # [P·G] bool: ended by an end token, not by the budget
+
+
+@torch.no_grad()
+def generate(
+    policy: Policy,
+    prompts: PromptBatch,
+    *,
+    group_size: int = 1,
+    max_new_tokens: int,
+    temperature: float | None,
+    seed: int = 0,
+    features: ImageFeatures | None = None,
+) -> Rollouts:
+    """Samples completions, from the full distribution at a temperature, or greedily.
+
+    Image and video tokens are suppressed: a completion that held one could not be scored by teacher forcing.
+
+    Args:
+        policy: the model.
+        prompts: P prompts.
+        group_size: G.
+        max_new_tokens: budget of a completion, tokens.
+        temperature: > 0, or None for greedy decoding.
+        seed: of the sampling, the only source of randomness; torch's global generators are left as they were.
+        features: of the prompts' images, if they are known already.
+
+    Returns:
+        Rollouts.
+    """
+    from transformers import GenerationConfig
+
+    model, config = policy.model, policy.model.config
+    training = model.training
+    model.eval()
+    features = features or policy.image_features(prompts.pixel_values, prompts.grids)
+    cache = policy.prefill(prompts, features)
+    cache.batch_repeat_interleave(group_size)
+    # generate continues a cache with the position offset that the model keeps from its last prefill.
+    lengths = prompts.attention_mask.sum(-1)
+    model.model.rope_deltas = (prompts.next_position - lengths)[:, None].repeat_interleave(group_size, 0)
+    given = model.generation_config
+    options = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature is not None,
+        **({} if temperature is None else {"temperature": temperature, "top_k": 0, "top_p": 1.0}),
+        suppress_tokens=[config.image_token_id, config.video_token_id],
+        eos_token_id=given.eos_token_id,
+        pad_token_id=policy.pad_id,
+    )
+    devices = [policy.device] if policy.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        made = model.generate(
+            input_ids=prompts.input_ids.repeat_interleave(group_size, 0),
+            attention_mask=prompts.attention_mask.repeat_interleave(group_size, 0),
+            past_key_values=cache,
+            generation_config=options,
+        )
+    model.model.rope_deltas = None
+    model.train(training)
+    tokens = made[:, prompts.input_ids.shape[1] :]
+    ends = torch.isin(tokens, torch.as_tensor(given.eos_token_id, device=tokens.device).reshape(-1))
+    mask = ends.cumsum(-1) - ends.long() == 0
+    return Rollouts(tokens, mask, ends.any(-1))

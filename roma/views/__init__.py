@@ -1,0 +1,24 @@
+"""Degraded views of images, by NVIDIA DALI on the CPU: same size, same type, stateless noise.
+
+    spec, = sample("seen", 1, key=(0, step, row_id))
+    view, = degrade_batch([image], [spec], [seed_for(0, step, row_id, 0)])
+
+Importing this loads no DALI: the first image degraded does. A process forked after that hangs in
+its first DALI call; `roma.views.engine` says what to do instead.
+"""
+
+from roma.views.corruptions import CORRUPTIONS, Corruption, Parameter, load_levels
+from roma.views.batch import degrade, degrade_batch
+from roma.views.sample import ViewSpec, sample, seed_for
+
+__all__ = [
+    "CORRUPTIONS",
+    "Corruption",
+    "Parameter",
+    "ViewSpec",
+    "degrade",
+    "degrade_batch",
+    "load_levels",
+    "sample",
+    "seed_for",
+]

@@ -1,0 +1,50 @@
+"""Fixtures and profiles that every test shares."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# "ci" finds the same things every time; "deep" is for a night: HYPOTHESIS_PROFILE=deep pytest tests.
+settings.register_profile(
+    "ci",
+    derandomize=True,
+    deadline=None,
+    max_examples=100,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile(
+    "deep",
+    deadline=None,
+    max_examples=10_000,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+# The back ends held to the oracle. A new one is added here and nowhere else.
+KERNELS = ("torch",)
+BACKENDS = (*KERNELS, "reference")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker and make every unwritten element visible."""
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    torch.set_num_threads(1)
+    # torch.empty then holds NaN, so that an element no kernel wrote fails a comparison.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each back end under test; session scope, because Hypothesis draws many examples inside one test."""
+    return request.param
+
+
+@pytest.fixture(scope="session", params=KERNELS)
+def kernel(request: pytest.FixtureRequest) -> str:
+    """Each back end that must also be frugal; the reference computes every row and keeps its logits."""
+    return request.param

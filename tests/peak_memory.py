@@ -1,0 +1,34 @@
+"""Run as a program: peak extra resident memory, MiB, of one roma_loss and its backward on the torch back end.
+
+K = 4, 512 tokens, V = 151,936, D = 512, bf16. Naive fp32 logits of the five views alone are 1.5 GiB.
+"""
+
+import resource
+
+import torch
+
+import roma
+
+K, B, T, D, V = 4, 4, 128, 512, 151_936
+torch.manual_seed(0)
+hidden = torch.randn(B, T, D).bfloat16().requires_grad_()
+views = torch.randn(K, B, T, D).bfloat16().requires_grad_()
+weight = torch.empty(V, D, dtype=torch.bfloat16).normal_(std=0.05).requires_grad_()
+tokens = torch.randint(V, (B, T))
+torch.mm(torch.randn(8, 8), torch.randn(8, 8))  # the threads' and the library's own buffers
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+out = roma.roma_loss(
+    hidden,
+    views,
+    weight,
+    tokens,
+    mask=torch.ones(B, T, dtype=torch.bool),
+    advantages=torch.randn(B),
+    correct=torch.tensor([True, False, True, False]),
+    old_logp=torch.full((B, T), -12.0),
+    aux_view=torch.tensor([0, 1, 2, 3]),
+    backend="torch",
+)
+out.loss.backward()
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((after - before) / 1024)
