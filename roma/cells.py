@@ -136,7 +136,8 @@ class DegradedImages:
             for example, images in zip(self.examples, self._clean, strict=True)
             for position in range(len(images))
         ]
-        degraded = iter(degrade_batch(flat, [spec] * len(flat), seeds))
+        specs = [spec] * len(flat)
+        degraded = iter(degrade_batch(flat, specs, seeds, corruptions=self._corruptions))
         made = [[next(degraded) for _ in images] for images in self._clean]
         if self._keep:
             self._made[cell] = made

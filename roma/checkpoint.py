@@ -36,10 +36,13 @@ _VOLATILE = ("transformers_version", "dtype", "torch_dtype", "use_cache")
 class Checkpointable(Protocol):
     """What a policy must have to be saved and restored."""
 
-    model: nn.Module
-    """The Hugging Face module: `.config` and the class method `.from_pretrained(folder)`."""
-    processor: Any
-    """Holds the tokenizer as `.tokenizer`."""
+    @property
+    def model(self) -> nn.Module:
+        """The Hugging Face module: has `.config` and the class method `.from_pretrained`."""
+
+    @property
+    def processor(self) -> Any:
+        """Holds the tokenizer as `.tokenizer`."""
 
     def save_pretrained(self, folder: str | Path, /) -> None:
         """Writes model, tokenizer and processor in Hugging Face form."""

@@ -1,8 +1,8 @@
 """`roma`: train, evaluate, look at degraded images, make data, see what is installed.
 
 Each command imports what it needs when it runs, so that `roma --help` and `roma info` are quick. An
-error that this package words itself is one line on stderr and exit status 2; ROMA_DEBUG=1 shows the
-traceback. Any other error is a bug, of ours or of a library, and shows it always.
+error that this package words itself, or the system does (no such file, no space), is one line on
+stderr and exit status 2; ROMA_DEBUG=1 shows the traceback. Any other is a bug and shows it always.
 """
 
 import argparse
@@ -46,12 +46,13 @@ examples:
 
 MODEL is a folder in Hugging Face form; DATA a parquet or jsonl file, a saved dataset or
 FOLDER@SPLIT. Decoding is greedy. Prints accuracy per corruption and level and the macro average per
-pool, with 95 % bootstrap intervals over images; --out keeps JSON and plots.
+pool, with 95 % bootstrap intervals over images, and keeps JSON and plots in --out.
 """
 _VIEWS = """\
 examples:
   roma views --list                               every corruption, its pool and levels
   roma views photo.png --out views.png            one row per corruption, one column per level
+  roma views a.jpg b.jpg --out views.png          views-a.png, views-b.png
 """
 _DATA = """\
 examples:
@@ -84,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("roma: interrupted", file=sys.stderr)
         return 130
     except (ValueError, TypeError, ImportError, OSError) as error:
-        if os.environ.get("ROMA_DEBUG") == "1" or not _is_ours(error):
+        known = isinstance(error, OSError) or _is_ours(error)
+        if os.environ.get("ROMA_DEBUG") == "1" or not known:
             raise
         print(f"roma: {error}", file=sys.stderr)
         return 2
@@ -122,16 +124,20 @@ def parser() -> argparse.ArgumentParser:
     words, numbers = _listed(str), _listed(int)
     evaluate.add_argument("--pools", type=words, default=["clean", "seen", "unseen"], help=_POOLS)
     evaluate.add_argument("--levels", type=numbers, default=[1, 2, 3], help="severities (1,2,3)")
-    evaluate.add_argument("--out", help="folder for JSON and plots")
+    evaluate.add_argument("--out", help="folder for JSON and plots (runs/eval/MODEL)")
     evaluate.add_argument("--limit", type=int, help="only the first so many rows")
     evaluate.add_argument("--level-table", help="YAML with other levels, for small images")
-    evaluate.add_argument("--batch-size", type=int, default=64, help="questions at a time (64)")
-    evaluate.add_argument("--max-tokens", type=int, default=2048, help="answer budget (2048)")
+    evaluate.add_argument("--batch-size", type=int, default=16, help="questions at a time (16)")
+    evaluate.add_argument("--max-tokens", type=int, default=1024, help="answer budget (1024)")
+    evaluate.add_argument(
+        "--reward", default=_REWARD, help="file.py:function that says what is right"
+    )
+    evaluate.add_argument("--device", help="cpu or cuda; by default a GPU if torch sees one")
     evaluate.add_argument("--seed", type=int, default=0, help="seed of the noise (0)")
 
     views = command("views", _views, "see what the degradations do to an image", _VIEWS)
     views.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
-    views.add_argument("--out", default="views.png", help="where the gallery goes (views.png)")
+    views.add_argument("--out", default="views.png", help="PNG file to write (views.png)")
     views.add_argument("--list", action="store_true", help="list corruptions, pools and levels")
     views.add_argument("--level-table", help="YAML with other levels, for small images")
     views.add_argument("--seed", type=int, default=0, help="seed of the noise (0)")
@@ -152,6 +158,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+_REWARD = "roma.reward:compute_score"
 _POOLS = "of clean, seen, unseen, extra (clean,seen,unseen)"
 
 
@@ -182,6 +189,7 @@ def _train(options: argparse.Namespace) -> None:
 
 def _eval(options: argparse.Namespace) -> None:
     from roma.evaluate import run_eval
+    from roma.reward import load_reward
 
     run_eval(
         options.model,
@@ -193,7 +201,9 @@ def _eval(options: argparse.Namespace) -> None:
         level_table=options.level_table,
         batch_size=options.batch_size,
         max_new_tokens=options.max_tokens,
+        score=load_reward(options.reward),
         seed=options.seed,
+        device=options.device,
     )
 
 
@@ -204,8 +214,8 @@ def _views(options: argparse.Namespace) -> None:
     table = load_levels(options.level_table) if options.level_table else CORRUPTIONS
     if options.list:
         for name, corruption in table.items():
-            levels = "  ".join(f"L{at} {level}" for at, level in enumerate(corruption.levels, 1))
-            print(f"{corruption.pool:7}{name:17}{levels}    ({corruption.unit})")
+            levels = "  ".join(map(corruption.describe, corruption.levels))
+            print(f"{corruption.pool:8}{name:17}{levels:28}{corruption.unit}")
         return
     if not options.images:
         fail(
@@ -213,8 +223,11 @@ def _views(options: argparse.Namespace) -> None:
         )
     from roma.views.gallery import write_gallery
 
-    write_gallery(options.images, options.out, corruptions=table, seed=options.seed)
-    print(options.out)
+    for image in map(Path, options.images):
+        out = Path(options.out)
+        if len(options.images) > 1:
+            out = out.with_stem(f"{out.stem}-{image.stem}")
+        print(write_gallery(image, out, corruptions=table, seed=options.seed))
 
 
 def _data(options: argparse.Namespace) -> None:

@@ -102,8 +102,8 @@ class ActorConfig:
     """Optimizer steps over which the rate rises linearly from 0."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm, L2 over all parameters."""
-    mini_batch_size: Count | None = None
-    """Prompts per optimizer step, a divisor of `data.rollout_batch_size`; null: all of them."""
+    mini_batch_size: Count = 512
+    """Prompts per optimizer step, a divisor of `data.rollout_batch_size`; left out: all of them."""
     micro_batch_size: Count = 8
     """Completions per forward and backward; memory only, the loss does not depend on it."""
     ppo_epochs: Count = 1
@@ -127,7 +127,7 @@ class RewardConfig:
     """Sub-section `worker.reward`."""
 
     function: str = "roma.reward:compute_score"
-    """`file.py:function` as in EasyR1, or `module:function`. The default reads boxed answers."""
+    """`file.py:function` as in EasyR1, or `module:function`. The default compares boxed answers."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keywords for it, such as `{format_weight: 0.1}`."""
 
@@ -216,19 +216,24 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 def from_dict(tree: Mapping[str, Any]) -> Config:
     """Builds and checks a configuration from nested dicts; errors as those of `load_config`."""
     check_keys(Config, tree)
-    algorithm = tree.get("algorithm")
-    given = algorithm.get("roma") if isinstance(algorithm, dict) else None
-    if isinstance(given, dict) and isinstance(algorithm, dict):
-        tree = {**tree, "algorithm": {**algorithm, "roma": None}}
+    section = tree.get("algorithm")
+    given = section.get("roma") if isinstance(section, dict) else None
+    if isinstance(given, dict) and isinstance(section, dict):
+        tree = {**tree, "algorithm": {**section, "roma": None}}
     else:
         given = {}
     config = build(Config, tree)
-    # Two numbers that the rest of the file already says.
+    # What is left out follows from what the rest of the file says.
+    worker = config.worker
+    if "mini_batch_size" not in tree["worker"]["actor"]:
+        actor = dataclasses.replace(worker.actor, mini_batch_size=config.data.rollout_batch_size)
+        worker = dataclasses.replace(worker, actor=actor)
     known: dict[str, Any] = {"temperature": config.worker.rollout.temperature}
     if given.get("aggregation") == "dr_grpo":
         known["max_length"] = config.data.max_response_length
     roma = build(RomaConfig, known | given, "algorithm.roma")
-    config = dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, roma=roma))
+    algorithm = dataclasses.replace(config.algorithm, roma=roma)
+    config = dataclasses.replace(config, algorithm=algorithm, worker=worker)
     _check_together(config)
     return config
 
@@ -247,7 +252,7 @@ def dump(config: Config) -> str:
 def _check_together(config: Config) -> None:
     """What no single key can tell."""
     prompts, mini = config.data.rollout_batch_size, config.worker.actor.mini_batch_size
-    if mini is not None and prompts % mini:
+    if prompts % mini:
         expected = f"a divisor of data.rollout_batch_size = {prompts}"
         fail("worker.actor.mini_batch_size", expected, str(mini), "correct one of the two")
     rollout, roma = config.worker.rollout, config.algorithm.roma

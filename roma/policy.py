@@ -33,10 +33,7 @@ class PromptBatch:
 
     def select(self, prompts: slice) -> "PromptBatch":
         """The prompts of a slice, for micro-batches; keeps the padding."""
-        start, stop, _ = prompts.indices(len(self.images))
-        patches = self.grids.prod(-1).cumsum(0).tolist()
-        ends = [0, *patches]
-        low, high = self.first_image[start], self.first_image[stop]
+        low, high = self.first_image[prompts.start], self.first_image[prompts.stop]
         return replace(
             self,
             input_ids=self.input_ids[prompts],
@@ -44,10 +41,16 @@ class PromptBatch:
             position_ids=self.position_ids[:, prompts],
             next_position=self.next_position[prompts],
             images=self.images[prompts],
-            pixel_values=self.pixel_values[ends[low] : ends[high]],
+            pixel_values=self.pixel_values[self.patches(prompts)],
             grids=self.grids[low:high],
-            first_image=[first - low for first in self.first_image[start : stop + 1]],
+            first_image=[i - low for i in self.first_image[prompts.start : prompts.stop + 1]],
         )
+
+    def patches(self, prompts: slice) -> slice:
+        """Where the patches of a slice's images stand in `pixel_values`, and in those of a view."""
+        ends = [0, *self.grids.prod(-1).cumsum(0).tolist()]
+        low, high = self.first_image[prompts.start], self.first_image[prompts.stop]
+        return slice(ends[low], ends[high])
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,16 @@ class ImageFeatures:
     embeddings: list[Tensor]
     deepstack: list[list[Tensor]]
 
+    def part(self, first: int, count: int) -> "ImageFeatures":
+        """The features of `count` images from number `first` on."""
+        return self.gather(range(first, first + count))
+
     def gather(self, images: Sequence[int]) -> "ImageFeatures":
         """The features of `images`, in that order, repeats allowed."""
-        return ImageFeatures([self.embeddings[i] for i in images], [[level[i] for i in images] for level in self.deepstack])
+        return ImageFeatures(
+            [self.embeddings[i] for i in images],
+            [[level[i] for i in images] for level in self.deepstack],
+        )
 
 
 class Policy(nn.Module):
@@ -77,7 +87,13 @@ class Policy(nn.Module):
         self.processor = processor
 
     @classmethod
-    def load(cls, path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> "Policy":
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> "Policy":
         """Reads a Hugging Face folder, the small model's or a real Qwen3-VL's.
 
         Raises:
@@ -86,11 +102,21 @@ class Policy(nn.Module):
         from transformers import AutoModelForImageTextToText
 
         if not (Path(path) / "config.json").is_file():
-            fail("model", "a Hugging Face model's folder", f"no config.json in {str(path)!r}", "check the path")
+            fail(
+                "model",
+                "a Hugging Face model's folder",
+                f"no config.json in {str(path)!r}",
+                "check the path",
+            )
         processor = Processor.load(path)
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).to(device)
         if not hasattr(model.model, "get_rope_index"):
-            fail("model", "one of the Qwen-VL family", type(model).__name__, "other families need a policy of their own")
+            fail(
+                "model",
+                "one of the Qwen-VL family",
+                type(model).__name__,
+                "other families need a policy of their own",
+            )
         return cls(model, processor)
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -114,19 +140,26 @@ class Policy(nn.Module):
         """Token for positions that do not count."""
         return int(self.processor.tokenizer.pad_token_id)
 
-    def encode_prompts(self, problems: Sequence[str], images: Sequence[Sequence[Image]]) -> PromptBatch:
+    def encode_prompts(
+        self, problems: Sequence[str], images: Sequence[Sequence[Image]]
+    ) -> PromptBatch:
         """Prompts for problems, each with its `<image>` marks filled by its images (uint8 [H, W, 3], any size).
 
         Raises:
             ValueError: a problem's marks and images differ in number.
         """
         resized = [[self.processor.resize(image) for image in own] for own in images]
-        pixel_values, grids = self.processor.pixel_values([image for own in resized for image in own])
+        pixel_values, grids = self.processor.pixel_values(
+            [image for own in resized for image in own]
+        )
         first = [0]
         for own in resized:
             first.append(first[-1] + len(own))
         bounds = list(zip(first, first[1:], strict=False))
-        ids = [self.processor.prompt_ids(text, grids[a:b]) for text, (a, b) in zip(problems, bounds, strict=True)]
+        ids = [
+            self.processor.prompt_ids(text, grids[a:b])
+            for text, (a, b) in zip(problems, bounds, strict=True)
+        ]
         longest = max(map(len, ids))
         input_ids = torch.tensor([[self.pad_id] * (longest - len(row)) + row for row in ids])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
@@ -143,7 +176,9 @@ class Policy(nn.Module):
             padded=bool((mask == 0).any()),
         )
 
-    def _positions(self, input_ids: Tensor, mask: Tensor, grids: Tensor, first: list[int]) -> Tensor:
+    def _positions(
+        self, input_ids: Tensor, mask: Tensor, grids: Tensor, first: list[int]
+    ) -> Tensor:
         """[3, P, L]; prompts of one shape (marks, grids, padding) are computed once."""
         kinds = (input_ids == self.model.config.image_token_id).to(torch.int32)
         keys = [
@@ -154,7 +189,10 @@ class Policy(nn.Module):
         for p, key in enumerate(keys):
             if key not in made:
                 made[key], _ = self.model.model.get_rope_index(
-                    input_ids[p : p + 1], kinds[p : p + 1], image_grid_thw=grids[first[p] : first[p + 1]], attention_mask=mask[p : p + 1]
+                    input_ids[p : p + 1],
+                    kinds[p : p + 1],
+                    image_grid_thw=grids[first[p] : first[p + 1]],
+                    attention_mask=mask[p : p + 1],
                 )
         return torch.cat([made[key] for key in keys], dim=1)
 
@@ -170,19 +208,42 @@ class Policy(nn.Module):
         """
         pixel_values, grids = self.processor.pixel_values([image for own in views for image in own])
         if grids.tolist() != prompts.grids.tolist():
-            bad = next((i for i, (a, b) in enumerate(zip(grids.tolist(), prompts.grids.tolist(), strict=False)) if a != b), len(grids))
+            bad = next(
+                (
+                    i
+                    for i, (a, b) in enumerate(
+                        zip(grids.tolist(), prompts.grids.tolist(), strict=False)
+                    )
+                    if a != b
+                ),
+                len(grids),
+            )
             expected = f"the clean image's grid {prompts.grids[bad].tolist() if bad < len(prompts.grids) else 'of every image'}"
             got = f"{grids[bad].tolist() if bad < len(grids) else 'none'} for image {bad}"
-            fail("views", expected, got, "degrade the image at model resolution and keep its height and width")
+            fail(
+                "views",
+                expected,
+                got,
+                "degrade the image at model resolution and keep its height and width",
+            )
         return pixel_values.to(self.device)
 
     def image_features(self, pixel_values: Tensor, grids: Tensor) -> ImageFeatures:
         """One pass of the vision tower over n images; differentiable."""
-        made = self.model.model.get_image_features(pixel_values, grids.to(pixel_values.device), return_dict=True)
-        return ImageFeatures(list(made.pooler_output), [list(level) for level in made.deepstack_features])
+        made = self.model.model.get_image_features(
+            pixel_values, grids.to(pixel_values.device), return_dict=True
+        )
+        return ImageFeatures(
+            list(made.pooler_output), [list(level) for level in made.deepstack_features]
+        )
 
     def completion_hidden(
-        self, prompts: PromptBatch, features: ImageFeatures, rows: Tensor, tokens: Tensor, mask: Tensor
+        self,
+        prompts: PromptBatch,
+        features: ImageFeatures,
+        rows: Tensor,
+        tokens: Tensor,
+        mask: Tensor,
     ) -> Tensor:
         """Hidden states, after the last norm, at the positions that predict each completion token.
 
@@ -197,7 +258,9 @@ class Policy(nn.Module):
             [R, T, D]; positions outside `mask` hold anything finite.
         """
         length = tokens.shape[1]
-        completions = tokens.masked_fill(~mask, self.pad_id)[:, : length - 1]  # the last predicts nothing
+        completions = tokens.masked_fill(~mask, self.pad_id)[
+            :, : length - 1
+        ]  # the last predicts nothing
         ids = torch.cat([prompts.input_ids[rows], completions], dim=1)
         later = prompts.next_position[rows, None] + torch.arange(length - 1, device=ids.device)
         positions = torch.cat([prompts.position_ids[:, rows], later.expand(3, -1, -1)], dim=2)
@@ -218,14 +281,20 @@ class Policy(nn.Module):
         mask = prompts.attention_mask[rows]
         return torch.cat([mask, mask.new_ones(len(rows), extra)], dim=1)
 
-    def _encoder_outputs(self, prompts: PromptBatch, features: ImageFeatures, rows: Tensor) -> dict[str, Any] | None:
-        from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+    def _encoder_outputs(
+        self, prompts: PromptBatch, features: ImageFeatures, rows: Tensor
+    ) -> dict[str, Any] | None:
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import (
+            BaseModelOutputWithDeepstackFeatures,
+        )
 
         first = prompts.first_image
         chosen = features.gather([i for p in rows.tolist() for i in range(first[p], first[p + 1])])
         if not chosen.embeddings:
             return None
-        output = BaseModelOutputWithDeepstackFeatures(pooler_output=tuple(chosen.embeddings), deepstack_features=chosen.deepstack)
+        output = BaseModelOutputWithDeepstackFeatures(
+            pooler_output=tuple(chosen.embeddings), deepstack_features=chosen.deepstack
+        )
         return {"image": output}
 
     def prefill(self, prompts: PromptBatch, features: ImageFeatures) -> Any:

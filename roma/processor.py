@@ -44,8 +44,15 @@ class Processor:
 
         for name in ("preprocessor_config.json", "tokenizer_config.json"):
             if not (Path(path) / name).is_file():
-                fail("model", "a Hugging Face vision-language model's folder", f"no {name} in {path}", "check the path")
-        return cls(AutoTokenizer.from_pretrained(path), Qwen2VLImageProcessorPil.from_pretrained(path))
+                fail(
+                    "model",
+                    "a Hugging Face vision-language model's folder",
+                    f"no {name} in {path}",
+                    "check the path",
+                )
+        return cls(
+            AutoTokenizer.from_pretrained(path), Qwen2VLImageProcessorPil.from_pretrained(path)
+        )
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes both parts to a folder, as `load` and transformers read them."""
@@ -57,9 +64,13 @@ class Processor:
         from transformers.image_utils import SizeDict
 
         processor = self.image_processor
-        size = processor.size if isinstance(processor.size, SizeDict) else SizeDict(**processor.size)
+        size = (
+            processor.size if isinstance(processor.size, SizeDict) else SizeDict(**processor.size)
+        )
         factor = processor.patch_size * processor.merge_size
-        resized = processor.resize(image.transpose(2, 0, 1), size=size, resample=processor.resample, factor=factor)
+        resized = processor.resize(
+            image.transpose(2, 0, 1), size=size, resample=processor.resample, factor=factor
+        )
         return np.ascontiguousarray(np.clip(resized, 0, 255).astype(np.uint8).transpose(1, 2, 0))
 
     def pixel_values(self, images: Sequence[Image]) -> tuple[Tensor, Tensor]:
@@ -82,10 +93,14 @@ class Processor:
             content += [{"type": "image"}] if i else []
             content += [{"type": "text", "text": text}] if text else []
         chat = [{"role": "user", "content": content}]
-        prompt = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        prompt = self.tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True
+        )
         first, *rest = prompt.split(self.image_token)
         counts = (grids.prod(-1) // self.image_processor.merge_size**2).tolist()
-        prompt = first + "".join(self.image_token * count + text for count, text in zip(counts, rest, strict=True))
+        prompt = first + "".join(
+            self.image_token * count + text for count, text in zip(counts, rest, strict=True)
+        )
         ids: list[int] = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return ids
 

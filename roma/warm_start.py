@@ -22,7 +22,12 @@ def encode_solutions(policy: Policy, examples: Sequence[Example]) -> tuple[Tenso
     rows = []
     for example in examples:
         if example.solution is None:
-            fail("solution", "a written response", "none", f"give {example.origin} a column `solution`")
+            fail(
+                "solution",
+                "a written response",
+                "none",
+                f"give {example.origin} a column `solution`",
+            )
         ids = tokenizer(example.solution, add_special_tokens=False)["input_ids"]
         rows.append([*ids, tokenizer.eos_token_id])
     longest = max(map(len, rows))
@@ -62,20 +67,29 @@ def warm_start(
     if not examples:
         fail("examples", "at least one", "none", "check the data")
     generator = torch.Generator().manual_seed(seed)
-    order = torch.cat([torch.randperm(len(examples), generator=generator) for _ in range(1 + steps * batch_size // len(examples))])
+    order = torch.cat(
+        [
+            torch.randperm(len(examples), generator=generator)
+            for _ in range(1 + steps * batch_size // len(examples))
+        ]
+    )
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     ramp = max(round(steps * warmup), 1)
 
     def rate(step: int) -> float:
         if step < ramp:
             return (step + 1) / ramp
-        return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * (step - ramp) / max(steps - ramp, 1)))))
+        return 0.5 * (
+            1 + float(torch.cos(torch.tensor(torch.pi * (step - ramp) / max(steps - ramp, 1))))
+        )
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     policy.train()
     for step in range(steps):
         batch = [examples[i] for i in order[step * batch_size : (step + 1) * batch_size].tolist()]
-        prompts = policy.encode_prompts([e.problem for e in batch], [e.load_images() for e in batch])
+        prompts = policy.encode_prompts(
+            [e.problem for e in batch], [e.load_images() for e in batch]
+        )
         features = policy.image_features(prompts.pixel_values, prompts.grids)
         tokens, mask = encode_solutions(policy, batch)
         rows = torch.arange(len(batch), device=policy.device)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# "ci" finds the same things every time; "deep" is for a night: HYPOTHESIS_PROFILE=deep pytest tests.
+# "ci" finds the same things every time; "deep" is for a night: HYPOTHESIS_PROFILE=deep pytest
+# tests.
 settings.register_profile(
     "ci",
     derandomize=True,
@@ -23,6 +24,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+# Their asserts explain themselves as those of a test do.
+pytest.register_assert_rewrite("compare_head", "compare_logp", "compare_whole", "tolerance")
 
 # The back ends held to the oracle. A new one is added here and nowhere else.
 KERNELS = ("torch",)
@@ -40,11 +44,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each back end under test; session scope, because Hypothesis draws many examples inside one test."""
+    """Each back end under test.
+
+    Session scope, because Hypothesis draws many examples inside one test.
+    """
     return request.param
 
 
 @pytest.fixture(scope="session", params=KERNELS)
 def kernel(request: pytest.FixtureRequest) -> str:
-    """Each back end that must also be frugal; the reference computes every row and keeps its logits."""
+    """Each back end that must also be frugal.
+
+    The reference computes every row and keeps its logits.
+    """
     return request.param

@@ -1,4 +1,7 @@
-"""Watching what runs: a dispatch mode that counts products and remembers dtypes and the largest tensor."""
+"""Watching what runs.
+
+A dispatch mode that counts products and remembers dtypes and the largest tensor.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ _PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_
 class Watch(TorchDispatchMode):
     """Inside `with Watch() as w:` every operation of this thread's forward and backward passes by.
 
-    products: FLOP of matrix products, two per multiply-add. largest: elements of the largest new tensor.
+    products: FLOP of matrix products, two per multiply-add. largest: elements of the largest new
+    tensor.
     float64: names of operations that made a float64 tensor of one dimension or more.
     """
 
@@ -27,14 +31,18 @@ class Watch(TorchDispatchMode):
         self.largest = 0
         self.float64: list[str] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         """Run func and take note."""
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if name in _PRODUCTS:
             left, right = args[_PRODUCTS[name]], args[_PRODUCTS[name] + 1]
             self.products += 2 * left.numel() * right.shape[-1]
-        before = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        before = {
+            id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)
+        }
         for x in tree_leaves(out):
             if not isinstance(x, Tensor) or x.ndim == 0:
                 continue

@@ -1,8 +1,11 @@
-"""The oracle: MATH.md in plain PyTorch, float64, full logits, loops over sequences; autograd differentiates.
+"""The oracle: MATH.md in plain PyTorch, float64, full logits, loops over sequences.
 
-It shares no line with a kernel and is slow on purpose. The same lines run in float32 are the "eager" number that a
-tolerance is built from (`dtype=torch.float32`). Masked tokens are *removed* before anything is computed, so agreement
-with the oracle is also the proof that masking equals removing.
+Autograd differentiates.
+
+It shares no line with a kernel and is slow on purpose. The same lines run in float32 are the
+"eager" number that a tolerance is built from (`dtype=torch.float32`). Masked tokens are *removed*
+before anything is computed, so agreement with the oracle is also the proof that masking equals
+removing.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from torch import Tensor
 class Head:
     """Section 1 for rows [R, D]: every intermediate that a test may want to differentiate by.
 
-    raw is the bare product W h [R, V], z the final logits, p the softmax; logp, lse, entropy are [R].
+    raw is the bare product W h [R, V], z the final logits, p the softmax; logp, lse, entropy are
+    [R].
     """
 
     raw: Tensor
@@ -49,13 +53,13 @@ def head(
     lse = torch.logsumexp(z, dim=1)
     p = torch.exp(z - lse[:, None])
     logp = z.gather(1, tokens[:, None])[:, 0] - lse
-    # H = lse − Σ p z, written so that p's own rounding is not multiplied by |z|.
+    # H = lse - Σ p z, written so that p's own rounding is not multiplied by |z|.
     entropy = -(p * (z - lse[:, None])).sum(dim=1)
     return Head(raw=raw, z=z, p=p, logp=logp, lse=lse, entropy=entropy)
 
 
 def counted_rows(mask: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
-    """For each sequence, the numbers of its counted tokens in the flattened [B·T] or packed [N] order."""
+    """For each sequence, its counted tokens' numbers in flattened [B·T] or packed [N] order."""
     if cu_seqlens is None:
         bounds = [i * mask.shape[1] for i in range(mask.shape[0] + 1)]
     else:
@@ -69,10 +73,13 @@ def counted_rows(mask: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
 
 @dataclass
 class Expected:
-    """What sections 2 and 3 say. Every scalar is a sum of weighted token terms, kept for the error bounds.
+    """What sections 2 and 3 say.
 
-    terms: "main" (without the reference KL), "ref", "aux", "inv": weighted token losses before the λs.
-    penalty: what the max runs over: D [B, K], d [N, K] ("token") or Σ m·D / denominator [1, K] ("batch").
+    Every scalar is a sum of weighted token terms, kept for the error bounds.
+
+    terms: "main" (without the reference KL), "ref", "aux", "inv": weighted token losses, no λ.
+    penalty: what the max runs over: D [B, K], d [N, K] ("token") or Σ m·D / denominator [1, K]
+    ("batch").
     kink: the smallest distance, in nats, of any log-ratio from a place where a derivative jumps.
     reach: the largest clamped log-ratio, in nats.
     """
@@ -99,12 +106,15 @@ def _clamp(log_ratio: Tensor, limit: float) -> Tensor:
 
 
 def k3(delta: Tensor) -> Tensor:
-    """e^δ − 1 − δ, never negative."""
+    """e^δ - 1 - δ, never negative."""
     return torch.expm1(delta) - delta
 
 
 def surrogate(log_ratio: Tensor, advantages: Tensor, config) -> Tensor:
-    """Section 3: the clipped surrogate's loss per token, dual clip included; log_ratio already clamped."""
+    """Section 3: the clipped surrogate's loss per token, dual clip included.
+
+    log_ratio already clamped.
+    """
     ratio = torch.exp(log_ratio)
     clipped = torch.clamp(ratio, 1 - config.clip_low, 1 + config.clip_high)
     plain, cut = ratio * advantages, clipped * advantages
@@ -140,8 +150,9 @@ def view_loss(
 ) -> Expected:
     """L = L_main + λ_aux·L_aux + λ_inv·L_inv of section 2, one sequence at a time.
 
-    worst_view: the choice to take in the place of the argmax. A kernel in float32 may choose either of two views whose
-    penalties differ by less than rounding; its gradients are then compared under its own choice.
+    worst_view: the choice to take in the place of the argmax. A kernel in float32 may choose either
+    of two views whose penalties differ by less than rounding; its gradients are then compared under
+    its own choice.
     """
     sequences = counted_rows(mask, cu_seqlens)
     views, size = view_logp.shape[0], len(sequences)
@@ -178,12 +189,20 @@ def view_loss(
     def clipped(log_ratio: Tensor, a: Tensor) -> Tensor:
         edges = [1 - config.clip_low, 1 + config.clip_high, config.dual_clip or 0.0]
         kinks.extend(
-            abs(x - math.log(edge)) for x in log_ratio.detach().tolist() for edge in edges if edge > 0
+            abs(x - math.log(edge))
+            for x in log_ratio.detach().tolist()
+            for edge in edges
+            if edge > 0
         )
         return surrogate(log_ratio, a, config)
 
     empty = clean.new_zeros(0)
-    terms: dict[str, list[Tensor]] = {"main": [empty], "ref": [empty], "aux": [empty], "inv": [empty]}
+    terms: dict[str, list[Tensor]] = {
+        "main": [empty],
+        "ref": [empty],
+        "aux": [empty],
+        "inv": [empty],
+    }
     by_sequence: list[Tensor] = []  # each [K, counted tokens]: d of every view
     for i, rows in enumerate(sequences):
         delta = view[:, rows] - clean[rows].detach()
@@ -191,7 +210,11 @@ def view_loss(
         if len(rows) == 0:
             continue
         weight = token_weight(len(rows))
-        a = advantages.to(dtype).reshape(-1)[rows] if per_token else advantages[i].to(dtype).expand(len(rows))
+        a = (
+            advantages.to(dtype).reshape(-1)[rows]
+            if per_token
+            else advantages[i].to(dtype).expand(len(rows))
+        )
         if config.main is not None:
             terms["main"].append(weight * clipped(clamped(clean[rows] - old[rows]), a))
             if config.ref_coef > 0:
@@ -218,11 +241,15 @@ def view_loss(
                     terms["inv"].append((share[i] / len(rows) * d[pick, column])[None])
         chosen = chosen.reshape(mask.shape)
     elif config.worst_over == "batch":
-        penalty = torch.stack([s * m for s, m in zip(share, mean_d, strict=True)]).sum(dim=0, keepdim=True)
+        penalty = torch.stack([s * m for s, m in zip(share, mean_d, strict=True)]).sum(
+            dim=0, keepdim=True
+        )
         chosen = torch.tensor(_lowest_argmax(penalty[0].tolist()))
         pick = int(chosen if worst_view is None else worst_view)
         if views:
-            terms["inv"] += [s * d[pick] / max(d.shape[1], 1) for s, d in zip(share, by_sequence, strict=True)]
+            terms["inv"] += [
+                s * d[pick] / max(d.shape[1], 1) for s, d in zip(share, by_sequence, strict=True)
+            ]
     else:
         chosen = torch.tensor([_lowest_argmax(row.tolist()) for row in penalty], dtype=torch.int64)
         for i, d in enumerate(by_sequence):

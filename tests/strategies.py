@@ -1,7 +1,10 @@
-"""What Hypothesis draws: sizes from short lists, a seed, switches and a named difficulty; never raw floats.
+"""What Hypothesis draws: sizes from short lists, a seed, switches and a named difficulty.
 
-A drawn value is a small frozen dataclass whose repr is the whole reproducer: `HeadSpec(...)` builds the inputs of
-`linear_logprob`, `LossSpec(...)` those of the loss, from its own torch.Generator. A found bug stays as an @example.
+Never raw floats.
+
+A drawn value is a small frozen dataclass whose repr is the whole reproducer: `HeadSpec(...)` builds
+the inputs of `linear_logprob`, `LossSpec(...)` those of the loss, from its own torch.Generator. A
+found bug stays as an @example.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIFFICULTIES = (
     "plain",
     "huge_logits",  # |z| in the hundreds: overflow unless the maximum is taken off first
-    "below_zero",  # every logit near −100: a padded lane of exp(0) would own the whole sum
+    "below_zero",  # every logit near -100: a padded lane of exp(0) would own the whole sum
     "peaked_tail",  # the last vocabulary entry, in the ragged tail, takes nearly all probability
     "peaked_elsewhere",  # the same mass on an entry that is not the target
     "uniform_weights",  # all logits equal: the weights under which a padded tail stays hidden
@@ -37,12 +40,12 @@ LOSS_DIFFICULTIES = (
     "everything_masked",
     "views_identical",  # exact ties
     "views_equal_clean",  # δ = 0
-    "tiny_delta",  # δ about 1e-4, where exp(δ) − δ − 1 has no digit left
+    "tiny_delta",  # δ about 1e-4, where exp(δ) - δ - 1 has no digit left
     "far_ratios",  # beyond the clamp
     "all_wrong",
     "all_right",
     "zero_advantages",
-    "nan_when_masked",  # NaN, inf and token −100 wherever the mask is False
+    "nan_when_masked",  # NaN, inf and token -100 wherever the mask is False
 )
 
 
@@ -54,7 +57,7 @@ def generator(seed: int) -> torch.Generator:
 def head_tensors(
     rows: int, d: int, v: int, difficulty: str, g: torch.Generator, *, bias: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """hidden [rows, d], weight [v, d], bias [v] or None and tokens [rows] in float64, of the named difficulty."""
+    """Hidden [rows, d], weight [v, d], bias [v] or None, tokens [rows], of the named difficulty."""
     hidden = torch.randn(rows, d, generator=g, dtype=torch.float64)
     weight = torch.randn(v, d, generator=g, dtype=torch.float64) * (2 / math.sqrt(d))
     offset = torch.randn(v, generator=g, dtype=torch.float64) if bias else None
@@ -98,7 +101,9 @@ class HeadSpec:
         """The arguments of linear_logprob, as leaves without gradient."""
         g = generator(self.seed)
         rows = math.prod(self.shape)
-        hidden, weight, bias, tokens = head_tensors(rows, self.d, self.v, self.difficulty, g, bias=self.bias)
+        hidden, weight, bias, tokens = head_tensors(
+            rows, self.d, self.v, self.difficulty, g, bias=self.bias
+        )
         temperature: float | Tensor = {"one": 1.0, "float": 0.7, "rows": 1.0}[self.temperature]
         if self.temperature == "rows":
             temperature = (0.5 + torch.rand(self.shape, generator=g)).float()
@@ -144,6 +149,9 @@ def head_specs(**fixed: Any) -> st.SearchStrategy[HeadSpec]:
     return st.builds(HeadSpec, **(drawn | {k: st.just(x) for k, x in fixed.items()}))
 
 
+DEFAULT = RomaConfig()
+
+
 @dataclass(frozen=True)
 class LossSpec:
     """One call of roma_loss or of roma_loss_from_logp (which ignores the fields of the head)."""
@@ -157,7 +165,7 @@ class LossSpec:
     token_advantages: bool = False
     totals: str = "own"
     aux: bool = True
-    config: RomaConfig = RomaConfig()
+    config: RomaConfig = DEFAULT
     d: int = 8
     v: int = 33
     dtype: torch.dtype = torch.float32
@@ -168,11 +176,16 @@ class LossSpec:
         """The arguments of roma_loss_from_logp."""
         g = generator(self.seed)
         logp = -torch.rand(self.b, self.t, generator=g, dtype=torch.float64) * 4 - 0.05
-        view_logp = logp + 0.5 * torch.randn(self.k, self.b, self.t, generator=g, dtype=torch.float64)
+        view_logp = logp + 0.5 * torch.randn(
+            self.k, self.b, self.t, generator=g, dtype=torch.float64
+        )
         return self._finish({"logp": logp, "view_logp": view_logp}, logp, view_logp, g, dtype)
 
     def make(self) -> dict[str, Any]:
-        """The arguments of roma_loss; log-probs of the old policy lie near the ones of these hidden states."""
+        """The arguments of roma_loss.
+
+        Log-probs of the old policy lie near the ones of these hidden states.
+        """
         g = generator(self.seed)
         rows = self.b * self.t
         hidden, weight, bias, tokens = head_tensors(
@@ -180,7 +193,9 @@ class LossSpec:
         )
         hidden, weight = hidden.to(self.dtype), weight.to(self.dtype)
         bias = None if bias is None else bias.to(self.dtype)
-        spread = {"views_equal_clean": 0.0, "tiny_delta": 1e-4, "far_ratios": 30.0}.get(self.difficulty, 0.3)
+        spread = {"views_equal_clean": 0.0, "tiny_delta": 1e-4, "far_ratios": 30.0}.get(
+            self.difficulty, 0.3
+        )
         shift = torch.randn(self.k, rows, self.d, generator=g, dtype=torch.float64)
         view_hidden = (hidden.double() + spread * shift).to(self.dtype)
         if self.difficulty == "views_identical" and self.k:
@@ -197,7 +212,11 @@ class LossSpec:
             ).logp.reshape(self.b, self.t)
 
         logp = score(hidden)
-        view_logp = torch.stack([score(h) for h in view_hidden]) if self.k else logp.new_zeros(0, self.b, self.t)
+        view_logp = (
+            torch.stack([score(h) for h in view_hidden])
+            if self.k
+            else logp.new_zeros(0, self.b, self.t)
+        )
         states = {
             "hidden": hidden.reshape(self.b, self.t, self.d),
             "view_hidden": view_hidden.reshape(self.k, self.b, self.t, self.d),
@@ -207,7 +226,12 @@ class LossSpec:
         return case | {"weight": weight, "bias": bias}
 
     def _finish(
-        self, states: dict[str, Tensor], logp: Tensor, view_logp: Tensor, g: torch.Generator, dtype: torch.dtype
+        self,
+        states: dict[str, Tensor],
+        logp: Tensor,
+        view_logp: Tensor,
+        g: torch.Generator,
+        dtype: torch.dtype,
     ) -> dict[str, Any]:
         b, t, k, config = self.b, self.t, self.k, self.config
         normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
@@ -243,17 +267,27 @@ class LossSpec:
         ref_logp = logp + 0.5 * normal(b, t)
         if self.difficulty == "at_clip_edge":
             edges = [1 - config.clip_low, 1 + config.clip_high, config.dual_clip or 1.0]
-            edge = torch.tensor(edges, dtype=torch.float64).log()[torch.randint(3, (b, t), generator=g)]
+            edge = torch.tensor(edges, dtype=torch.float64).log()[
+                torch.randint(3, (b, t), generator=g)
+            ]
             side = 2e-3 * normal(b, t).sign()
             old_logp = logp - edge - side
             if k and in_states:
-                states["view_logp"] = (old_logp + edge - side).expand(k, -1, -1) + 1e-6 * normal(k, b, t)
+                states["view_logp"] = (old_logp + edge - side).expand(k, -1, -1) + 1e-6 * normal(
+                    k, b, t
+                )
             view_old_logp = old_logp
         elif self.difficulty == "far_ratios":
             far = 25 * normal(b, t).sign()
             old_logp, view_old_logp, ref_logp = old_logp + far, view_old_logp - far, ref_logp + far
 
-        tokenwise = {**states, "mask": mask, "old_logp": old_logp, "ref_logp": ref_logp, "view_old_logp": view_old_logp}
+        tokenwise = {
+            **states,
+            "mask": mask,
+            "old_logp": old_logp,
+            "ref_logp": ref_logp,
+            "view_old_logp": view_old_logp,
+        }
         if self.token_advantages:
             tokenwise["advantages"] = advantages
         case: dict[str, Any] = {"correct": correct, "advantages": advantages, "cu_seqlens": None}
@@ -301,7 +335,11 @@ class LossSpec:
             "total_tokens": int(case["mask"].sum()) + 7,
             "total_correct": int(case["correct"].sum()) + 2,
         }
-        return counts if self.totals == "number" else {n: torch.tensor(float(x)) for n, x in counts.items()}
+        return (
+            counts
+            if self.totals == "number"
+            else {n: torch.tensor(float(x)) for n, x in counts.items()}
+        )
 
 
 def _pack(name: str, x: Tensor, kept: Tensor) -> Tensor:
@@ -331,7 +369,9 @@ def configs(**fixed: Any) -> st.SearchStrategy[RomaConfig]:
     return st.builds(RomaConfig, **(drawn | {k: st.just(x) for k, x in fixed.items()}))
 
 
-def loss_specs(config: st.SearchStrategy[RomaConfig] | None = None, **fixed: Any) -> st.SearchStrategy[LossSpec]:
+def loss_specs(
+    config: st.SearchStrategy[RomaConfig] | None = None, **fixed: Any
+) -> st.SearchStrategy[LossSpec]:
     """Calls of the loss; keyword arguments pin fields."""
     drawn: dict[str, st.SearchStrategy] = {
         "b": st.sampled_from([1, 2, 3, 5]),
@@ -348,8 +388,13 @@ def loss_specs(config: st.SearchStrategy[RomaConfig] | None = None, **fixed: Any
         "v": st.sampled_from([2, 33, 127, 128, 129]),
         "dtype": st.sampled_from(DTYPES),
         "bias": st.booleans(),
-        "head_difficulty": st.sampled_from(["plain", "plain", "peaked_tail", "equal_rows", "zero_rows"]),
+        "head_difficulty": st.sampled_from(
+            ["plain", "plain", "peaked_tail", "equal_rows", "zero_rows"]
+        ),
     }
     specs = st.builds(LossSpec, **(drawn | {k: st.just(x) for k, x in fixed.items()}))
-    # No view, no penalty: K = 0 with λ_inv > 0 is an error that test_loss_errors.py holds to its message.
-    return specs.map(lambda s: s if s.k else replace(s, config=replace(s.config, lambda_inv=0.0), aux=False))
+    # No view, no penalty: K = 0 with λ_inv > 0 is an error that test_loss_errors.py holds to its
+    # message.
+    return specs.map(
+        lambda s: s if s.k else replace(s, config=replace(s.config, lambda_inv=0.0), aux=False)
+    )

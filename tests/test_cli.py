@@ -98,6 +98,31 @@ def test_eval_and_demo_pass_their_arguments(monkeypatch: pytest.MonkeyPatch) -> 
     assert demo.made == [(("runs/demo",), {"seeds": [0, 1]})]
 
 
+def test_views(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert cli.main(["views", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == "seen gaussian_noise 0.08 0.12 0.18 sigma, pixels in 0..1".split()
+    assert cli.main(["views"]) == 2
+    assert capsys.readouterr().err.startswith("roma: IMAGE: expected at least one image file")
+    table = tmp_path / "levels.yaml"
+    table.write_text("jpeg: {levels: [30, 20]}\n")
+    gallery = Calls("roma.views.gallery", monkeypatch)
+    assert cli.main(["views", "a.jpg", "b/c.png", "--level-table", str(table)]) == 0
+    assert [args for args, _ in gallery.made] == [
+        (Path("a.jpg"), Path("views-a.png")),
+        (Path("b/c.png"), Path("views-c.png")),
+    ]
+    assert gallery.made[0][1]["corruptions"]["jpeg"].levels == (30, 20)
+
+
+def test_info_asks_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    info = Calls("roma.info", monkeypatch)
+    assert cli.main(["info"]) == 0
+    assert info.made == [((), {})]
+
+
 def raising(monkeypatch: pytest.MonkeyPatch, action: Any) -> None:
     """Makes `roma train` fail inside."""
     monkeypatch.setitem(cli.__dict__, "_train", action)

@@ -7,7 +7,10 @@ from roma.config import Config, dump, from_dict, load_config, to_dict
 from roma.kernels.view_loss.config import RomaConfig
 
 REQUIRED = ["data.train_files=train.parquet", "worker.actor.model_path=model"]
-CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
+CONFIGS = [
+    Path(__file__).parents[1] / "configs" / f"{name}.yaml"
+    for name in ("demo", "qwen3vl_4b", "qwen3vl_8b")
+]
 
 
 def load(*overrides: str) -> Config:
@@ -114,6 +117,12 @@ def test_a_slip_names_the_key_and_the_remedy(override: str) -> None:
     with pytest.raises(ValueError) as caught:
         load(override)
     assert SLIPS[override] in str(caught.value)
+
+
+def test_a_mini_batch_left_out_is_the_whole_batch() -> None:
+    assert load("data.rollout_batch_size=48").worker.actor.mini_batch_size == 48
+    given = load("data.rollout_batch_size=48", "worker.actor.mini_batch_size=16")
+    assert given.worker.actor.mini_batch_size == 16
 
 
 def test_rloo_needs_a_group() -> None:

@@ -3,6 +3,8 @@
 import io
 import itertools
 import json
+import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -100,6 +102,19 @@ def test_images_are_resized_before_they_are_degraded_and_each_cell_is_made_once(
     assert anew.at(noise) is not anew.at(noise)
     with pytest.raises(KeyError):
         anew.at(Cell("seen", "jpeg", 1))
+
+
+def test_levels_come_from_the_table_that_was_given_and_cells_survive_pickling():
+    jpeg = Cell("seen", "jpeg", 1)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 64, 3), dtype=np.uint8))
+    examples = [Example("0", (noise,), "<image> ?", "1")]
+    harder = {**CORRUPTIONS, "jpeg": replace(CORRUPTIONS["jpeg"], levels=(5,))}
+    mild, harsh = (
+        DegradedImages(examples, [jpeg], corruptions=table) for table in (CORRUPTIONS, harder)
+    )
+    assert (mild.at(jpeg)[0][0] != harsh.at(jpeg)[0][0]).any()
+    again = pickle.loads(pickle.dumps(mild.make_all()))
+    np.testing.assert_array_equal(again.at(jpeg)[0][0], mild.at(jpeg)[0][0])
 
 
 def test_no_examples_is_an_error():

@@ -54,7 +54,9 @@ def generate(
     cache.batch_repeat_interleave(group_size)
     # generate continues a cache with the position offset that the model keeps from its last prefill.
     lengths = prompts.attention_mask.sum(-1)
-    model.model.rope_deltas = (prompts.next_position - lengths)[:, None].repeat_interleave(group_size, 0)
+    model.model.rope_deltas = (prompts.next_position - lengths)[:, None].repeat_interleave(
+        group_size, 0
+    )
     given = model.generation_config
     options = GenerationConfig(
         max_new_tokens=max_new_tokens,

@@ -7,8 +7,8 @@ Importing this loads no DALI: the first image degraded does. A process forked af
 its first DALI call; `roma.views.engine` says what to do instead.
 """
 
-from roma.views.corruptions import CORRUPTIONS, Corruption, Parameter, load_levels
 from roma.views.batch import degrade, degrade_batch
+from roma.views.corruptions import CORRUPTIONS, Corruption, Parameter, load_levels
 from roma.views.sample import ViewSpec, sample, seed_for
 
 __all__ = [

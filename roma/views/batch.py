@@ -99,7 +99,7 @@ def degrade_batch(
         fail("images, specs, seeds", "lists of one length", got, "give one spec and seed per image")
     pixels = [_pixels(image, f"images[{i}]") for i, image in enumerate(images)]
     keys = [_seed(seed, f"seeds[{i}]") for i, seed in enumerate(seeds)]
-    made: list[NDArray[np.uint8] | None] = [None] * len(pixels)
+    made = list(pixels)
     groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     parameters: list[Parameter] = []
     for i, spec in enumerate(specs):

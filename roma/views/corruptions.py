@@ -37,6 +37,7 @@ class Corruption:
     levels: tuple[Parameter, ...]
     """The parameter at L1, L2, …, ever stronger."""
     unit: str
+    """What the parameter is; `full_unit` tells too at which size."""
     identity: Parameter
     """The parameter that leaves an image as it is: level 0."""
     limit: Parameter
@@ -64,19 +65,24 @@ class Corruption:
             fail(f"{self.name}.reference_size", expected, str(self.reference_size), "give 224")
 
     @property
+    def full_unit(self) -> str:
+        """The unit, and the image size for which a length in it holds: "sigma in px at 224"."""
+        return self.unit + (f" at {self.reference_size}" if self.reference_size else "")
+
+    @property
     def training_range(self) -> tuple[Parameter, Parameter]:
         """The parameters between which training customarily draws: of level 0 and of L2."""
         return self.identity, self.parameter(min(2, len(self.levels)))
 
     def parameter(self, level: float) -> Parameter:
-        """The parameter at a level: piecewise linear through level 0 (the identity), L1, L2, …
+        """The parameter at a level: piecewise linear through the identity (level 0) and each level.
 
         Raises:
             ValueError: `level` lies outside 0..the last level.
         """
         if not 0 <= level <= len(self.levels):
             expected = f"0 to {len(self.levels)}, the levels of {self.name}"
-            fail("level", expected, f"{level:g}", "choose a level in that range, or give parameter=")
+            fail("level", expected, f"{level:g}", "choose one of those, or give parameter=")
         points = (self.identity, *self.levels)
         below = min(int(level), len(self.levels) - 1)
         share = level - below
@@ -118,11 +124,11 @@ def _table() -> dict[str, Corruption]:
     rows = (
         Corruption(
             name="gaussian_noise", pool="seen", levels=(0.08, 0.12, 0.18),
-            unit="σ, pixels in 0..1", identity=0.0, limit=inf,
+            unit="sigma, pixels in 0..1", identity=0.0, limit=inf,
         ),
         Corruption(
             name="gaussian_blur", pool="seen", levels=(1.0, 2.0, 3.0),
-            unit="σ in px at 224", identity=0.0, limit=inf, reference_size=224,
+            unit="sigma in px", identity=0.0, limit=inf, reference_size=224,
         ),
         Corruption(
             name="jpeg", pool="seen", levels=(25.0, 18.0, 15.0),
@@ -134,7 +140,7 @@ def _table() -> dict[str, Corruption]:
         ),
         Corruption(
             name="motion_blur", pool="unseen", levels=((10.0, 3.0), (15.0, 5.0), (15.0, 8.0)),
-            unit="(radius, σ) in px at 224", identity=(0.0, 0.0), limit=(inf, inf),
+            unit="(radius, sigma) in px", identity=(0.0, 0.0), limit=(inf, inf),
             reference_size=224,
         ),
         Corruption(
@@ -143,7 +149,7 @@ def _table() -> dict[str, Corruption]:
         ),
         Corruption(
             name="speckle", pool="unseen", levels=(0.15, 0.2, 0.35),
-            unit="σ of x + x·n", identity=0.0, limit=inf,
+            unit="sigma of x + x·n", identity=0.0, limit=inf,
         ),
         Corruption(
             name="posterize", pool="unseen", levels=(4.0, 3.0, 2.0),

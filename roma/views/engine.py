@@ -23,12 +23,11 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-
-from roma.views.corruptions import Parameter
+from numpy.typing import ArrayLike, NDArray
 
 Images = NDArray[np.uint8]
 """[n, H, W, 3], 0..255."""
+Kernel = NDArray[np.float32]
 Operator = Callable[[Images, Sequence[Any], Sequence[int]], Images]
 
 
@@ -60,7 +59,7 @@ def _values(batch: Any) -> Images:
     return values
 
 
-def _per_sample(values: Sequence[Any], dtype: type) -> Any:
+def _per_sample(values: ArrayLike, dtype: type) -> Any:
     """A per-sample argument of a DALI operator."""
     return dali().as_batch(np.asarray(values, dtype=dtype))
 
@@ -80,13 +79,13 @@ def _normals(shape: tuple[int, ...], scales: Sequence[float], seeds: Sequence[in
 
 
 def gaussian_noise(images: Images, sigmas: Sequence[float], seeds: Sequence[int]) -> Images:
-    """x + σ·n, n normal and independent for each pixel and channel; rounded and clipped."""
+    """Adds sigma·n, n standard normal, drawn for each pixel and channel; rounds and clips."""
     noise = _normals(images.shape, [255 * sigma for sigma in sigmas], seeds)
     return _values(dali().cast(_batch(images) + _batch(noise), dtype=dali().uint8))
 
 
 def speckle(images: Images, sigmas: Sequence[float], seeds: Sequence[int]) -> Images:
-    """x·(1 + σ·n), n normal and independent for each pixel and channel; rounded and clipped."""
+    """Multiplies by 1 + sigma·n, n as in `gaussian_noise`; rounds and clips."""
     factors = _normals(images.shape, sigmas, seeds)
     factors += 1
     return _values(dali().cast(_batch(images) * _batch(factors), dtype=dali().uint8))
@@ -104,7 +103,7 @@ def salt_and_pepper(images: Images, shares: Sequence[float], seeds: Sequence[int
 
 
 def gaussian_blur(images: Images, sigmas: Sequence[float], seeds: Sequence[int]) -> Images:
-    """Gaussian blur over a window of radius ⌈3σ⌉; the border is reflected (dcb|abcd|cba)."""
+    """Gaussian blur over a window of radius ⌈3·sigma⌉; the border is reflected (dcb|abcd|cba)."""
     return _values(dali().gaussian_blur(_batch(images), sigma=_per_sample(sigmas, np.float32)))
 
 
@@ -119,14 +118,12 @@ def motion_blur(
     return _values(dali().filter(_batch(images), kernels, anchor=anchors))
 
 
-def trail(
-    radius: float, sigma: float, angle: float
-) -> tuple[NDArray[np.float32], tuple[int, int]]:
+def trail(radius: float, sigma: float, angle: float) -> tuple[Kernel, tuple[int, int]]:
     """The kernel of a motion blur and where its origin lies in it.
 
-    As ImageMagick's (which ImageNet-C uses): 2·radius + 1 taps, one pixel apart on a ray, weighing
-    exp(-i²/2σ²) for i = 0, 1, …, so the trail is on one side. Each tap is shared bilinearly by four
-    pixels, where ImageMagick rounds.
+    As ImageMagick's (which ImageNet-C uses): 2·radius + 1 taps, one pixel apart on a ray; tap i
+    weighs exp(-i²/(2·sigma²)), i = 0, 1, …, so the trail lies on one side. Each tap is shared
+    bilinearly by four pixels, where ImageMagick rounds.
 
     Args:
         radius: half the trail's length, px.

@@ -40,7 +40,7 @@ def seed_for(*key: Key) -> int:
         TypeError: a part is neither an integer nor a string.
 
     Example:
-        >>> seed_for(0, 12, "row 7", 1) == seed_for(0, 12, "row 7", 1) != seed_for(0, 12, "row 7", 2)
+        >>> seed_for(0, 1, "row 7", 0) == seed_for(0, 1, "row 7", 0) != seed_for(0, 1, "row 7", 1)
         True
     """
     return int.from_bytes(_digest(key)[:8], "little") >> 1
@@ -55,7 +55,7 @@ def sample(
     max_level: float = 2.0,
     strength: Literal["uniform", "strong"] = "uniform",
 ) -> list[ViewSpec]:
-    """Draws k views with distinct corruptions of a pool, each at a level of its own in (0, max_level].
+    """Draws k views of distinct corruptions of a pool, each with its own level in (0, max_level].
 
     With u uniform in (0, 1], the level is max_level·u ("uniform") or max_level·√u ("strong"; its
     median is 0.71·max_level).

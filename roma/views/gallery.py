@@ -1,0 +1,110 @@
+"""A contact sheet: every corruption of an image at every level, with its parameter."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from roma.kernels.checks import fail
+from roma.views.batch import degrade_batch
+from roma.views.corruptions import CORRUPTIONS, Corruption
+from roma.views.sample import ViewSpec, seed_for
+
+_TILE, _GAP, _LINE = 192, 8, 18  # px: shorter side a tile is enlarged to, margins, a line of text
+_SCREEN = 256  # px: the longest shorter side of a tile
+
+
+def draw_gallery(
+    image: NDArray[np.uint8],
+    *,
+    corruptions: Mapping[str, Corruption] = CORRUPTIONS,
+    seed: int = 0,
+) -> Image.Image:
+    """A row per corruption, a column per level; column 0 is the clean image.
+
+    The image is degraded at its own size. For the sheet, small tiles are then enlarged by a whole
+    factor without smoothing, and large ones reduced.
+
+    Args:
+        image: [H, W, 3] uint8, RGB.
+        corruptions: the table of levels.
+        seed: of the noise.
+
+    Raises:
+        ValueError: the table is empty, or as in `degrade`.
+        TypeError: as in `degrade`.
+        ImportError: DALI is not installed.
+
+    Example:
+        >>> draw_gallery(np.zeros((32, 64, 3), np.uint8)).mode
+        'RGB'
+    """
+    if not corruptions:
+        fail("corruptions", "at least one corruption", "none", "leave it out for CORRUPTIONS")
+    specs = [
+        ViewSpec(corruption.name, corruption.parameter(level), float(level))
+        for corruption in corruptions.values()
+        for level in range(len(corruption.levels) + 1)
+    ]
+    seeds = [seed_for(seed, spec.corruption, str(spec.level)) for spec in specs]
+    views = iter(degrade_batch([image] * len(specs), specs, seeds, corruptions=corruptions))
+    width, height = _tile_size(image.shape[1], image.shape[0])
+    across = 1 + max(len(corruption.levels) for corruption in corruptions.values())
+    row = height + 2 * _LINE + _GAP
+    size = (_GAP + across * (width + _GAP), _GAP + len(corruptions) * row)
+    sheet = Image.new("RGB", size, "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for i, corruption in enumerate(corruptions.values()):
+        top = _GAP + i * row
+        title = f"{corruption.name} ({corruption.pool}): {corruption.full_unit}"
+        pen.text((_GAP, top), title, fill="black", font=font)
+        for level in range(len(corruption.levels) + 1):
+            left = _GAP + level * (width + _GAP)
+            tile = Image.fromarray(next(views))
+            shrink = width < tile.width
+            method = Image.Resampling.BOX if shrink else Image.Resampling.NEAREST
+            sheet.paste(tile.resize((width, height), method), (left, top + _LINE))
+            caption = f"L{level}: {corruption.describe(corruption.parameter(level))}"
+            below = top + _LINE + height
+            pen.text((left, below), caption if level else "clean", fill="dimgray", font=font)
+    return sheet
+
+
+def write_gallery(
+    image_path: str | Path,
+    out: str | Path,
+    *,
+    corruptions: Mapping[str, Corruption] = CORRUPTIONS,
+    seed: int = 0,
+) -> Path:
+    """`roma views`: draws the gallery of an image file to a PNG file, and returns its path.
+
+    Raises:
+        ValueError: the file is not an image, or `out` is not called .png.
+        OSError: a file cannot be read or written.
+        ImportError: DALI is not installed.
+    """
+    out = Path(out)
+    if out.suffix.lower() != ".png":
+        fail("out", "a name that ends in .png", str(out), f"call it {out.stem}.png")
+    try:
+        with Image.open(image_path) as opened:
+            image = np.asarray(opened.convert("RGB"))
+    except OSError as error:
+        if error.errno is not None:  # not there, not readable: the system's own words
+            raise
+        fail(str(image_path), "an image", str(error), "give a PNG, JPEG, … file")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw_gallery(image, corruptions=corruptions, seed=seed).save(out)
+    return out
+
+
+def _tile_size(width: int, height: int) -> tuple[int, int]:
+    """Width and height of a tile: the image's, times a whole factor, or reduced to fit."""
+    shorter = min(width, height)
+    if shorter > _SCREEN:
+        return max(1, width * _SCREEN // shorter), max(1, height * _SCREEN // shorter)
+    factor = max(1, _TILE // max(width, height))
+    return factor * width, factor * height

@@ -1,0 +1,191 @@
+"""One call of roma_loss_from_logp held to the oracle: what the tests of the loss share."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import oracle
+import strategies
+import tolerance
+import torch
+from hypothesis import assume, currently_in_test_context
+from strategies import LossSpec
+from torch import Tensor
+
+import roma
+
+# The scalars that are compared by value: metric, and the oracle's part of the loss behind it.
+SCALARS = {"loss": None, "roma_penalty_worst": "inv", "roma_aux_loss": "aux", "pg_loss": "main"}
+
+
+METRICS = {
+    "loss",
+    "pg_loss",
+    "pg_clipfrac_higher",
+    "pg_clipfrac_lower",
+    "ppo_kl",
+    "ref_kl",
+    "roma_aux_loss",
+    "roma_aux_clipfrac",
+    "roma_penalty_mean",
+    "roma_penalty_worst",
+}
+
+
+LOGPS = ("logp", "view_logp")
+
+
+def require_clear_of_kinks(want: oracle.Expected, noise: float) -> None:
+    """Discard a drawn case in which rounding decides between two branches.
+
+    A case chosen by hand must not be one.
+    """
+    clear = want.kink > tolerance.KINK_SIGMAS * noise
+    if currently_in_test_context():
+        assume(clear)
+    assert clear, f"a log-ratio lies {want.kink:.1e} nats from a kink"
+
+
+def on_leaves(case: dict[str, Any]) -> dict[str, Any]:
+    """The same case with fresh differentiable logp and view_logp."""
+    return case | {name: case[name].clone().requires_grad_() for name in LOGPS}
+
+
+def call(case: dict[str, Any], backend: str):
+    """The public function on a case of the strategies."""
+    case = dict(case)
+    return roma.roma_loss_from_logp(
+        case.pop("logp"), case.pop("view_logp"), **case, backend=backend
+    )
+
+
+def expect(case: dict[str, Any], **how: Any) -> oracle.Expected:
+    """The oracle on the same case."""
+    case = dict(case)
+    return oracle.view_loss(case.pop("logp"), case.pop("view_logp"), **case, **how)
+
+
+def slopes(value: Tensor, leaves: list[Tensor], **how: Any) -> list[Tensor]:
+    """Gradients by each leaf, zeros where value does not depend on it."""
+    live = [x for x in leaves if x.requires_grad]
+    found = iter(
+        torch.autograd.grad(value, live, allow_unused=True, **how) if value.requires_grad else []
+    )
+    grads = [next(found, None) if x.requires_grad else None for x in leaves]
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]
+
+
+def check_choice(
+    got: Tensor, want: oracle.Expected, eager: oracle.Expected, noise: float, worst_over: str
+) -> None:
+    """The chosen view's penalty is the largest, to rounding; masked tokens hold -1."""
+    assert got.dtype == torch.int64 and got.shape == want.worst_view.shape and not got.requires_grad
+    if want.penalty.shape[1] == 0:
+        return
+    limit = tolerance.bound(want.penalty, eager.penalty, torch.float32, noise).largest
+    flat, by_oracle = got.reshape(-1), want.worst_view.reshape(-1)
+    for row, (mine, theirs) in enumerate(zip(flat.tolist(), by_oracle.tolist(), strict=True)):
+        if theirs < 0:
+            assert worst_over == "token" and mine == -1
+            continue
+        values = want.penalty[row]
+        assert 0 <= mine < len(values)
+        assert float(values[theirs] - values[mine]) <= 2 * limit, (
+            f"row {row}: {values.tolist()}, chose {mine}"
+        )
+
+
+def penalty_noise(want: oracle.Expected, logp_error: float, slope: float) -> float:
+    """Error of one penalty: its slope in δ, at most e^δ + 1, times the error of δ."""
+    return (slope + 1) * (2 * logp_error + tolerance.eps(torch.float32))
+
+
+def check_against_oracle(spec: LossSpec, backend: str) -> None:
+    """One call: loss, metrics, worst view, both gradients under a random upstream gradient."""
+    case = spec.make_logp()
+    mine = on_leaves(case)
+    got = call(mine, backend)
+    upstream = torch.randn((), generator=strategies.generator(spec.seed + 1))
+    if got.loss.requires_grad:
+        (upstream * got.loss).backward()
+
+    chosen = got.worst_view if spec.k else None
+    theirs, plain = on_leaves(case), on_leaves(case)
+    want, eager = (
+        expect(theirs, worst_view=chosen),
+        expect(plain, worst_view=chosen, dtype=torch.float32),
+    )
+    # Rounding of a log-ratio of this size, once in the difference and once in its exponential.
+    noise = tolerance.eps(torch.float32) * max(want.reach, 1.0)
+    require_clear_of_kinks(want, noise)
+
+    check_choice(
+        got.worst_view,
+        want,
+        eager,
+        penalty_noise(want, noise, math.exp(want.reach)),
+        spec.config.worst_over,
+    )
+    leaves, plain_leaves = [theirs[n] for n in LOGPS], [plain[n] for n in LOGPS]
+    assert got.metrics.keys() == METRICS
+    for metric, part in SCALARS.items():
+        value = want.loss if part is None else want.scalar(part)
+        assert got.metrics[metric].shape == () and not got.metrics[metric].requires_grad
+        if metric == "pg_loss" and spec.config.ref_coef:
+            continue  # whether the reference's share is inside is a matter of naming
+        terms = torch.cat(list(want.terms.values())) if part is None else want.terms[part]
+        spread = tolerance.scalar_noise(terms, slopes(value, leaves, retain_graph=True), noise)
+        rough = eager.loss if part is None else eager.scalar(part)
+        results = [got.metrics[metric]] + ([got.loss] if part is None else [])
+        for result in results:
+            tolerance.check(metric, result, value, rough, dtype=torch.float32, noise=spread)
+
+    rate = slopes(want.loss, leaves, create_graph=True, retain_graph=True)
+    curve = slopes(sum(g.sum() for g in rate), leaves)
+    rough = slopes(eager.loss, plain_leaves)
+    masked = ~case["mask"]
+    for name, g, h, e in zip(LOGPS, rate, curve, rough, strict=True):
+        grad = mine[name].grad
+        if grad is None:  # nothing depends on it
+            assert not bool(g.any()), name
+            continue
+        assert bool((grad[..., masked] == 0).all()), f"d{name} on masked positions"
+        # h is the slope's own slope: an error of the log-ratio moves the gradient by as much
+        spread = (2 * noise * h.abs() + tolerance.eps(torch.float32) * g.abs()) * float(
+            upstream.abs()
+        )
+        tolerance.check(
+            f"d{name}", grad, upstream * g, upstream * e, dtype=torch.float32, noise=spread
+        )
+
+    for name in LOGPS:
+        result, given_ = getattr(got, name), case[name]
+        assert (
+            not result.requires_grad
+            and result.dtype == torch.float32
+            and result.shape == given_.shape
+        )
+        assert torch.equal(result, given_.masked_fill(masked, 0.0)), (
+            f"{name} is handed back, 0 where masked"
+        )
+
+
+def take(case: dict[str, Any], order: Tensor) -> dict[str, Any]:
+    """A padded case with its sequences in another order, or only some of them."""
+    rows = (
+        "logp",
+        "mask",
+        "old_logp",
+        "ref_logp",
+        "view_old_logp",
+        "advantages",
+        "correct",
+        "aux_view",
+    )
+    out = dict(case)
+    for name in rows:
+        if case[name] is not None:
+            out[name] = case[name][order]
+    out["view_logp"] = case["view_logp"][:, order]
+    return out

@@ -1,0 +1,171 @@
+"""One call of roma_loss held to the oracle: what the tests of the whole loss share."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import compare_logp
+import oracle
+import strategies
+import tolerance
+import torch
+from strategies import LossSpec
+from torch import Tensor
+
+import roma
+
+LEAVES = ("hidden", "view_hidden", "weight", "bias")
+
+
+def on_leaves(
+    case: dict[str, Any], dtype: torch.dtype | None = None, frozen: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The same case with fresh leaves, differentiable unless frozen."""
+    fresh = {
+        name: case[name]
+        .detach()
+        .clone()
+        .to(dtype or case[name].dtype)
+        .requires_grad_(name not in frozen)
+        for name in LEAVES
+        if case[name] is not None
+    }
+    return case | fresh
+
+
+def split(case: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The positional and the keyword arguments of roma_loss."""
+    positional = ("hidden", "view_hidden", "weight", "tokens")
+    return tuple(case[n] for n in positional), {
+        n: x for n, x in case.items() if n not in positional
+    }
+
+
+def call(case: dict[str, Any], backend: str):
+    """The public function on a case of the strategies."""
+    positional, named = split(case)
+    return roma.roma_loss(*positional, **named, backend=backend)
+
+
+def expect(case: dict[str, Any], **how: Any) -> oracle.Expected:
+    """The oracle on the same case."""
+    positional, named = split(case)
+    return oracle.roma_loss(*positional, **named, **how)
+
+
+def stack_rows(case: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states [(K+1)·n, D] and tokens of all counted rows, clean ones first.
+
+    And the counted places.
+    """
+    counted = case["mask"].reshape(-1).nonzero()[:, 0]
+    d = case["hidden"].shape[-1]
+    states = [case["hidden"], *case["view_hidden"]]
+    flat = torch.cat([x.detach().reshape(-1, d)[counted] for x in states])
+    return flat, case["tokens"].reshape(-1)[counted].repeat(len(states)), counted
+
+
+def check_against_oracle(spec: LossSpec, backend: str, frozen: tuple[str, ...] = ()) -> None:
+    """One call.
+
+    Log-probs, loss, metrics, worst view, and dh, d(view)h, dW, db under a random upstream gradient.
+    """
+    case = spec.make()
+    accumulate = tolerance.accumulator(spec.dtype)
+    mine = on_leaves(case, frozen=frozen)
+    got = call(mine, backend)
+    upstream = torch.randn((), generator=strategies.generator(spec.seed + 1)).to(accumulate)
+    if got.loss.requires_grad:
+        (upstream * got.loss).backward()
+
+    theirs, plain = on_leaves(case, torch.float64), on_leaves(case, accumulate)
+    chosen = got.worst_view if spec.k else None
+    want = expect(theirs, worst_view=chosen)
+    eager = expect(plain, worst_view=chosen, dtype=accumulate)
+    heads = list(want.heads.values())
+    rows, targets, counted = stack_rows(case)
+    stacked = oracle.Head(**{n: torch.cat([getattr(h, n) for h in heads]) for n in vars(heads[0])})
+    scale = 1 / spec.config.temperature
+    row_noise = tolerance.logp_noise(stacked, rows, case["weight"], scale, spec.dtype)
+    worst = float(row_noise.max()) if len(row_noise) else 0.0
+    # A log-ratio is a difference of two log-probs, one of them given.
+    noise = 2 * worst + tolerance.eps(accumulate) * max(want.reach, 1.0)
+    compare_logp.require_clear_of_kinks(want, noise)
+
+    masked = ~case["mask"]
+    for name in ("logp", "view_logp"):
+        result, value, rough = getattr(got, name), getattr(want, name), getattr(eager, name)
+        assert not result.requires_grad and bool((result[..., masked] == 0).all())
+        tolerance.check(name, result, value, rough, dtype=accumulate, noise=worst)
+    compare_logp.check_choice(
+        got.worst_view,
+        want,
+        eager,
+        compare_logp.penalty_noise(want, noise, math.exp(want.reach)),
+        spec.config.worst_over,
+    )
+
+    logps = [want.logp, want.view_logp]
+    assert got.metrics.keys() == compare_logp.METRICS
+    for metric, part in compare_logp.SCALARS.items():
+        if metric == "pg_loss" and spec.config.ref_coef:
+            continue
+        value = want.loss if part is None else want.scalar(part)
+        terms = torch.cat(list(want.terms.values())) if part is None else want.terms[part]
+        rough = eager.loss if part is None else eager.scalar(part)
+        spread = tolerance.scalar_noise(
+            terms, compare_logp.slopes(value, logps, retain_graph=True), noise
+        )
+        tolerance.check(metric, got.metrics[metric], value, rough, dtype=accumulate, noise=spread)
+        if part is None:
+            tolerance.check("loss", got.loss, value, rough, dtype=accumulate, noise=spread)
+
+    rate = compare_logp.slopes(want.loss, logps, create_graph=True, retain_graph=True)
+    curve = compare_logp.slopes(sum(g.sum() for g in rate), logps, retain_graph=True)
+
+    def by_row(pair: list[Tensor]) -> Tensor:
+        whole = torch.cat([pair[0][None], pair[1]]).detach().reshape(spec.k + 1, -1)
+        return whole[:, counted].reshape(-1) * float(upstream)
+
+    g, h = by_row(rate), by_row(curve)
+    dz = tolerance.dlogits(
+        stacked,
+        targets,
+        g,
+        0.0,
+        2 * noise * h.abs() + tolerance.eps(accumulate) * g.abs(),
+        row_noise,
+        scale=scale,
+        softcap=spec.config.softcap,
+        dtype=spec.dtype,
+    )
+    by_state = tolerance.dhidden_noise(dz, case["weight"], spec.dtype)
+    largest = by_state.amax() if by_state.numel() else 0.0
+    spreads = {
+        "hidden": largest,
+        "view_hidden": largest,
+        "weight": tolerance.dweight_noise(dz, rows, spec.dtype),
+        "bias": tolerance.dweight_noise(dz, torch.ones(len(rows), 1), spec.dtype)[:, 0],
+    }
+    names = [n for n in LEAVES if case[n] is not None]
+    truth = compare_logp.slopes(want.loss, [theirs[n] for n in names], retain_graph=True)
+    rough = compare_logp.slopes(eager.loss, [plain[n] for n in names], retain_graph=True)
+    for name, value, e in zip(names, truth, rough, strict=True):
+        grad = mine[name].grad
+        if name in frozen:
+            assert grad is None, f"{name} is frozen"
+            continue
+        if grad is None:  # nothing depends on it
+            assert not bool(value.any()), name
+            continue
+        if name in ("hidden", "view_hidden"):
+            assert bool((grad[..., masked, :] == 0).all()), f"d{name} on masked positions"
+        tolerance.check(
+            f"d{name}",
+            grad,
+            upstream * value,
+            upstream * e,
+            dtype=mine[name].dtype,
+            noise=spreads[name],
+        )
