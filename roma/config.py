@@ -126,10 +126,12 @@ class RolloutConfig:
 class RewardConfig:
     """Sub-section `worker.reward`."""
 
-    function: str = "roma.reward:compute_score"
-    """`file.py:function` as in EasyR1, or `module:function`. The default compares boxed answers."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Keywords for it, such as `{format_weight: 0.1}`."""
+    function: str = "builtin"
+    """"builtin" compares boxed answers; or `file.py:function` with EasyR1's signature."""
+    format_weight: Share = 0.1
+    """Of "builtin": overall = (1 - w)·accuracy + w·format."""
+    strict_end: bool = True
+    """Of "builtin": only a response that ends right after its box is accurate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +265,11 @@ def _check_together(config: Config) -> None:
         expected = f"worker.rollout.temperature = {rollout.temperature:g}"
         remedy = "leave it out, it follows the rollout's"
         fail("algorithm.roma.temperature", expected, f"{roma.temperature:g}", remedy)
+    reward = config.worker.reward
+    alone = dataclasses.replace(reward, function="builtin")
+    if reward.function != "builtin" and alone != RewardConfig():
+        remedy = "format_weight and strict_end are options of the builtin; remove them"
+        fail("worker.reward.function", "builtin beside its options", reward.function, remedy)
     if config.trainer.val_freq and config.data.val_files is None:
         got = str(config.trainer.val_freq)
         fail("trainer.val_freq", "0 without data.val_files", got, "name a validation set")

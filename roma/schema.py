@@ -1,6 +1,6 @@
 """From YAML to a tree of frozen dataclasses, every key and type checked against the annotations.
 
-Understands bool, int, float, str, `Literal` of strings, `X | None`, tuples (YAML lists), dicts,
+Understands bool, int, float, str, `Literal` of strings, `X | None`, tuples (YAML lists),
 `Annotated[number, Range(…)]` and dataclasses within dataclasses. A field without a default must be
 given. Errors name the full dotted key.
 """
@@ -200,8 +200,6 @@ def explain(section: type, prefix: str = "") -> Iterator[Entry]:
         if field.default is not dataclasses.MISSING:
             value = list(field.default) if isinstance(field.default, tuple) else field.default
             default = yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
-        elif field.default_factory is not dataclasses.MISSING:
-            default = str(field.default_factory())
         yield Entry(key, _describe(kind), default, texts.get(field.name, ""))
 
 
@@ -224,8 +222,6 @@ def _value(kind: Any, value: Any, key: str) -> Any:
         return _section(kind, value, key)
     if origin is Literal:
         good, built = value in arguments, value
-    elif origin is dict:
-        good, built = isinstance(value, dict), value
     elif origin is Annotated:
         built = _scalar(arguments[0], value)
         good = built is not None and built in arguments[1]
@@ -290,8 +286,6 @@ def _describe(kind: Any) -> str:
         return f"{words[arguments[0]]} {arguments[1]}"
     if origin is Literal:
         return "one of " + ", ".join(arguments)
-    if origin is dict:
-        return "a section (KEY: VALUE lines)"
     if origin is tuple:
         length = "" if arguments[-1] is ... else f"of {len(arguments)} "
         return f"a list {length}like [a, b], each {_describe(arguments[0])}"

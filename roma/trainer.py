@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from roma.loss import view_divergence
 from roma.metrics import open_log
 from roma.online_views import OnlineViews, Views, by_corruption
 from roma.policy import Policy, PromptBatch
-from roma.reward import RewardFunction, load_reward
+from roma.reward import RewardFunction, compute_score, load_reward
 from roma.rollout.hf import Rollouts, generate
 from roma.step import UpdateBatch, UpdateStep, distinct_rows
 from roma.views import seed_for
@@ -72,17 +73,13 @@ class Trainer:
         actor, algorithm, trainer = config.worker.actor, config.algorithm, config.trainer
         if trainer.threads:
             torch.set_num_threads(trainer.threads)
-        self.data = self._load(config.data.train_files, config.data.train_split)
+        self.data = self._load(config.data.train_files)
         self.rows = min(len(self.data), config.data.limit or len(self.data))
-        self.val = None
-        if config.data.val_files:
-            self.val = self._load(config.data.val_files, config.data.val_split)
+        self.val = self._load(config.data.val_files) if config.data.val_files else None
         device = trainer.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.policy = Policy.load(
-            actor.model_path, dtype=getattr(torch, trainer.dtype), device=device
-        )
+        self.policy = Policy.load(actor.model_path, device=device)
         if actor.freeze_vision:
             self.policy.model.model.visual.requires_grad_(False)
         loss = algorithm.roma
@@ -98,12 +95,11 @@ class Trainer:
         self.scheduler = LambdaLR(self.optimizer, self._rate)
         self._resume()
 
-    def _load(self, path: str, split: str | None) -> RomaDataset:
+    def _load(self, path: str) -> RomaDataset:
         data = self.config.data
         columns = Columns(images=data.image_key, problem=data.prompt_key, answer=data.answer_key)
         return load_dataset_rows(
             path,
-            split=split,
             columns=columns,
             image_dir=data.image_dir,
             skip_broken=data.skip_broken,
@@ -123,6 +119,11 @@ class Trainer:
             return 1.0
         total = self.config.trainer.total_steps * self.updates_per_step
         return max(total - update, 0) / max(total - actor.warmup_steps, 1)
+
+    def _precision(self) -> torch.autocast:
+        """The model's products in the configured dtype; weights and logits stay fp32."""
+        low = self.config.trainer.dtype == "bfloat16"
+        return torch.autocast(self.policy.device.type, torch.bfloat16, enabled=low)
 
     def _resume(self) -> None:
         trainer = self.config.trainer
@@ -212,14 +213,15 @@ class Trainer:
             views = self.views.make(self.policy, prompts, examples, self.step, 1)
             prompts = replace(prompts, pixel_values=views.pixels[0])
         group = config.worker.rollout.n
-        rollouts = generate(
-            self.policy,
-            prompts,
-            group_size=group,
-            max_new_tokens=config.data.max_response_length,
-            temperature=config.worker.rollout.temperature,
-            seed=seed_for(config.trainer.seed, "rollout", self.step),
-        )
+        with self._precision():
+            rollouts = generate(
+                self.policy,
+                prompts,
+                group_size=group,
+                max_new_tokens=config.data.max_response_length,
+                temperature=config.worker.rollout.temperature,
+                seed=seed_for(config.trainer.seed, "rollout", self.step),
+            )
         rows = torch.arange(len(examples), device=self.policy.device).repeat_interleave(group)
         rewards = self._rewards(examples, rows, rollouts)
         advantages = ESTIMATORS[config.algorithm.adv_estimator](rewards["overall"], rows)
@@ -304,7 +306,8 @@ class Trainer:
         if self.updates_per_step > 1:  # later updates are off the policy that sampled
             parts = self._micro(slice(0, prompts))
             batches = (self._batch(experience, Views.none(), part) for part in parts)
-            old_logp = torch.cat([self.update_step.old_logp(batch) for batch in batches])
+            with self._precision():
+                old_logp = torch.cat([self.update_step.old_logp(batch) for batch in batches])
         sums: Counter[str] = Counter()
         for _ in range(actor.ppo_epochs):
             for start in range(0, prompts, actor.mini_batch_size):
@@ -337,7 +340,8 @@ class Trainer:
                 total_tokens=whole.total_tokens,
                 total_correct=whole.total_correct,
             )
-            out = self.update_step(batch)
+            with self._precision():
+                out = self.update_step(batch)
             out.loss.backward()
             metrics.update({name: float(value) for name, value in out.metrics.items()})
             config = self.update_step.config
@@ -380,8 +384,7 @@ class Trainer:
 def _reward_of(config: RewardConfig) -> RewardFunction:
     if config.function != "builtin":
         return load_reward(config.function)
-    options = {"format_weight": config.format_weight, "strict_end": config.strict_end}
-    return load_reward("roma.reward:compute_score", **options)
+    return partial(compute_score, format_weight=config.format_weight, strict_end=config.strict_end)
 
 
 @contextmanager

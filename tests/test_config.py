@@ -97,7 +97,7 @@ SLIPS = {
     "trainer.logger=[consol]": "trainer.logger[0]: expected one of console, file, tensorboard, wandb",
     "worker.actor.betas=[0.9]": "worker.actor.betas: expected a list of 2 like [a, b], each a number",
     "worker.actor.betas=[0.9, 1.2]": "worker.actor.betas[1]: expected a number ≥ 0 and ≤ 1, got 1.2",
-    "worker.reward.options=3": "worker.reward.options: expected a section",
+    "worker.reward.strict_end=3": "worker.reward.strict_end: expected true or false, got 3",
     "algorithm.views=3": "algorithm.views: expected a section (KEY: VALUE lines), got 3; its keys are",
     "algorithm.roma=[1]": "algorithm.roma: expected a section (KEY: VALUE lines), got the list [1]",
     "algorithm=3": "algorithm: expected a section",
@@ -123,6 +123,12 @@ def test_a_mini_batch_left_out_is_the_whole_batch() -> None:
     assert load("data.rollout_batch_size=48").worker.actor.mini_batch_size == 48
     given = load("data.rollout_batch_size=48", "worker.actor.mini_batch_size=16")
     assert given.worker.actor.mini_batch_size == 16
+
+
+def test_options_of_the_builtin_reward_do_not_vanish() -> None:
+    assert load("worker.reward.function=my.py:score").worker.reward.function == "my.py:score"
+    with pytest.raises(ValueError, match="format_weight and strict_end are options of the builtin"):
+        load("worker.reward.function=my.py:score", "worker.reward.format_weight=0.5")
 
 
 def test_rloo_needs_a_group() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import compare_logp
@@ -119,6 +120,19 @@ def test_float64_reference(spec: LossSpec) -> None:
         if mine[name].grad is not None:
             off = float((mine[name].grad - g).abs().sum())
             assert off <= tolerance.many(reach * (1 + float(g.abs().sum())), torch.float64)
+
+
+@given(spec=loss_specs(packed=False))
+def test_view_divergence(spec: LossSpec) -> None:
+    """What a trainer picks views by beforehand is what the loss compares."""
+    config = replace(spec.config, worst_over="sequence")
+    case = spec.make_logp() | {"config": config}
+    got = roma.view_divergence(case["logp"], case["view_logp"], case["mask"], config=config)
+    want, eager = compare_logp.expect(case), compare_logp.expect(case, dtype=torch.float32)
+    noise = tolerance.eps(torch.float32) * max(want.reach, 1.0)
+    spread = compare_logp.penalty_noise(want, noise, math.exp(want.reach))
+    how = {"dtype": torch.float32, "noise": spread}
+    tolerance.check("divergence", got, want.penalty.T, eager.penalty.T, **how)
 
 
 def test_result_types(backend: str) -> None:

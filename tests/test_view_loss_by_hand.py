@@ -170,6 +170,37 @@ def test_empty_sequence_has_no_penalty_and_counts(backend: str) -> None:
     assert abs(float(got.loss - alone.loss / 2)) <= tolerance.few(1.0)
 
 
+@pytest.mark.parametrize("where", ["logp", "view_logp", "old_logp"])
+def test_impossible_token_is_clamped(where: str, backend: str) -> None:
+    """A log-prob of -inf on a counted token (a truncating sampler's) acts like -1000: clamped."""
+    results = []
+    for low in (-1000.0, -math.inf):
+        case = compare_logp.on_leaves(tiny([-1.0, -2.0], [[-1.5, -2.5]], config=RomaConfig()))
+        with torch.no_grad():
+            case[where][..., 1] = low
+        got = compare_logp.call(case, backend)
+        got.loss.backward()
+        results.append([got.loss.detach(), case["logp"].grad, case["view_logp"].grad])
+    for first, second in zip(*results, strict=True):
+        assert bool(torch.isfinite(second).all()) and torch.equal(first, second)
+
+
+@pytest.mark.parametrize("b", [0, 2])
+def test_no_tokens_at_all(b: int, backend: str) -> None:
+    """No sequence, or sequences of length 0 (a rank without work): zero, finite metrics."""
+    case = {
+        "logp": torch.zeros(b, 0, requires_grad=True),
+        "view_logp": torch.zeros(3, b, 0, requires_grad=True),
+        "mask": torch.ones(b, 0, dtype=torch.bool),
+        "advantages": torch.ones(b),
+        "correct": torch.ones(b, dtype=torch.bool),
+        "old_logp": torch.zeros(b, 0),
+    }
+    got = compare_logp.call(case, backend)
+    assert float(got.loss.detach()) == 0.0 and got.worst_view.tolist() == [0] * b
+    assert all(bool(torch.isfinite(value)) for value in got.metrics.values())
+
+
 @given(spec=loss_specs(difficulty="everything_masked"))
 def test_nothing_counted_gives_zero(spec: LossSpec, backend: str) -> None:
     """No counted token anywhere: the loss and all gradients are exactly 0, never NaN."""

@@ -2,8 +2,6 @@
 
 import math
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import torch
 import views_reference as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from views_reference import picture, smooth
 
 from roma.views import (
     CORRUPTIONS,
@@ -25,7 +23,6 @@ from roma.views import (
     sample,
     seed_for,
 )
-from roma.views.gallery import draw_gallery, write_gallery
 
 DEMO_LEVELS = Path(__file__).parent.parent / "configs" / "demo_levels.yaml"
 # No scaling, so that a parameter means the same at every size.
@@ -35,33 +32,15 @@ NOISES = ("gaussian_noise", "speckle", "salt_and_pepper")
 # One pixel, a line, sides that no block, chroma or shrinking factor divides, and the demo's size.
 SIZES = ((1, 1), (1, 5), (7, 1), (2, 3), (3, 70), (17, 31), (32, 64), (70, 90))
 
-
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """[height, width, 3] uint8: independent uniform pixels, the hardest image to filter rightly."""
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def smooth(height: int, width: int) -> np.ndarray:
-    """[height, width, 3] uint8: waves of several lengths, as in a photograph."""
-    y, x = np.indices((height, width))
-    waves = [np.sin(x / a + channel) * np.cos(y / b) for channel in range(3) for a, b in [(4, 7)]]
-    fine = [0.3 * np.sin(x * 1.3 + y * channel) for channel in range(3)]
-    values = np.stack(waves, axis=2) + np.stack(fine, axis=2)
-    return np.rint(127.5 + 95 * values).clip(0, 255).astype(np.uint8)
-
-
 # Values against references. "Rounded once" is half a level, and fp32 sums of weights that add up to
 # 1 err by less than 1e-3 of a level at 255 (255·√n·2⁻²⁴ for n taps).
 ROUNDED_ONCE = 0.5 + 1e-3
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("quality", (1, 15, 60, 100))
+@pytest.mark.parametrize("quality", (1, 15, 60, 99))
 def test_jpeg_is_pillows_bit_for_bit(size: tuple[int, int], quality: int) -> None:
     """Odd sizes too, where chroma blocks stick out."""
-    if quality == CORRUPTIONS["jpeg"].identity:
-        pytest.skip("quality 100 is level 0, the image itself")
     image = picture(*size)
     found = degrade(image, "jpeg", parameter=float(quality), seed=0)
     np.testing.assert_array_equal(found, reference.jpeg(image, quality))
@@ -121,7 +100,7 @@ def test_bounds_of_the_filters_bite() -> None:
 
 
 def test_scaling_by_the_shorter_side() -> None:
-    """A blur of 224 pixels' sigma 2 is one of sigma 0.5 at 56 × 80, unless the table says no."""
+    """A blur of 224 pixels' sigma 2 is one of sigma 0.5 at 56 by 80, unless the table says no."""
     image = picture(56, 80)
     scaled = degrade(image, "gaussian_blur", parameter=2.0, seed=0)
     np.testing.assert_array_equal(
@@ -193,18 +172,23 @@ def test_salt_and_pepper_hits_its_share(share: float) -> None:
 
 
 def test_motion_blur_draws_its_angle_from_the_seed() -> None:
-    """Uniform in ±45°: a line's trail leads to the right, up or down."""
+    """Uniform in ±45°: a dot's trail leads to one side, up or down."""
     dot = np.zeros((41, 41, 3), np.uint8)
     dot[20, 20] = 255
     specs = [ViewSpec("motion_blur", (6.0, 6.0))] * 40
     rows, columns = np.indices((41, 41))
-    slopes = []
+    degrees = []
     for view in degrade_batch([dot] * 40, specs, range(40), corruptions=UNSCALED):
-        weight = view[..., 0].astype(float) / view[..., 0].sum()
-        slopes.append((weight * (rows - 20)).sum() / (weight * (20 - columns)).sum())
-    assert max(map(abs, slopes)) < 1.1
-    assert -0.9 < min(slopes) < -0.5 or min(slopes) < -0.9
-    assert max(slopes) > 0.5 and np.std(slopes) > 0.3
+        weight = view[..., 0].astype(float)
+        degrees.append(
+            math.degrees(
+                math.atan2(
+                    weight.ravel() @ (20 - rows).ravel(), weight.ravel() @ (20 - columns).ravel()
+                )
+            )
+        )
+    # 40 draws miss the outer 15 degrees of a side with chance (5/6)^40 = 7e-4; seeds are fixed
+    assert -46 < min(degrees) < -30 and 30 < max(degrees) < 46
 
 
 # What training and evaluation rely on.
@@ -215,9 +199,9 @@ def test_motion_blur_draws_its_angle_from_the_seed() -> None:
 def test_views_keep_size_and_type(
     first: tuple[int, int], second: tuple[int, int], level: float
 ) -> None:
-    """Whatever the size, for arrays and tensors side by side, and the originals stay as they are."""
+    """Arrays and tensors of two sizes side by side; the originals stay as they are."""
     images = [picture(*first), torch.from_numpy(picture(*second, seed=1))]
-    kept = [np.array(image) for image in images]
+    kept = [np.asarray(image).copy() for image in images]
     for corruption in CORRUPTIONS.values():
         spec = ViewSpec(corruption.name, corruption.parameter(level), level)
         views = degrade_batch(images, [spec] * 2, [3, 4])
@@ -248,6 +232,17 @@ def test_a_view_depends_on_its_own_spec_and_seed_alone(order: random.Random, see
     )
     for i, view in zip(chosen, batch, strict=True):
         np.testing.assert_array_equal(view, alone[i])
+
+
+def test_hardly_any_blur_changes_nothing() -> None:
+    """Levels start arbitrarily near 0, where sigma squared is 0 in fp32."""
+    image = picture(17, 31)
+    for sigma in (1e-300, 1e-30, 1e-9, 0.01):
+        blurred = degrade(image, "gaussian_blur", parameter=sigma, seed=0)
+        np.testing.assert_array_equal(blurred, image)
+    for parameter in ((1e-300, 1e-300), (5.0, 1e-30), (5.0, 0.0), (0.0, 5.0)):
+        moved = degrade(image, "motion_blur", parameter=parameter, seed=0)
+        np.testing.assert_array_equal(moved, image)
 
 
 def test_long_lists_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,7 +340,7 @@ def test_sample_spreads_kinds_and_levels(strength: str, power: int) -> None:
 
 def test_seeds_are_stable_and_distinct() -> None:
     """A golden value holds them to be the same on every machine and in later versions."""
-    assert seed_for(0, 12, "row 7", 1) == 6182473402205040853
+    assert seed_for(0, 12, "row 7", 1) == 9176350762975265617
     keys = [(a, b) for a in range(-3, 20) for b in ("", "1", "a", 1, 12)]
     keys += [("a", "bc"), ("ab", "c"), ("abc",), (1, 23), (12, 3), (123,), ("123",), ()]
     seeds = [seed_for(*key) for key in keys]
@@ -366,172 +361,3 @@ def test_no_global_generator_is_touched() -> None:
         assert before[0] == after[0] and torch.equal(before[2], after[2])
         assert all(np.array_equal(a, b) for a, b in zip(before[1], after[1], strict=True))
     np.testing.assert_array_equal(made[0], made[1])
-
-
-# Wrong input.
-
-GOOD = np.zeros((4, 6, 3), np.uint8)
-
-
-@pytest.mark.parametrize(
-    "image, error, message",
-    (
-        (np.zeros((4, 6, 3)), TypeError, "dtype uint8, got float64; scale it"),
-        (torch.zeros(4, 6, 3), TypeError, "dtype uint8, got float32; scale it"),
-        (Image.new("RGB", (6, 4)), TypeError, "array or tensor, got Image; convert it with np.as"),
-        (np.zeros((4, 6), np.uint8), ValueError, r"got \[4, 6\]; convert it to RGB"),
-        (np.zeros((4, 6, 4), np.uint8), ValueError, r"got \[4, 6, 4\]; convert it to RGB"),
-        (torch.zeros(3, 4, 6, dtype=torch.uint8), ValueError, "transpose it: channels come last"),
-        (np.zeros((0, 6, 3), np.uint8), ValueError, r"got \[0, 6, 3\]; an empty image"),
-        (torch.zeros(4, 6, 3, dtype=torch.uint8, device="meta"), ValueError, "on the CPU"),
-    ),
-)
-def test_bad_images_are_named_by_index(image: object, error: type, message: str) -> None:
-    """What was expected, what came and what to do."""
-    with pytest.raises(error, match=rf"^images\[1\]: expected .*{message}"):
-        degrade_batch([GOOD, image], [ViewSpec("jpeg", 20.0)] * 2, [0, 1])
-
-
-@pytest.mark.parametrize(
-    "arguments, error, message",
-    (
-        ({"corruption": "gausian_blur", "level": 1}, ValueError, "did you mean 'gaussian_blur'"),
-        ({"level": 4}, ValueError, "^level: expected 0 to 3, the levels of jpeg, got 4; "),
-        ({"level": -0.1}, ValueError, "^level: expected 0 to 3"),
-        ({"level": math.nan}, ValueError, "^level: expected 0 to 3"),
-        ({}, ValueError, "exactly one of the two, got neither"),
-        ({"level": 1, "parameter": 20.0}, ValueError, "exactly one of the two, got both"),
-        ({"parameter": 0.5}, ValueError, "quality: 1 to 100, got 0.5; see"),
-        ({"parameter": "20"}, TypeError, "quality: 1 to 100, got '20'; see"),
-        ({"corruption": "motion_blur", "parameter": 3.0}, ValueError, r"\(radius, sigma\) in px"),
-        ({"corruption": "speckle", "parameter": math.inf}, ValueError, "got inf"),
-        ({"level": 1, "seed": 1.5}, TypeError, r"^seeds\[0\]: expected an integer, got float"),
-        ({"level": 1, "seed": -1}, ValueError, r"^seeds\[0\]: expected 0 to"),
-    ),
-)
-def test_bad_arguments_of_degrade(arguments: dict, error: type, message: str) -> None:
-    """Each is refused before DALI is called."""
-    with pytest.raises(error, match=message):
-        degrade(GOOD, **({"corruption": "jpeg", "seed": 0} | arguments))
-
-
-def test_bad_lists() -> None:
-    """Lengths that differ, something that is no spec, a spec of another table."""
-    with pytest.raises(ValueError, match="lists of one length, got 1, 2 and 1"):
-        degrade_batch([GOOD], [ViewSpec("jpeg", 20.0)] * 2, [0])
-    with pytest.raises(TypeError, match=r"^specs\[0\]: expected a ViewSpec, got str"):
-        degrade_batch([GOOD], ["jpeg"], [0])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match=r"^specs\[1\].corruption: .*did you mean 'jpeg'"):
-        degrade_batch([GOOD] * 2, [ViewSpec("jpeg", 20.0), ViewSpec("jpg", 20.0)], [0, 1])
-    demo = load_levels(DEMO_LEVELS)
-    spec = ViewSpec("gaussian_blur", demo["gaussian_blur"].parameter(1), 1.0)
-    with pytest.raises(ValueError, match=r"^specs\[0\].parameter: .*pass the corruptions="):
-        degrade_batch([GOOD], [spec], [0])
-    assert degrade_batch([], [], []) == []
-
-
-@pytest.mark.parametrize(
-    "arguments, error, message",
-    (
-        ({"pool": "sen"}, ValueError, "^pool: expected one of seen, unseen, got 'sen'"),
-        ({"k": 5}, ValueError, "^k: expected 1 to 4, .* got 5; .*draw fewer"),
-        ({"k": 0}, ValueError, "^k: expected 1 to 4"),
-        ({"max_level": 3.5}, ValueError, "^max_level: expected above 0 and at most 3, .* got 3.5"),
-        ({"max_level": 0.0}, ValueError, "^max_level: "),
-        ({"strength": "weak"}, ValueError, "^strength: expected 'uniform' or 'strong'"),
-        ({"key": (0, 1.5)}, TypeError, "^key: expected integers and strings, got float"),
-    ),
-)
-def test_bad_arguments_of_sample(arguments: dict, error: type, message: str) -> None:
-    """As everywhere: name, expected, got, remedy."""
-    with pytest.raises(error, match=message):
-        sample(**({"pool": "seen", "k": 2, "key": (0, 1, 2)} | arguments))
-
-
-def test_load_levels_replaces_what_it_names(tmp_path: Path) -> None:
-    """Levels, and the scaling only where the file speaks of it."""
-    path = tmp_path / "levels.yaml"
-    path.write_text(
-        "gaussian_blur: {levels: [1, 2], reference_size: null}\n"
-        "motion_blur: {levels: [[3, 2], [4, 4]]}\n"
-    )
-    table = load_levels(path)
-    assert list(table) == list(CORRUPTIONS)
-    assert table["gaussian_blur"].levels == (1, 2) and table["gaussian_blur"].reference_size is None
-    assert table["motion_blur"].levels == ((3, 2), (4, 4))
-    assert table["motion_blur"].reference_size == 224
-    assert table["jpeg"] == CORRUPTIONS["jpeg"]
-    assert table["gaussian_blur"].full_unit == "sigma in px"
-
-
-@pytest.mark.parametrize(
-    "text, error, message",
-    (
-        ("jpeg: [30", ValueError, "expected YAML"),
-        ("- jpeg", ValueError, "a mapping from corruption to its levels, got list"),
-        ("", ValueError, "a mapping from corruption to its levels, got NoneType"),
-        ("jpg: {levels: [30]}", ValueError, "did you mean 'jpeg'"),
-        ("jpeg: [30, 20]", ValueError, "jpeg: expected a mapping with levels, got"),
-        ("jpeg: {level: [30]}", ValueError, "expected levels and, .* got the keys level"),
-        ("jpeg: {levels: 30}", ValueError, "a list from L1 on, got 30"),
-        ("jpeg: {levels: []}", ValueError, "at least one level"),
-        ("jpeg: {levels: [20, 30]}", ValueError, "L2: expected a level at least as strong"),
-        ("jpeg: {levels: [120]}", ValueError, "L1: expected quality: 1 to 100, got 120"),
-        ("jpeg: {levels: [good]}", TypeError, "L1: expected quality: 1 to 100, got 'good'"),
-        ("motion_blur: {levels: [3]}", ValueError, r"\(radius, sigma\) in px"),
-        ("speckle: {levels: [1], reference_size: big}", ValueError, "reference_size: expected a l"),
-        ("speckle: {levels: [1], reference_size: 0}", ValueError, "reference_size: expected a l"),
-    ),
-)
-def test_bad_level_tables(tmp_path: Path, text: str, error: type, message: str) -> None:
-    """A table that would silently do something else is refused."""
-    path = tmp_path / "levels.yaml"
-    path.write_text(text)
-    with pytest.raises(error, match=message):
-        load_levels(path)
-
-
-def test_dali_is_loaded_by_the_first_image_only() -> None:
-    """Tables, sampling and `roma views --list` cost no import of DALI."""
-    code = (
-        "import sys, roma.views as v; v.sample('seen', 2, (0, 1, 2)); v.seed_for(1)\n"
-        "assert not [name for name in sys.modules if name.startswith('nvidia')]"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_missing_dali_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The extra's name, not a traceback into nowhere."""
-    engine.dali.cache_clear()
-    for name in ("nvidia.dali", "nvidia.dali.experimental.dynamic"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=r"pip install 'roma\[views\]'"):
-        degrade(GOOD, "jpeg", level=1, seed=0)
-
-
-# The gallery.
-
-
-def test_gallery_shows_every_level(tmp_path: Path) -> None:
-    """Written as PNG, for small and large images."""
-    file = tmp_path / "picture.jpg"
-    Image.fromarray(smooth(300, 500)).save(file)
-    out = write_gallery(file, tmp_path / "sheets" / "views.png")
-    with Image.open(out) as sheet:
-        assert sheet.width > 4 * 400 and sheet.height > 9 * 256
-    small = draw_gallery(smooth(32, 64), corruptions=load_levels(DEMO_LEVELS))
-    # four tiles of 64·3 pixels; the first shows the clean image, each pixel three times
-    tile = np.asarray(small)[26 : 26 + 96, 8 : 8 + 192]
-    np.testing.assert_array_equal(tile[1::3, 1::3], smooth(32, 64))
-
-
-def test_gallery_refuses_what_is_no_image(tmp_path: Path) -> None:
-    """And a name that is no PNG, before any work is done."""
-    text = tmp_path / "text.jpg"
-    text.write_text("no image")
-    with pytest.raises(ValueError, match="text.jpg: expected an image, got "):
-        write_gallery(text, tmp_path / "views.png")
-    with pytest.raises(ValueError, match="out: expected a name that ends in .png, .*call it v.png"):
-        write_gallery(text, tmp_path / "v.jpg")
-    with pytest.raises(FileNotFoundError):
-        write_gallery(tmp_path / "none.jpg", tmp_path / "views.png")

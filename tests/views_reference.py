@@ -14,6 +14,21 @@ from scipy import ndimage
 Pixels = NDArray[np.uint8]
 
 
+def picture(height: int, width: int, seed: int = 0) -> Pixels:
+    """[height, width, 3] uint8: independent uniform pixels, the hardest image to filter rightly."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def smooth(height: int, width: int) -> Pixels:
+    """[height, width, 3] uint8: waves of several lengths, as in a photograph."""
+    y, x = np.indices((height, width))
+    waves = [np.sin(x / a + channel) * np.cos(y / b) for channel in range(3) for a, b in [(4, 7)]]
+    fine = [0.3 * np.sin(x * 1.3 + y * channel) for channel in range(3)]
+    values = np.stack(waves, axis=2) + np.stack(fine, axis=2)
+    return np.rint(127.5 + 95 * values).clip(0, 255).astype(np.uint8)
+
+
 def jpeg(image: Pixels, quality: int) -> Pixels:
     """Through Pillow's encoder (4:2:0) and decoder."""
     file = io.BytesIO()
@@ -58,7 +73,7 @@ def _small(length: int, factor: float) -> int:
 
 
 def _triangle(length: int, wanted: int) -> NDArray[np.float64]:
-    """[wanted, length]: bilinear weights, as wide as the coarser grid's pixel; edges are repeated."""
+    """[wanted, length]: bilinear weights, as wide as the coarser grid's pixel; edges repeat."""
     scale = length / wanted
     reach = max(scale, 1.0)
     weights = np.zeros((wanted, length))

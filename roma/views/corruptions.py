@@ -9,6 +9,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Corruption:
     unit: str
     """What the parameter is; `full_unit` tells too at which size."""
     identity: Parameter
-    """The parameter that leaves an image as it is: level 0."""
+    """Level 0: the parameter that by definition (JPEG of quality 100 too) leaves an image alone."""
     limit: Parameter
     """The strongest parameter that means anything; may be infinite."""
     reference_size: int | None = None
@@ -78,8 +79,11 @@ class Corruption:
         """The parameter at a level: piecewise linear through the identity (level 0) and each level.
 
         Raises:
-            ValueError: `level` lies outside 0..the last level.
+            ValueError: `level` lies outside 0..the last level. TypeError: it is not a number.
         """
+        if not isinstance(level, Real) or isinstance(level, bool):
+            remedy = "give the number of a level, whole or not"
+            fail("level", "a number", repr(level), remedy, error=TypeError)
         if not 0 <= level <= len(self.levels):
             expected = f"0 to {len(self.levels)}, the levels of {self.name}"
             fail("level", expected, f"{level:g}", "choose one of those, or give parameter=")
@@ -101,7 +105,7 @@ class Corruption:
         ends = [(min(a, b), max(a, b)) for a, b in zip(start, stop, strict=True)]
         expected = f"{self.unit}: " + ", ".join(f"{low:g} to {high:g}" for low, high in ends)
         remedy = "see roma.views.CORRUPTIONS or `roma views --list`"
-        if any(isinstance(p, bool) or not isinstance(p, int | float) for p in parts):
+        if any(isinstance(p, bool) or not isinstance(p, Real) for p in parts):
             fail(name, expected, repr(parameter), remedy, error=TypeError)
         good = len(parts) == len(start) and all(map(math.isfinite, parts))
         if not good or not all(a <= p <= b for p, (a, b) in zip(parts, ends, strict=True)):

@@ -7,8 +7,9 @@ one DALI call with per-sample arguments.
 Two things are not DALI's own, on purpose:
 
 * Noise. DALI's noise operators draw from one generator per call, so independence from the batch
-  would take a call per image (0.6 ms of overhead each). The numbers come from Philox, a
-  counter-based generator, keyed by the image's seed; DALI adds, multiplies, rounds and clips.
+  would take a call per image (at 32 by 64 pixels 0.4 ms each, against 0.14 this way). The numbers
+  come from Philox, a counter-based generator, keyed by the image's seed; DALI adds, multiplies,
+  masks, rounds and clips.
 * pixelate. DALI's resize has no box filter. The area average is a product with a matrix of
   overlaps on each side, the enlargement an index, both exact, in NumPy.
 
@@ -28,6 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 Images = NDArray[np.uint8]
 """[n, H, W, 3], 0..255."""
 Kernel = NDArray[np.float32]
+_LEAST = 1e-3  # px: a sigma whose nearest neighbour weighs exp(-5e5) = 0, and whose square is not 0
 Operator = Callable[[Images, Sequence[Any], Sequence[int]], Images]
 
 
@@ -104,7 +106,8 @@ def salt_and_pepper(images: Images, shares: Sequence[float], seeds: Sequence[int
 
 def gaussian_blur(images: Images, sigmas: Sequence[float], seeds: Sequence[int]) -> Images:
     """Gaussian blur over a window of radius ⌈3·sigma⌉; the border is reflected (dcb|abcd|cba)."""
-    return _values(dali().gaussian_blur(_batch(images), sigma=_per_sample(sigmas, np.float32)))
+    sigma = _per_sample(np.maximum(sigmas, _LEAST), np.float32)
+    return _values(dali().gaussian_blur(_batch(images), sigma=sigma))
 
 
 def motion_blur(
@@ -127,7 +130,7 @@ def trail(radius: float, sigma: float, angle: float) -> tuple[Kernel, tuple[int,
 
     Args:
         radius: half the trail's length, px.
-        sigma: its decay, px, above 0.
+        sigma: its decay, px; 0 leaves the origin alone.
         angle: of the ray, radians, from the x axis towards the image's bottom.
 
     Returns:
@@ -135,7 +138,7 @@ def trail(radius: float, sigma: float, angle: float) -> tuple[Kernel, tuple[int,
     """
     i = np.arange(math.ceil(2 * radius) + 1)
     i = i[i <= 5 * sigma + 1]  # what is left out weighs below 4e-6 of the whole
-    weight = np.exp(-(i**2) / (2 * sigma**2))
+    weight = np.exp(-((i / max(sigma, _LEAST)) ** 2) / 2)
     y, x = i * math.sin(angle), i * math.cos(angle)
     top, left = np.floor(y).astype(int), np.floor(x).astype(int)
     origin = -top.min(), -left.min()
@@ -147,7 +150,7 @@ def trail(radius: float, sigma: float, angle: float) -> tuple[Kernel, tuple[int,
 
 
 def jpeg(images: Images, qualities: Sequence[float], seeds: Sequence[int]) -> Images:
-    """Encoded and decoded as JPEG (libjpeg's quality, 4:2:0 chroma)."""
+    """Encoded and decoded as JPEG (libjpeg's quality, rounded to an integer; 4:2:0 chroma)."""
     rounded = _per_sample(np.rint(qualities), np.int32)
     return _values(dali().jpeg_compression_distortion(_batch(images), quality=rounded))
 
@@ -166,7 +169,7 @@ def downscale(images: Images, factors: Sequence[float], seeds: Sequence[int]) ->
 
 
 def posterize(images: Images, bits: Sequence[float], seeds: Sequence[int]) -> Images:
-    """Keeps the topmost bits of each value and clears the others."""
+    """Keeps the topmost bits (their number rounded) of each value and clears the others."""
     masks = [256 - 2 ** (8 - round(own)) for own in bits]
     return _values(_batch(images) & _per_sample(masks, np.uint8))
 

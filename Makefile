@@ -1,0 +1,47 @@
+# make setup | demo | test | check. Each sets up what it needs in .venv by itself, once; after that
+# no network is used. Another interpreter: make PYTHON=python3.12 setup.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+NATIVE := CMakeLists.txt $(wildcard csrc/*)
+
+# Two test processes on two cores: more threads in each would only wait for one another.
+export OMP_NUM_THREADS ?= 1
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check
+
+help:
+	@echo "make setup   .venv with everything the tests and the demo need"
+	@echo "make demo    train GRPO and ROMA on real digits, evaluate on bad images: runs/demo"
+	@echo "make test    every test"
+	@echo "make check   ruff, mypy, links, doctests"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt $(NATIVE)
+	@echo "setup: installing into $(VENV), versions from constraints.txt"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt \
+		--editable '.[train,views,dev]'
+	@touch $@
+
+demo: $(STAMP)
+	@echo "demo: the whole method on two cores, about ten minutes; the report goes to runs/demo"
+	@env -u OMP_NUM_THREADS $(BIN)/roma demo --out runs/demo
+
+test: $(STAMP)
+	@echo "test: every test, two at a time"
+	@HYPOTHESIS_PROFILE=ci $(BIN)/pytest -q -n 2
+
+check: $(STAMP)
+	@echo "check: ruff"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@echo "check: mypy"
+	@$(BIN)/mypy
+	@echo "check: links"
+	@$(BIN)/python .ci/check_links.py
+	@echo "check: doctests"
+	@$(BIN)/pytest -q --doctest-modules roma
