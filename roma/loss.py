@@ -131,7 +131,8 @@ def roma_loss(
         advantages, correct, old_logp, ref_logp, aux_view, view_old_logp,
         total_sequences, total_tokens, total_correct,
     )  # fmt: skip
-    batch_of = targets.pack(layout, views, torch.promote_types(hidden.dtype, torch.float32), config)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    batch_of = targets.pack(layout, "view_hidden", views, dtype, config)
     states = torch.cat([layout.pack_states(view) for view in (hidden, *view_hidden)])
     scored = linear_logprob(
         states,
@@ -211,7 +212,7 @@ def roma_loss_from_logp(
         advantages, correct, old_logp, ref_logp, aux_view, view_old_logp,
         total_sequences, total_tokens, total_correct,
     )  # fmt: skip
-    batch_of = targets.pack(layout, views, logp.dtype, config)
+    batch_of = targets.pack(layout, "view_logp", views, logp.dtype, config)
     return _finish(layout, batch_of(layout.pack(logp), layout.pack(view_logp)), config, backend)
 
 

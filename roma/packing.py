@@ -97,12 +97,15 @@ class Targets:
     total_correct: Count | None
 
     def pack(
-        self, layout: Layout, views: int, dtype: torch.dtype, config: RomaConfig
+        self, layout: Layout, name: str, views: int, dtype: torch.dtype, config: RomaConfig
     ) -> Callable[[Tensor, Tensor], PackedBatch]:
-        """Checks and packs them; the result makes the batch of logp [n] and view_logp [K, n]."""
+        """Checks and packs them; the result makes the batch of logp [n] and view_logp [K, n].
+
+        `name` is the argument that holds the K = `views` views.
+        """
         if views == 0 and config.lambda_inv > 0:
             expected = f"K ≥ 1 views, because lambda_inv = {config.lambda_inv:g} > 0"
-            fail("view_hidden", expected, "K = 0", "pass views, or RomaConfig(lambda_inv=0)")
+            fail(name, expected, "K = 0", "pass views, or RomaConfig(lambda_inv=0)")
         return partial(
             PackedBatch,
             old_logp=_logp("old_logp", self.old_logp, layout, dtype),
@@ -114,7 +117,7 @@ class Targets:
             correct=_per_sequence("correct", self.correct, layout, torch.bool),
             aux_view=self._aux_view(layout, views),
             total_sequences=_count(
-                "total_sequences", self.total_sequences, layout.sequences, layout, dtype
+                "total_sequences", self.total_sequences, layout.sequences, layout, dtype, smallest=1
             ),
             total_tokens=_count(
                 "total_tokens", self.total_tokens, len(layout.counted), layout, dtype
@@ -186,15 +189,24 @@ def _logp(name: str, value: Tensor, layout: Layout, dtype: torch.dtype) -> Tenso
 
 
 def _count(
-    name: str, given: Count | None, own: Count, layout: Layout, dtype: torch.dtype
+    name: str,
+    given: Count | None,
+    own: Count,
+    layout: Layout,
+    dtype: torch.dtype,
+    smallest: int = 0,
 ) -> Tensor:
-    count = torch.as_tensor(
-        own if given is None else given, dtype=dtype, device=layout.counted.device
+    if given is None:
+        return torch.as_tensor(own, dtype=dtype, device=layout.counted.device)
+    count = torch.as_tensor(given, dtype=dtype, device=layout.counted.device).detach()
+    expected, remedy = f"a number ≥ {smallest} or a 0-dim tensor", "pass the count over all shards"
+    if count.ndim:
+        fail(name, expected, str(list(count.shape)), remedy)
+    check_values(
+        (count >= smallest) & torch.isfinite(count),
+        lambda: f"{name}: expected {expected}, got {count.item():g}; {remedy}",
     )
-    # A tensor's value is not read: it may stand on a device. Divisors are clamped to at least 1.
-    if count.ndim or (not isinstance(given, Tensor | None) and not 0 <= given < float("inf")):
-        fail(name, "a number ≥ 0 or a 0-dim tensor", repr(given), "pass the count over all shards")
-    return count.detach()
+    return count
 
 
 def _missing(name: str, layout: Layout, because: str, otherwise: str) -> NoReturn:

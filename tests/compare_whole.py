@@ -159,6 +159,9 @@ def check_against_oracle(spec: LossSpec, backend: str, frozen: tuple[str, ...] =
         if grad is None:  # nothing depends on it
             assert not bool(value.any()), name
             continue
+        room = torch.finfo(grad.dtype).max / 2
+        fits = not value.numel() or float((upstream * value).abs().max()) < room
+        compare_logp.require(fits, f"d{name} is too large for {grad.dtype}")
         if name in ("hidden", "view_hidden"):
             assert bool((grad[..., masked, :] == 0).all()), f"d{name} on masked positions"
         tolerance.check(

@@ -45,7 +45,16 @@ def divisors(batch: PackedBatch, config: RomaConfig) -> tuple[Tensor, Tensor]:
 
 def sequence_sums(tokens: Tensor, batch: PackedBatch) -> Tensor:
     """Sums [..., N] over each sequence to [..., B], in a fixed order of additions."""
+    if not len(batch.lengths):
+        return tokens.new_zeros((*tokens.shape[:-1], 0))
     sums = torch.segment_reduce(
         tokens.movedim(-1, 0).contiguous(), "sum", lengths=batch.lengths, axis=0, initial=0
     )
     return sums.movedim(0, -1)
+
+
+def first_view(batch: PackedBatch, config: RomaConfig) -> Tensor:
+    """View 0 everywhere, in the shape of the worst views: what K = 0 has to say of them."""
+    if config.worst_over == "batch":
+        return batch.lengths.new_zeros(())
+    return torch.zeros_like(batch.sequence if config.worst_over == "token" else batch.lengths)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from roma.kernels.view_loss.config import RomaConfig
-from roma.kernels.view_loss.packed import PackedBatch, divisors
+from roma.kernels.view_loss.packed import PackedBatch, divisors, first_view
 
 
 def view_loss_reference(
@@ -19,7 +19,8 @@ def view_loss_reference(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Loss, worst view and metrics, as `roma.kernels.view_loss.api.view_loss` returns them."""
     by_penalty, by_tokens = divisors(batch, config)
-    views, zero = batch.view_logp.shape[0], batch.logp.sum() * 0
+    counted = batch.total_tokens.clamp(min=1)
+    views, zero = len(batch.view_logp), (batch.logp.nan_to_num() * 0).sum()
     policy, auxiliary, kl_ref = zero, zero, zero
     divergences, penalised, worst_tokens = [], [], torch.zeros_like(batch.sequence)
     ones = torch.zeros(
@@ -50,13 +51,13 @@ def view_loss_reference(
             worst_tokens[own] = d.argmax(0)
             penalised.append(highest(d).sum() / count)
 
-    worst_view = torch.zeros_like(worst_tokens if config.worst_over == "token" else batch.lengths)
+    worst_view = first_view(batch, config)
     penalty, mean = zero, zero
     if views and divergences:
         divergence = torch.stack(divergences, dim=1)  # D [K, B]
         right = batch.correct.to(divergence.dtype)
         worst_view = divergence.argmax(0)
-        mean = divergence.mean(0).sum() / batch.total_sequences
+        mean = divergence.mean(0).sum() / batch.total_sequences.clamp(min=1)
         if config.worst_over == "sequence":
             penalty = (right * highest(divergence)).sum() / by_penalty
         elif config.worst_over == "mean":
@@ -75,14 +76,14 @@ def view_loss_reference(
     metrics = {
         "loss": loss,
         "pg_loss": policy,
-        "pg_clipfrac_higher": ones[0] / batch.total_tokens,
-        "pg_clipfrac_lower": ones[1] / batch.total_tokens,
-        "ppo_kl": (batch.old_logp - batch.logp).sum() / batch.total_tokens,
+        "pg_clipfrac_higher": ones[0] / counted,
+        "pg_clipfrac_lower": ones[1] / counted,
+        "ppo_kl": (batch.old_logp - batch.logp).sum() / counted,
         "ref_kl": kl_ref,
         "roma_penalty_worst": penalty,
         "roma_penalty_mean": mean,
         "roma_aux_loss": auxiliary,
-        "roma_aux_clipfrac": ones[2] / batch.total_tokens,
+        "roma_aux_clipfrac": ones[2] / counted,
     }
     return loss, worst_view, metrics
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from roma.kernels.view_loss.config import RomaConfig
-from roma.kernels.view_loss.packed import PackedBatch, divisors, sequence_sums
+from roma.kernels.view_loss.packed import PackedBatch, divisors, first_view, sequence_sums
 
 METRICS = {
     "loss": "L = pg_loss + β·ref_kl + λ_aux·roma_aux_loss + λ_inv·roma_penalty_worst",
@@ -149,7 +149,7 @@ def view_loss_fwd(
         metrics["roma_aux_loss"] = (aux.loss / by_tokens).sum()
         metrics["roma_aux_clipfrac"] = (aux.above | aux.below).sum() / counted
         dview_logp.scatter_(0, index, (config.lambda_aux * aux.slope / by_tokens)[None])
-    worst = torch.zeros_like(batch.sequence if config.worst_over == "token" else batch.lengths)
+    worst = first_view(batch, config)
     if len(batch.view_logp):
         penalty, mean, worst, coefficient = _penalty(batch, config, by_penalty)
         metrics["roma_penalty_worst"], metrics["roma_penalty_mean"] = penalty, mean
