@@ -2,8 +2,8 @@
 
 Arms start from one warm-started model and share everything but what they are named after: `grpo`
 (clean rollouts, no views), `naive` (GRPO whose rollouts see a degraded image), `roma`, and
-`grpo_equal_time` (GRPO with as many more steps as the ROMA run of that seed took more time). All are
-measured on the same degraded test images, whose scans no training and no tuning has seen.
+`grpo_equal_time` (GRPO with as many more steps as the ROMA run of that seed took more time). All
+are measured on the same degraded test images, whose scans no training and no tuning has seen.
 """
 
 import math
@@ -67,8 +67,8 @@ def run_demo(
     """Runs the demo and returns the path of its report.html.
 
     Leaves in `out`: report.json, report.html, plots (PNG), data/, base/, and per arm and seed a run
-    folder with metrics.jsonl, config.yaml and the last checkpoint. What an earlier demo left there is
-    replaced.
+    folder with metrics.jsonl, config.yaml and the last checkpoint. What an earlier demo left there
+    is replaced.
 
     Args:
         out: the run folder.
@@ -259,7 +259,7 @@ class _Demo:
                 bars.update(task, completed=step)
 
     def _report(self, results: dict[str, dict[int, Any]], images: Any) -> Path:
-        from roma.info import versions
+        from roma.info import info
         from roma.report import (
             build_report,
             choose_gallery,
@@ -273,7 +273,7 @@ class _Demo:
         report = build_report(
             results,
             config={"sizes": vars(self.sizes), "arms": arms, "levels": levels},
-            versions=versions(),
+            versions={p["name"]: p["version"] for p in info()["packages"] if p["version"]},
             timings=self.timings,
         )
         page = write_report(

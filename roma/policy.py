@@ -100,6 +100,9 @@ class Policy(nn.Module):
             ValueError: not such a folder, or a model without image features and 3-D positions.
         """
         from transformers import AutoModelForImageTextToText
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # of loading and saving; it would break up the trainer's own
 
         if not (Path(path) / "config.json").is_file():
             fail(

@@ -1,7 +1,7 @@
-"""A small Qwen3-VL for the demo and the tests: the real architecture, 0.5 M parameters, random weights.
+"""A small Qwen3-VL for the demo and the tests: the real architecture, 0.6 M random parameters.
 
-Saved as a Hugging Face folder (config, safetensors, tokenizer, image processor), so that everything after it runs the same code
-as for a Qwen3-VL of billions of parameters.
+Saved as a Hugging Face folder (config, safetensors, tokenizer, image processor), so that everything
+after it runs the same code as for a Qwen3-VL of billions of parameters.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ SPECIAL = (
     "<|video_pad|>",
 )
 _TEMPLATE = (
-    "{% for message in messages %}{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% for message in messages %}{% for part in message.content %}{% if part.type == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
 )
 PATCH = 8
@@ -32,8 +32,9 @@ MERGE = 2
 def build_small_vlm(out: str | Path, *, words: Sequence[str], seed: int = 0) -> Path:
     """Writes a small Qwen3-VL with random weights to the folder `out`.
 
-    Text: width 96, 2 layers, 4 heads. Vision: width 64, depth 2, patches of 8 pixels merged 2 × 2, both layers fed to the text
-    layers (deepstack). A 32×64 image is 8 image tokens. The tokenizer knows whole words only.
+    Text: width 96, 2 layers, 4 heads. Vision: width 64, depth 2, patches of 8 pixels merged 2 × 2,
+    both layers fed to the text layers (deepstack). A 32×64 image is 8 image tokens. The tokenizer
+    knows whole words only.
 
     Args:
         out: folder to write.
@@ -49,7 +50,9 @@ def build_small_vlm(out: str | Path, *, words: Sequence[str], seed: int = 0) -> 
         Qwen3VLConfig,
         Qwen3VLForConditionalGeneration,
     )
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = _tokenizer(words)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     config = Qwen3VLConfig(

@@ -1,6 +1,7 @@
-"""Run as a program: peak extra resident memory, MiB, of one roma_loss and its backward on the torch back end.
+"""Run as a program: peak extra resident memory, in MiB, of one roma_loss and its backward.
 
-K = 4, 512 tokens, V = 151,936, D = 512, bf16. Naive fp32 logits of the five views alone are 1.5 GiB.
+K = 4, 512 tokens, V = 151,936, D = 512, bf16, back end "torch". The fp32 logits of the five views
+alone would be 1.5 GiB.
 """
 
 import resource

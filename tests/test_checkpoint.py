@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back, and nothing that happens on the way costs the one before."""
+"""Checkpoints: what is saved comes back, and no mishap on the way costs the one before."""
 
 import errno
 import io
@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from roma import checkpoint
 from torch import Tensor, nn
+
+from roma import checkpoint
 
 
 class TinyConfig:

@@ -1,4 +1,4 @@
-"""The command line: help that teaches, one clean line for a slip, and arguments that reach their function."""
+"""The command line: help that teaches, clean lines for slips, arguments that reach functions."""
 
 import os
 import subprocess
@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
 from roma import cli
 from roma.config import Config, load_config
 from roma.kernels.checks import fail

@@ -1,8 +1,11 @@
 """The configuration: what a file and `a.b=c` make of each other, and what a slip in either gets."""
 
+# ruff: noqa: E501 - one message a line reads best
+
 from pathlib import Path
 
 import pytest
+
 from roma.config import Config, dump, from_dict, load_config, to_dict
 from roma.kernels.view_loss.config import RomaConfig
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+
 from roma.kernels.view_loss.api import METRICS as LOSS_METRICS
 from roma.metrics import METRICS, ConsoleLogger, FileLogger, MetricLog, open_log
 
