@@ -88,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = isinstance(error, OSError) or _is_ours(error)
         if os.environ.get("ROMA_DEBUG") == "1" or not known:
             raise
-        print(f"roma: {error}", file=sys.stderr)
+        remedy = "; pip install 'roma[train,views]'" if _names_a_module(error) else ""
+        print(f"roma: {error}{remedy}", file=sys.stderr)
         return 2
     return 0
 
@@ -268,6 +269,11 @@ def _is_ours(error: BaseException) -> bool:
     """Whether code of this package raised the error, which then is worded for the user."""
     frames = traceback.extract_tb(error.__traceback__)
     return Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+
+
+def _names_a_module(error: BaseException) -> bool:
+    """Whether it is Python's own word on a package that is not installed, without a remedy."""
+    return isinstance(error, ModuleNotFoundError) and str(error).startswith("No module named")
 
 
 if __name__ == "__main__":

@@ -202,3 +202,18 @@ def test_config_type_is_the_trainers() -> None:
     leaves = {entry.key for entry in explain(Config)}
     assert leaves <= set(keys(Config))
     assert all(entry.meaning for entry in explain(Config))
+
+
+def test_a_missing_package_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def without_rich(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError("No module named 'rich'", name="rich")
+
+    Calls("roma.info", monkeypatch)
+    monkeypatch.setattr(sys.modules["roma.info"], "print_info", without_rich, raising=False)
+    monkeypatch.setattr(cli, "_is_ours", lambda _: True)  # here the import stands in a test
+    assert cli.main(["info"]) == 2
+    assert capsys.readouterr().err == (
+        "roma: No module named 'rich'; pip install 'roma[train,views]'\n"
+    )
