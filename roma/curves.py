@@ -107,8 +107,10 @@ def _arms_panel(panel: Axes, *, metrics: Metrics, key: str, title: str, unit: st
 def _penalty_panel(panel: Axes, *, metrics: Metrics) -> None:
     """The penalty of the worst view, and of the mean over views."""
     colour = ARMS["roma"].colour
-    _curve(panel, metrics, "actor/roma_penalty_worst", "worst view", colour=colour)
-    _curve(panel, metrics, "actor/roma_penalty_mean", "mean over views", colour=colour, line="--")
+    _curve(panel, metrics, "actor/roma_penalty_worst", "worst, right rollouts", colour=colour)
+    _curve(
+        panel, metrics, "actor/roma_penalty_mean", "mean, all rollouts", colour=colour, line="--"
+    )
     panel.set(title="ROMA: invariance penalty", xlabel="step", ylabel="k3, nats per token")
     panel.legend(fontsize=9)
 
@@ -138,7 +140,8 @@ def _worst_panel(panel: Axes, *, metrics: Metrics) -> None:
     panel.set_xticks(range(len(kinds)), [k.replace("_", "\n") for k in kinds], fontsize=9)
     panel.set(title="ROMA: which view was worst", ylabel="% of sequences")
     panel.grid(axis="x", visible=False)
-    panel.legend(fontsize=9)
+    panel.set_ylim(top=1.2 * panel.get_ylim()[1])  # room for the legend above the bars
+    panel.legend(fontsize=9, ncols=3, loc="upper center")
 
 
 def _kinds(metrics: Metrics, prefix: str) -> list[str]:

@@ -343,7 +343,8 @@ class Trainer:
             with self._precision():
                 out = self.update_step(batch)
             out.loss.backward()
-            metrics.update({name: float(value) for name, value in out.metrics.items()})
+            kept = (name for name in out.metrics if views.specs or not name.startswith("roma_"))
+            metrics.update({name: float(out.metrics[name]) for name in kept})
             config = self.update_step.config
             divergences.append(view_divergence(out.logp, out.view_logp, batch.mask, config=config))
         limit = self.config.worker.actor.max_grad_norm
