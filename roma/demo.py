@@ -42,7 +42,8 @@ ARMS: dict[str, list[str]] = {
 }
 """Arm → what its configuration changes in configs/demo.yaml."""
 
-CELLS = {"pools": ["clean", "seen", "unseen"], "levels": [1, 2, 3]}
+POOLS = ("clean", "seen", "unseen")
+LEVELS = (1, 2, 3)
 _DONE = -1  # a step number that says: trained
 
 
@@ -140,8 +141,8 @@ class _Demo:
     def _make_data(self) -> None:
         from roma.data import write_digits
 
-        sizes = {"train": self.sizes.train, "val": self.sizes.val, "test": self.sizes.test}
-        write_digits(self.out / "data", **sizes)
+        sizes = self.sizes
+        write_digits(self.out / "data", train=sizes.train, val=sizes.val, test=sizes.test)
 
     def _warm_start(self) -> None:
         from roma.data import DIGIT_WORDS, load_dataset_rows
@@ -171,7 +172,7 @@ class _Demo:
         table = load_levels(self.configs / "demo_levels.yaml")
         images = DegradedImages(
             load_dataset_rows(self.out / "data", split="test"),
-            cells_of(CELLS["pools"], CELLS["levels"], table),
+            cells_of(POOLS, LEVELS, table),
             resize=Policy.load(self.out / "base").processor.resize,
             corruptions=table,
         ).make_all()
@@ -186,7 +187,7 @@ class _Demo:
             context.Manager() as manager,
             ProcessPoolExecutor(self.cores, context, _one_thread) as pool,
         ):
-            events: Queue[tuple[str, int, int]] = manager.Queue()  # type: ignore[assignment]
+            events: Queue[tuple[str, int, int]] = manager.Queue()
 
             def submit(arm: str, seed: int, more: int | None = None) -> Future[dict[str, float]]:
                 config = None if arm == "base" else self._config(arm, seed, more)
@@ -237,7 +238,7 @@ class _Demo:
     def _results(self, jobs: Mapping[tuple[str, int], Any]) -> dict[str, dict[int, Any]]:
         from roma.evaluate import EvalResult
 
-        results: dict[str, dict[int, Any]] = {"base": {}} | {arm: {} for arm in ARMS}
+        results: dict[str, dict[int, Any]] = {arm: {} for arm in ("base", *ARMS)}
         for arm, seed in jobs:
             results[arm][seed] = EvalResult.load(_answers(self.out, arm, seed))
         return results
@@ -285,7 +286,7 @@ class _Demo:
             gallery=choose_gallery(results, images),
         )
         print_report(report, self.console)
-        self.console.print(f"report: {page}")
+        self.console.print(f"report: {page}", soft_wrap=True)
         return page
 
     def _bars(self) -> Progress:
@@ -298,7 +299,7 @@ class _Demo:
 
 
 def _one_thread() -> None:
-    """Set before torch and DALI are imported in a worker: runs side by side must not share cores."""
+    """Before a worker imports torch and DALI: runs side by side must not share cores."""
     os.environ["OMP_NUM_THREADS"] = os.environ["DALI_NUM_THREADS"] = "1"
 
 

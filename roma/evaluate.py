@@ -286,7 +286,8 @@ def run_eval(
     } | summarise(result)
     console.print(summary_table(summary))
     folder = Path(out) if out else Path("runs", "eval", Path(model).resolve().name)
-    console.print(f"wrote {_write_eval(folder, result, summary)}", highlight=False)
+    wrote = f"wrote {_write_eval(folder, result, summary)}"
+    console.print(wrote, highlight=False, soft_wrap=True)  # paths stay whole, to be copied
     return summary
 
 

@@ -1,13 +1,16 @@
-"""A Hugging Face vision-language model as the trainer uses it: prompts, features, hidden states of completions.
+"""A Hugging Face vision-language model, taken apart into the passes that the trainer needs.
 
-Four passes that a plain `model(**batch)` does not separate: the vision tower runs once per (image, view) and its features serve all
-rollouts; only hidden states of completion tokens come out, for the loss that needs no logits; a degraded view is another set of
-`pixel_values` on the clean image's grid; and rows are (prompt, completion) pairs in any number and order.
+Four passes that a plain `model(**batch)` does not separate: the vision tower runs once per (image,
+view) and its features serve all rollouts; only hidden states of completion tokens come out, for the
+loss that needs no logits; a degraded view is another set of `pixel_values` on the clean image's
+grid; and rows are (prompt, completion) pairs in any number and order.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -55,7 +58,7 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What the vision tower says of n images: embeddings [n_tokens, D] each, and deepstack features per level."""
+    """What the vision tower says of n images, [tokens, D] each; `deepstack` per level."""
 
     embeddings: list[Tensor]
     deepstack: list[list[Tensor]]
@@ -76,7 +79,8 @@ class Policy(nn.Module):
     """A model of the Qwen3-VL family and its processor.
 
     Args:
-        model: `transformers` image-text-to-text model with `get_image_features` and `get_rope_index`.
+        model: `transformers` image-text-to-text model with `get_image_features` and
+            `get_rope_index`.
         processor: of the same folder.
     """
 
@@ -112,7 +116,7 @@ class Policy(nn.Module):
                 "check the path",
             )
         processor = Processor.load(path)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).to(device)
+        model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
         if not hasattr(model.model, "get_rope_index"):
             fail(
                 "model",
@@ -120,7 +124,7 @@ class Policy(nn.Module):
                 type(model).__name__,
                 "other families need a policy of their own",
             )
-        return cls(model, processor)
+        return cls(model.to(device), processor)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes weights, config, tokenizer and image processor in Hugging Face form."""
@@ -146,7 +150,7 @@ class Policy(nn.Module):
     def encode_prompts(
         self, problems: Sequence[str], images: Sequence[Sequence[Image]]
     ) -> PromptBatch:
-        """Prompts for problems, each with its `<image>` marks filled by its images (uint8 [H, W, 3], any size).
+        """Prompts for problems whose `<image>` marks stand for images, uint8 [H, W, 3], any size.
 
         Raises:
             ValueError: a problem's marks and images differ in number.
@@ -158,7 +162,7 @@ class Policy(nn.Module):
         first = [0]
         for own in resized:
             first.append(first[-1] + len(own))
-        bounds = list(zip(first, first[1:], strict=False))
+        bounds = list(pairwise(first))
         ids = [
             self.processor.prompt_ids(text, grids[a:b])
             for text, (a, b) in zip(problems, bounds, strict=True)
@@ -186,7 +190,7 @@ class Policy(nn.Module):
         kinds = (input_ids == self.model.config.image_token_id).to(torch.int32)
         keys = [
             (kinds[p].numpy().tobytes(), mask[p].numpy().tobytes(), str(grids[a:b].tolist()))
-            for p, (a, b) in enumerate(zip(first, first[1:], strict=False))
+            for p, (a, b) in enumerate(pairwise(first))
         ]
         made: dict[Any, Tensor] = {}
         for p, key in enumerate(keys):
@@ -210,25 +214,13 @@ class Policy(nn.Module):
             ValueError: a view's grid differs from the clean one.
         """
         pixel_values, grids = self.processor.pixel_values([image for own in views for image in own])
-        if grids.tolist() != prompts.grids.tolist():
-            bad = next(
-                (
-                    i
-                    for i, (a, b) in enumerate(
-                        zip(grids.tolist(), prompts.grids.tolist(), strict=False)
-                    )
-                    if a != b
-                ),
-                len(grids),
-            )
-            expected = f"the clean image's grid {prompts.grids[bad].tolist() if bad < len(prompts.grids) else 'of every image'}"
-            got = f"{grids[bad].tolist() if bad < len(grids) else 'none'} for image {bad}"
-            fail(
-                "views",
-                expected,
-                got,
-                "degrade the image at model resolution and keep its height and width",
-            )
+        clean, made = prompts.grids.tolist(), grids.tolist()
+        if len(made) != len(clean):
+            fail("views", f"{len(clean)} images", str(len(made)), "one per image of the prompts")
+        for number, (expected, got) in enumerate(zip(clean, made, strict=True)):
+            if got != expected:
+                remedy = "degrade the image at model resolution and keep its height and width"
+                fail(f"views, image {number}", f"the clean grid {expected}", str(got), remedy)
         return pixel_values.to(self.device)
 
     def image_features(self, pixel_values: Tensor, grids: Tensor) -> ImageFeatures:
@@ -278,7 +270,7 @@ class Policy(nn.Module):
         return hidden
 
     def _attention_mask(self, prompts: PromptBatch, rows: Tensor, extra: int) -> Tensor | None:
-        """None where no prompt is padded: causal attention alone keeps the right padding of completions out."""
+        """None where no prompt is padded: causality keeps the completions' padding out."""
         if not prompts.padded:
             return None
         mask = prompts.attention_mask[rows]
@@ -287,15 +279,11 @@ class Policy(nn.Module):
     def _encoder_outputs(
         self, prompts: PromptBatch, features: ImageFeatures, rows: Tensor
     ) -> dict[str, Any] | None:
-        from transformers.models.qwen3_vl.modeling_qwen3_vl import (
-            BaseModelOutputWithDeepstackFeatures,
-        )
-
         first = prompts.first_image
         chosen = features.gather([i for p in rows.tolist() for i in range(first[p], first[p + 1])])
         if not chosen.embeddings:
             return None
-        output = BaseModelOutputWithDeepstackFeatures(
+        output = SimpleNamespace(
             pooler_output=tuple(chosen.embeddings), deepstack_features=chosen.deepstack
         )
         return {"image": output}
@@ -306,7 +294,8 @@ class Policy(nn.Module):
 
         cache = DynamicCache(config=self.model.config.text_config)
         rows = torch.arange(len(prompts.images), device=self.device)
-        # The last prompt token starts generation; it is never an image token, so the features all belong before it.
+        # The last prompt token starts generation; it is never an image token, so the features all
+        # belong before it.
         self.model.model(
             input_ids=prompts.input_ids[:, :-1],
             position_ids=prompts.position_ids[:, :, :-1],

@@ -1,8 +1,9 @@
 """Images and prompts in the form a Qwen3-VL takes, without torchvision.
 
-transformers' own processor for this family insists on a video processor, and that on torchvision. This one joins
-the two parts that are needed, transformers' tokenizer and its PIL image processor, and saves and loads them in the same
-files. It keeps resizing and normalising apart: views are made in between, on uint8 images at model resolution.
+transformers' own processor for this family insists on a video processor, and that on torchvision.
+This one joins the two parts that are needed, transformers' tokenizer and its PIL image processor,
+and saves and loads them in the same files. It keeps resizing and normalising apart: views are made
+in between, on uint8 images at model resolution.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,8 @@ class Processor:
     """A tokenizer with a chat template, and an image processor.
 
     Args:
-        tokenizer: a transformers tokenizer with `<|image_pad|>` and the two vision marks in its vocabulary.
+        tokenizer: a transformers tokenizer with `<|image_pad|>` and the two vision marks in its
+            vocabulary.
         image_processor: transformers' `Qwen2VLImageProcessorPil`, which Qwen3-VL uses too.
     """
 
@@ -60,7 +62,7 @@ class Processor:
         self.image_processor.save_pretrained(path)
 
     def resize(self, image: Image) -> Image:
-        """The image at the resolution the model sees: sides that the grid divides, pixel count in range."""
+        """The image at the resolution the model sees: sides in whole patches, pixels in range."""
         from transformers.image_utils import SizeDict
 
         processor = self.image_processor
@@ -74,12 +76,12 @@ class Processor:
         return np.ascontiguousarray(np.clip(resized, 0, 255).astype(np.uint8).transpose(1, 2, 0))
 
     def pixel_values(self, images: Sequence[Image]) -> tuple[Tensor, Tensor]:
-        """Patches [Σ gh·gw, 3·2·p·p] fp32 and grids [n, 3] of images at model resolution; no resize."""
+        """Patches [Σ gh·gw, 3·2·p·p] fp32 and grids [n, 3] of images at model resolution."""
         made = self.image_processor(images=list(images), do_resize=False, return_tensors="pt")
         return made["pixel_values"].to(torch.float32), made["image_grid_thw"]
 
     def prompt_ids(self, problem: str, grids: Tensor) -> list[int]:
-        """Token ids of the chat prompt, each `<image>` of `problem` as its grid's number of image tokens.
+        """Token ids of the chat prompt; an `<image>` becomes as many image tokens as its grid has.
 
         Raises:
             ValueError: the number of `<image>` marks is not the number of grids.

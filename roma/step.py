@@ -50,9 +50,9 @@ class UpdateStep(nn.Module):
     def forward(self, batch: UpdateBatch) -> RomaLoss:
         """The loss of a micro-batch.
 
-        Rollouts of a prompt that say the same share their passes (short answers repeat often): hidden
-        states are computed per distinct (prompt, completion) and handed to every such row, which
-        sums their gradients. Exact.
+        Rollouts of a prompt that say the same share their passes (short answers repeat often):
+        hidden states are computed per distinct (prompt, completion) and handed to every such row,
+        which sums their gradients. Exact.
         """
         rows, tokens, mask, inverse = distinct_rows(batch.rows, batch.tokens, batch.mask)
         images, views = len(batch.prompts.grids), len(batch.view_pixels)
@@ -111,7 +111,8 @@ def distinct_rows(
     """The distinct (prompt, completion) pairs of [B] rollouts.
 
     Returns:
-        Prompt [U], tokens [U, T] and mask [U, T] of each, and for every rollout [B] which one it is.
+        Prompt [U], tokens [U, T] and mask [U, T] of each, and for every rollout [B] which one it
+        is.
 
     Example:
         >>> tokens = torch.tensor([[5, 1], [5, 9], [5, 1]])

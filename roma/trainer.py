@@ -6,8 +6,9 @@ draw is a function of (run seed, step, row id): a resumed run goes on as if it h
 """
 
 import resource
+import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -98,12 +99,12 @@ class Trainer:
     def _load(self, path: str) -> RomaDataset:
         data = self.config.data
         columns = Columns(images=data.image_key, problem=data.prompt_key, answer=data.answer_key)
-        return load_dataset_rows(
-            path,
-            columns=columns,
-            image_dir=data.image_dir,
-            skip_broken=data.skip_broken,
+        rows = load_dataset_rows(
+            path, columns=columns, image_dir=data.image_dir, skip_broken=data.skip_broken
         )
+        for _, reason in rows.skipped:
+            print(f"skipped {reason}", file=sys.stderr)
+        return rows
 
     @property
     def updates_per_step(self) -> int:
@@ -244,19 +245,10 @@ class Trainer:
     ) -> dict[str, Tensor]:
         texts = self.policy.processor.decode(rollouts.tokens, rollouts.mask)
         lengths, finished = rollouts.mask.sum(-1).tolist(), rollouts.finished.tolist()
-        scores = self.score(
-            [
-                {
-                    "response": text,
-                    "response_length": length,
-                    "ground_truth": examples[row].answer,
-                    "finished": ended,
-                }
-                for text, length, row, ended in zip(
-                    texts, lengths, rows.tolist(), finished, strict=True
-                )
-            ]
-        )
+        answers = [examples[row].answer for row in rows.tolist()]
+        keys = ("response", "response_length", "ground_truth", "finished")
+        scored = zip(texts, lengths, answers, finished, strict=True)
+        scores = self.score([dict(zip(keys, row, strict=True)) for row in scored])
         device = self.policy.device
         return {
             part: torch.tensor([float(s[part]) for s in scores], device=device)
@@ -308,16 +300,17 @@ class Trainer:
             batches = (self._batch(experience, Views.none(), part) for part in parts)
             with self._precision():
                 old_logp = torch.cat([self.update_step.old_logp(batch) for batch in batches])
-        sums: Counter[str] = Counter()
+        sums: dict[str, float] = defaultdict(float)
         for _ in range(actor.ppo_epochs):
             for start in range(0, prompts, actor.mini_batch_size):
                 mini = slice(start, start + actor.mini_batch_size)
-                sums.update(self._optimizer_step(experience, views, old_logp, mini))
+                for name, value in self._optimizer_step(experience, views, old_logp, mini).items():
+                    sums[name] += value
         metrics |= {f"actor/{name}": value / self.updates_per_step for name, value in sums.items()}
-        metrics["actor/lr"] = self.scheduler.get_last_lr()[0]
+        metrics["actor/lr"] = float(self.scheduler.get_last_lr()[0])
 
     def _micro(self, chosen: slice) -> list[slice]:
-        """Cuts prompts into micro-batches; a prompt's rollouts share its features and stay together."""
+        """Cuts prompts into micro-batches; a prompt's rollouts share features, so stay together."""
         at_once = max(self.config.worker.actor.micro_batch_size // self.config.worker.rollout.n, 1)
         starts = range(chosen.start, chosen.stop, at_once)
         return [slice(start, min(start + at_once, chosen.stop)) for start in starts]
@@ -328,7 +321,7 @@ class Trainer:
         """One optimizer step, micro-batch by micro-batch; normalisers are those of the whole."""
         group = self.config.worker.rollout.n
         whole = self._batch(experience, Views.none(), mini)
-        metrics: Counter[str] = Counter()
+        metrics: dict[str, float] = defaultdict(float)
         divergences = []
         self.optimizer.zero_grad()
         for part in self._micro(mini):
@@ -343,8 +336,9 @@ class Trainer:
             with self._precision():
                 out = self.update_step(batch)
             out.loss.backward()
-            kept = (name for name in out.metrics if views.specs or not name.startswith("roma_"))
-            metrics.update({name: float(out.metrics[name]) for name in kept})
+            for name, value in out.metrics.items():
+                if views.specs or not name.startswith("roma_"):
+                    metrics[name] += float(value)
             config = self.update_step.config
             divergences.append(view_divergence(out.logp, out.view_logp, batch.mask, config=config))
         limit = self.config.worker.actor.max_grad_norm
@@ -362,16 +356,12 @@ class Trainer:
         assert self.val is not None  # Config refuses val_freq without val_files
         config, metrics = self.config, dict[str, float]()
         size = config.data.rollout_batch_size
-        limit = (
-            len(self.val)
-            if config.trainer.val_batches is None
-            else config.trainer.val_batches * size
-        )
+        batches = config.trainer.val_batches
+        count = len(self.val) if batches is None else min(batches * size, len(self.val))
         scores: dict[str, list[Tensor]] = {}
         with _timed(metrics, "testing"):
-            for start in range(0, min(limit, len(self.val)), size):
-                stop = min(start + size, limit, len(self.val))
-                examples = [self.val[i] for i in range(start, stop)]
+            for start in range(0, count, size):
+                examples = [self.val[i] for i in range(start, min(start + size, count))]
                 length = config.data.max_response_length
                 rollouts = generate(
                     self.policy, self._encode(examples), max_new_tokens=length, temperature=None

@@ -1,4 +1,4 @@
-"""Supervised next-token training on written solutions, clean images: what a base model knows before RL."""
+"""Supervised training on written solutions, clean images: what a model knows before RL."""
 
 from collections.abc import Callable, Sequence
 

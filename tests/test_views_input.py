@@ -70,7 +70,7 @@ def test_bad_lists() -> None:
     with pytest.raises(ValueError, match=r"^specs\[1\].corruption: .*did you mean 'jpeg'"):
         degrade_batch([GOOD] * 2, [ViewSpec("jpeg", 20.0), ViewSpec("jpg", 20.0)], [0, 1])
     demo = load_levels(DEMO_LEVELS)
-    spec = ViewSpec("gaussian_blur", demo["gaussian_blur"].parameter(1), 1.0)
+    spec = ViewSpec("gaussian_noise", demo["gaussian_noise"].parameter(1), 1.0)
     with pytest.raises(ValueError, match=r"^specs\[0\].parameter: .*pass the corruptions="):
         degrade_batch([GOOD], [spec], [0])
     assert degrade_batch([], [], []) == []

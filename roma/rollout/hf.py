@@ -1,4 +1,4 @@
-"""Sampling with transformers' `generate`: one vision pass and one prefill serve all rollouts of a prompt."""
+"""Sampling with transformers' `generate`: one vision pass and one prefill per prompt."""
 
 from dataclasses import dataclass
 
@@ -30,7 +30,8 @@ def generate(
 ) -> Rollouts:
     """Samples completions, from the full distribution at a temperature, or greedily.
 
-    Image and video tokens are suppressed: a completion that held one could not be scored by teacher forcing.
+    Image and video tokens are suppressed: a completion that held one could not be scored by teacher
+    forcing.
 
     Args:
         policy: the model.
@@ -38,7 +39,8 @@ def generate(
         group_size: G.
         max_new_tokens: budget of a completion, tokens.
         temperature: > 0, or None for greedy decoding.
-        seed: of the sampling, the only source of randomness; torch's global generators are left as they were.
+        seed: of the sampling, the only source of randomness; torch's global generators are left as
+            they were.
         features: of the prompts' images, if they are known already.
 
     Returns:
@@ -52,7 +54,7 @@ def generate(
     features = features or policy.image_features(prompts.pixel_values, prompts.grids)
     cache = policy.prefill(prompts, features)
     cache.batch_repeat_interleave(group_size)
-    # generate continues a cache with the position offset that the model keeps from its last prefill.
+    # generate goes on from a cache with the position offset that the model keeps of a prefill.
     lengths = prompts.attention_mask.sum(-1)
     model.model.rope_deltas = (prompts.next_position - lengths)[:, None].repeat_interleave(
         group_size, 0
