@@ -1,0 +1,179 @@
+"""The trainer on a handful of questions: every mode runs, and a resumed run is the same run."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_model
+import torch
+from PIL import Image
+
+from roma.config import Config, load_config
+from roma.data import load_dataset_rows
+from roma.online_views import OnlineViews, by_corruption
+from roma.trainer import Trainer, train
+from roma.views import ViewSpec
+from roma.warm_start import warm_start
+
+
+def config(out: Path, *overrides: str) -> Config:
+    """Four prompts × four rollouts a step, six tokens."""
+    data = small_model.folder() / "data"
+    return load_config(
+        None,
+        [
+            f"data.train_files={data}@train",
+            f"data.val_files={data}@val",
+            "data.max_response_length=6",
+            "data.rollout_batch_size=4",
+            f"worker.actor.model_path={small_model.folder() / 'model'}",
+            "worker.actor.lr=1e-3",
+            "worker.actor.micro_batch_size=8",
+            "worker.rollout.n=4",
+            f"worker.reward.function={Path(__file__).parent / 'length_reward.py'}:compute_score",
+            "trainer.total_steps=2",
+            "trainer.logger=[file]",
+            f"trainer.out={out}",
+            *overrides,
+        ],
+    )
+
+
+def logged(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([weight.detach().flatten() for weight in trainer.policy.parameters()])
+
+
+@pytest.mark.parametrize("mode", ["none", "roma", "rollout"])
+def test_every_mode_trains_and_says_what_it_did(mode: str, tmp_path: Path) -> None:
+    path = train(config(tmp_path, f"algorithm.view_mode={mode}", "trainer.val_freq=2"))
+    assert (path / "actor" / "config.json").is_file()
+    lines = logged(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2]
+    last = lines[-1]
+    assert last["actor/grad_norm"] > 0 and 0 < last["rollout/distinct_share"] <= 1
+    assert {"reward/overall", "response_length/mean", "timing_s/gen", "actor/ppo_kl"} <= set(last)
+    assert 0 <= last["val/accuracy"] <= 1
+    assert any("roma" in name for name in last) == (mode == "roma")
+    if mode == "roma":
+        shares = [v for name, v in last.items() if name.startswith("actor/roma_worst_view/")]
+        assert sum(shares) == pytest.approx(1)
+
+
+def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
+    """To the bit: sampling, order, views and the auxiliary view depend on seed and step alone."""
+    whole = Trainer(config(tmp_path / "whole", "trainer.total_steps=4"))
+    whole.fit()
+    options = ("trainer.total_steps=4", "trainer.save_freq=2")
+    broken = Trainer(config(tmp_path / "broken", *options))
+    with pytest.raises(Crash):
+        broken.fit(crash_after(2))
+    resumed = Trainer(config(tmp_path / "broken", *options))
+    assert resumed.step == 2
+    resumed.fit()
+    assert torch.equal(weights(resumed), weights(whole))
+    assert [line["step"] for line in logged(tmp_path / "broken")] == [1, 2, 3, 4]
+
+
+class Crash(Exception):
+    """What ends a run between two steps."""
+
+
+def crash_after(last: int) -> Callable[[int, Any], None]:
+    def progress(step: int, _: Any) -> None:
+        if step == last:
+            raise Crash
+
+    return progress
+
+
+def test_later_updates_use_old_log_probs(tmp_path: Path) -> None:
+    """Two epochs of two mini-batches: the first update moves the policy, so its ratio leaves 1."""
+    options = (
+        "worker.actor.ppo_epochs=2",
+        "worker.actor.mini_batch_size=2",
+        "worker.actor.lr=0.01",
+    )
+    trainer = Trainer(config(tmp_path, *options, "worker.actor.warmup_steps=0"))
+    trainer.step = 1
+    metrics = trainer.train_step()
+    assert abs(metrics["actor/ppo_kl"]) > 1e-4
+    assert trainer.scheduler.last_epoch == trainer.updates_per_step == 4
+
+
+def test_a_frozen_vision_tower_stays(tmp_path: Path) -> None:
+    trainer = Trainer(config(tmp_path, "worker.actor.freeze_vision=true"))
+    vision = trainer.policy.model.model.visual
+    before = [weight.clone() for weight in vision.parameters()]
+    head = trainer.policy.head_weight.clone()
+    trainer.fit()
+    assert all(torch.equal(a, b) for a, b in zip(before, vision.parameters(), strict=True))
+    assert not torch.equal(head, trainer.policy.head_weight)
+
+
+def test_autocast_keeps_fp32_weights(tmp_path: Path) -> None:
+    trainer = Trainer(config(tmp_path, "trainer.dtype=bfloat16"))
+    trainer.fit()
+    assert {weight.dtype for weight in trainer.policy.parameters()} == {torch.float32}
+    assert logged(tmp_path)[-1]["actor/grad_norm"] > 0
+
+
+def test_views_do_not_depend_on_the_batch() -> None:
+    policy, rows = small_model.policy(), load_dataset_rows(small_model.folder() / "data@train")
+    examples = [rows[i] for i in range(4)]
+    views = OnlineViews(load_config(None, NEEDED).algorithm.views, seed=5)
+
+    def made(some):
+        prompts = policy.encode_prompts([e.problem for e in some], [e.load_images() for e in some])
+        return views.make(policy, prompts, some, 7, 2)
+
+    whole, alone = made(examples), made(examples[2:3])
+    patches = len(alone.pixels[0])
+    for view in range(2):
+        assert alone.specs[view] == [whole.specs[view][2]]
+        assert torch.equal(alone.pixels[view], whole.pixels[view][2 * patches : 3 * patches])
+    assert all(a.corruption != b.corruption for a, b in zip(*whole.specs, strict=True))
+    assert not torch.equal(whole.pixels[0], whole.pixels[1])
+
+
+NEEDED = ["data.train_files=data", "worker.actor.model_path=model"]
+
+
+def test_by_corruption_by_hand() -> None:
+    """Two prompts × two rollouts; view 0 is blur then noise, view 1 noise then jpeg."""
+    blur, noise, jpeg = (ViewSpec(name, 1.0) for name in ("blur", "noise", "jpeg"))
+    divergence = torch.tensor([[0.1, 0.4, 0.0, 0.2], [0.3, 0.2, 0.1, 0.2]])
+    found = by_corruption(divergence, [[blur, noise], [noise, jpeg]])
+    assert found["roma_penalty/blur"] == pytest.approx(0.25)
+    assert found["roma_penalty/noise"] == pytest.approx((0.3 + 0.2 + 0.0 + 0.2) / 4)
+    # Worst: view 1, 0, 1 and, of the tie, 0.
+    worst = {name: found[f"roma_worst_view/{name}"] for name in ("blur", "noise", "jpeg")}
+    assert worst == {"blur": 0.25, "noise": 0.5, "jpeg": 0.25}
+
+
+def test_skipped_rows_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = {"images": ["good.png"], "problem": "<image> sum ?", "answer": "3"}
+    bad = good | {"images": ["bad.png"]}
+    Image.new("RGB", (64, 32)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"not an image")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps(row) for row in (good, bad)))
+    Trainer(config(tmp_path / "run", f"data.train_files={rows}", "data.skip_broken=true"))
+    assert "skipped" in (told := capsys.readouterr().err) and "row 1" in told
+    with pytest.raises(ValueError, match=r"row 1.*image"):
+        Trainer(config(tmp_path / "other", f"data.train_files={rows}")).data[1].load_images()
+
+
+def test_warm_start_learns() -> None:
+    """30 steps on 24 questions: the loss of a word out of 37 (3.6 nats) more than halves."""
+    policy, losses = small_model.policy(), []
+    rows = load_dataset_rows(small_model.folder() / "data@train")
+    warm_start(policy, rows, steps=30, batch_size=12, progress=lambda _, loss: losses.append(loss))
+    assert losses[0] > 3 and losses[-1] < losses[0] / 2
+    with pytest.raises(ValueError, match="examples: expected at least one"):
+        warm_start(policy, [], steps=1)
