@@ -257,6 +257,8 @@ class _Demo:
                 return
             task = tasks[arm, seed]
             if step == _DONE:
+                if not self.console.is_terminal:  # a log file has no bars to look at
+                    self.console.print(f"{arm} seed {seed}: trained and evaluated")
                 bars.update(task, completed=bars.tasks[task].total, description=f"{arm} {seed} ✓")
             else:
                 bars.update(task, completed=step)
