@@ -216,7 +216,7 @@ def _views(options: argparse.Namespace) -> None:
     if options.list:
         for name, corruption in table.items():
             levels = "  ".join(map(corruption.describe, corruption.levels))
-            print(f"{corruption.pool:8}{name:17}{levels:28}{corruption.unit}")
+            print(f"{corruption.pool:8}{name:17}{levels:28}{corruption.full_unit}")
         return
     if not options.images:
         fail(

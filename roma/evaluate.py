@@ -326,7 +326,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     pools = dict(summary["pools"])
     title = f"Accuracy, % [95 % interval], {summary['images']} images"
     if clean := pools.pop("clean", None):
-        title += "; clean: " + form.format(**clean)
+        title += "\nclean: " + form.format(**clean)
     levels = sorted({row["level"] for row in summary["detail"]} - {0})
     table = Table(title=Text(title), box=box.SIMPLE_HEAD)
     table.add_column("corruption")
