@@ -280,6 +280,7 @@ class _Demo:
             config={"sizes": vars(self.sizes), "arms": arms, "levels": levels},
             versions={p["name"]: p["version"] for p in info()["packages"] if p["version"]},
             timings=self.timings,
+            tuned_on="validation split (levels, λ); steps: settled with test figures known",
         )
         page = write_report(
             self.out,

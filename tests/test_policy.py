@@ -11,8 +11,8 @@ from roma.kernels.linear_logprob.api import linear_logprob
 from roma.policy import Policy
 from roma.rollout.hf import generate
 
-# fp32 sums of at most 200 terms in another order, through 4 layers: measured 2e-6.
-CLOSE = {"rtol": 0, "atol": 2e-5}
+# Ten roundings of the largest log-prob, 4.4 nats (ulp 4.8e-7); one such rounding was measured.
+CLOSE = {"rtol": 0, "atol": 5e-6}
 
 
 @pytest.fixture(scope="module")
