@@ -1,6 +1,10 @@
 """The back ends by name: which of them can run here, why or why not, and which one "auto" takes."""
 
+import importlib.util
+import os
 from typing import NamedTuple
+
+import torch
 
 from roma.kernels.checks import fail
 
@@ -15,6 +19,17 @@ class Backend(NamedTuple):
     reason: str
 
 
+def _triton() -> Backend:
+    if importlib.util.find_spec("triton") is None:
+        return Backend("triton", False, "triton is not installed; torch's CUDA wheels bring it")
+    if torch.cuda.is_available():
+        chip = torch.cuda.get_device_name()
+        return Backend("triton", True, f"fused kernels, compiled when first called, on {chip}")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return Backend("triton", True, "in Triton's interpreter (TRITON_INTERPRET=1): for tests")
+    return Backend("triton", False, "no CUDA or ROCm device; TRITON_INTERPRET=1 runs it for tests")
+
+
 def backends() -> list[Backend]:
     """All back ends, each with whether it can run here and why.
 
@@ -23,7 +38,7 @@ def backends() -> list[Backend]:
         ['torch', 'reference']
     """
     return [
-        Backend("triton", False, "the Triton kernels are not written yet"),
+        _triton(),
         Backend("native", False, "the compiled CPU kernels are not written yet"),
         Backend(
             "torch",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from roma.kernels.backends import resolve
 from roma.kernels.checks import FLOATS, check_dtype, check_shape, check_tensor, check_values
-from roma.kernels.linear_logprob.api import bad_tokens, check_head, linear_logprob
+from roma.kernels.linear_logprob.api import bad_tokens, check_head, rows_logprob
 from roma.kernels.view_loss.api import view_loss
 from roma.kernels.view_loss.config import RomaConfig
 from roma.kernels.view_loss.packed import PackedBatch
@@ -107,7 +107,7 @@ def roma_loss(
         >>> out.loss.backward()
     """
     backend = resolve(backend, hidden.device.type if isinstance(hidden, Tensor) else "cpu")
-    layout = layout_of("hidden", hidden, 1, mask, cu_seqlens)
+    layout = layout_of("hidden", hidden, 1, mask, cu_seqlens, wait=backend != "triton")
     check_dtype("hidden", hidden, FLOATS)
     check_head(weight, bias, hidden)
     if view_hidden is None:
@@ -126,23 +126,28 @@ def roma_loss(
     check_dtype("tokens", tokens, (torch.int64,))
     check_shape("tokens", tokens, (layout.letters, layout.shape))
     labels = layout.pack(tokens)
-    check_values((labels >= 0) & (labels < len(weight)), lambda: bad_tokens(labels, len(weight)))
+    vocabulary = len(weight)
+    known = (labels >= 0) & (labels < vocabulary) | ~layout.valid
+    check_values(known, lambda: bad_tokens(labels[~known], vocabulary))
     targets = Targets(
         advantages, correct, old_logp, ref_logp, aux_view, view_old_logp,
         total_sequences, total_tokens, total_correct,
     )  # fmt: skip
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     batch_of = targets.pack(layout, "view_hidden", views, dtype, config)
-    states = torch.cat([layout.pack_states(view) for view in (hidden, *view_hidden)])
-    scored = linear_logprob(
+    states = hidden.reshape(-1, hidden.shape[-1])
+    scored = rows_logprob(
         states,
+        view_hidden.reshape(views, *states.shape),
         weight,
-        labels.repeat(views + 1),
+        labels,
+        layout.counted,
+        layout.known,
         bias=bias,
         temperature=config.temperature,
         softcap=config.softcap,
         backend=backend,
-    ).logp.reshape(views + 1, -1)
+    )
     return _finish(layout, batch_of(scored[0], scored[1:]), config, backend)
 
 
@@ -200,7 +205,7 @@ def roma_loss_from_logp(
         tensor([1])
     """
     backend = resolve(backend, logp.device.type if isinstance(logp, Tensor) else "cpu")
-    layout = layout_of("logp", logp, 0, mask, cu_seqlens)
+    layout = layout_of("logp", logp, 0, mask, cu_seqlens, wait=backend != "triton")
     check_dtype("logp", logp, (torch.float32, torch.float64))
     if view_logp is None:
         view_logp = logp.new_zeros((0, *logp.shape))

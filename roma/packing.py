@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from roma.kernels.checks import FLOATS, check_dtype, check_shape, check_tensor, check_values, fail
+from roma.kernels.linear_logprob.rows import packed_places
 from roma.kernels.view_loss.config import RomaConfig
 from roma.kernels.view_loss.packed import PackedBatch
 
@@ -17,35 +18,57 @@ Count = float | Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the counted tokens stand in [B, T] or [N], flattened, and the sequence of each."""
+    """Where the counted tokens stand in [B, T] or [N], flattened, and the sequence of each.
+
+    n is the number of counted tokens, or, where only the device knows that (`known`), the number of
+    all tokens: the counted ones then stand in front, and what stands behind has no meaning.
+    """
 
     shape: torch.Size  # (B, T) or (N,)
     letters: str  # "[B, T]" or "[N]"
-    sequences: int
     counted: Tensor  # [n] int64
     sequence: Tensor  # [n] int64
+    lengths: Tensor  # [B] int64
+    known: Tensor | None  # 0-dim int64
+
+    @property
+    def sequences(self) -> int:
+        """B."""
+        return len(self.lengths)
+
+    @property
+    def valid(self) -> Tensor:
+        """[n] bool: which of the n are counted tokens."""
+        numbers = torch.arange(len(self.counted), device=self.counted.device)
+        return numbers < (len(numbers) if self.known is None else self.known)
 
     def pack(self, tokens: Tensor) -> Tensor:
         """[..., B, T] or [..., N] to [..., n]."""
         lead = tokens.shape[: tokens.ndim - len(self.shape)]
         return tokens.reshape(*lead, self.shape.numel()).index_select(-1, self.counted)
 
-    def pack_states(self, hidden: Tensor) -> Tensor:
-        """[B, T, D] or [N, D] to [n, D]."""
-        rows = hidden.reshape(self.shape.numel(), hidden.shape[-1])
-        return rows.index_select(0, self.counted)
-
     def unpack(self, tokens: Tensor, fill: float) -> Tensor:
         """[..., n] back to [..., B, T] or [..., N]."""
-        lead = tokens.shape[:-1]
-        flat = tokens.new_full((*lead, self.shape.numel()), fill)
-        return flat.index_copy_(-1, self.counted, tokens).reshape(*lead, *self.shape)
+        lead, size = tokens.shape[:-1], self.shape.numel()
+        # One place more, for what has no meaning.
+        places = self.counted if self.known is None else self.counted.where(self.valid, size)
+        flat = tokens.new_full((*lead, size + 1), fill).index_copy_(-1, places, tokens)
+        return flat[..., :size].reshape(*lead, *self.shape)
 
 
 def layout_of(
-    name: str, like: Tensor, features: int, mask: Tensor, cu_seqlens: Tensor | None
+    name: str,
+    like: Tensor,
+    features: int,
+    mask: Tensor,
+    cu_seqlens: Tensor | None,
+    *,
+    wait: bool,
 ) -> Layout:
-    """The layout of a batch; `like` is its argument `name`, with 0 or 1 axes of features."""
+    """The layout of a batch; `like` is its argument `name`, with 0 or 1 axes of features.
+
+    `wait`: whether to wait for the device to learn how many tokens count.
+    """
     check_tensor(name, like)
     letters, ndim = ("[B, T]", 2) if cu_seqlens is None else ("[N]", 1)
     if like.ndim != ndim + features:
@@ -62,24 +85,29 @@ def layout_of(
     check_tensor("mask", mask, like=like)
     check_dtype("mask", mask, (torch.bool,))
     check_shape("mask", mask, (letters, shape))
-    counted = mask.reshape(-1).nonzero()[:, 0]
+    flat = mask.reshape(-1)
+    counted = flat.nonzero()[:, 0] if wait else packed_places(flat)
+    known = None if wait else flat.sum()
     if cu_seqlens is None:
-        return Layout(shape, letters, shape[0], counted, counted // max(shape[1], 1))
+        return Layout(
+            shape, letters, counted, counted // max(shape[1], 1), mask.sum(1), known
+        )
     check_tensor("cu_seqlens", cu_seqlens, like=like)
     check_dtype("cu_seqlens", cu_seqlens, (torch.int32,))
     remedy = "pass torch.cumsum of the lengths with a 0 in front, as int32"
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
         fail("cu_seqlens", "[B+1] with B ≥ 1", str(list(cu_seqlens.shape)), remedy)
-    ends = torch.tensor([0, shape[0]], dtype=torch.int32, device=cu_seqlens.device)
+    ends = torch.stack([cu_seqlens[0] == 0, cu_seqlens[-1] == shape[0]])
     check_values(
-        torch.cat([cu_seqlens[1:] >= cu_seqlens[:-1], cu_seqlens[[0, -1]] == ends]),
+        torch.cat([cu_seqlens[1:] >= cu_seqlens[:-1], ends]),
         lambda: (
             f"cu_seqlens: expected offsets from 0 to N = {shape[0]} that never decrease, got "
             f"{cu_seqlens.tolist()}; {remedy}"
         ),
     )
     sequence = torch.searchsorted(cu_seqlens.contiguous(), counted, right=True) - 1
-    return Layout(shape, letters, len(cu_seqlens) - 1, counted, sequence)
+    before = torch.nn.functional.pad(flat.cumsum(0), (1, 0))[cu_seqlens.long()]
+    return Layout(shape, letters, counted, sequence, before.diff(), known)
 
 
 @dataclass(frozen=True)
@@ -113,14 +141,14 @@ class Targets:
             view_old_logp=self._view_old(layout, dtype, config),
             advantages=self._advantages(layout, dtype),
             sequence=layout.sequence,
-            lengths=torch.bincount(layout.sequence, minlength=layout.sequences),
+            lengths=layout.lengths,
             correct=_per_sequence("correct", self.correct, layout, torch.bool),
             aux_view=self._aux_view(layout, views),
             total_sequences=_count(
                 "total_sequences", self.total_sequences, layout.sequences, layout, dtype, smallest=1
             ),
             total_tokens=_count(
-                "total_tokens", self.total_tokens, len(layout.counted), layout, dtype
+                "total_tokens", self.total_tokens, layout.lengths.sum(), layout, dtype
             ),
             total_correct=_count(
                 "total_correct", self.total_correct, self.correct.sum(), layout, dtype
@@ -133,7 +161,7 @@ class Targets:
         check_dtype("advantages", given, FLOATS)
         check_shape("advantages", given, ("[B]", per_sequence), (layout.letters, layout.shape))
         by_token = given[layout.sequence] if given.shape == per_sequence else layout.pack(given)
-        bad = ~torch.isfinite(by_token)
+        bad = ~torch.isfinite(by_token) & layout.valid
         check_values(
             ~bad,
             lambda: (
@@ -196,9 +224,14 @@ def _count(
     dtype: torch.dtype,
     smallest: int = 0,
 ) -> Tensor:
+    value = own if given is None else given
+    device = layout.counted.device
+    if isinstance(value, Tensor):
+        count = value.detach().to(device, dtype)
+    else:  # not as_tensor, which copies from the host
+        count = torch.full((), value, dtype=dtype, device=device)
     if given is None:
-        return torch.as_tensor(own, dtype=dtype, device=layout.counted.device)
-    count = torch.as_tensor(given, dtype=dtype, device=layout.counted.device).detach()
+        return count
     expected, remedy = f"a number ≥ {smallest} or a 0-dim tensor", "pass the count over all shards"
     if count.ndim:
         fail(name, expected, str(list(count.shape)), remedy)

@@ -8,6 +8,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+if not torch.cuda.is_available():
+    # Before the first kernel is defined: Triton decides then.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import interpreter
+
 # "ci" finds the same things every time; "deep" is for a night: HYPOTHESIS_PROFILE=deep pytest
 # tests.
 settings.register_profile(
@@ -29,7 +35,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 pytest.register_assert_rewrite("compare_head", "compare_logp", "compare_whole", "tolerance")
 
 # The back ends held to the oracle. A new one is added here and nowhere else.
-KERNELS = ("torch",)
+KERNELS = ("torch", "triton")
 BACKENDS = (*KERNELS, "reference")
 
 
@@ -37,6 +43,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the marker and make every unwritten element visible."""
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        interpreter.repair()
     # torch.empty then holds NaN, so that an element no kernel wrote fails a comparison.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -8,7 +8,7 @@ from torch import Tensor
 from roma.kernels.backends import resolve
 from roma.kernels.checks import FLOATS, check_dtype, check_shape, check_tensor, check_values, fail
 from roma.kernels.linear_logprob.reference import linear_logprob_reference
-from roma.kernels.linear_logprob.torch_backend import LinearLogprobFunction
+from roma.kernels.linear_logprob.op import linear_logprob_op
 
 
 class TokenLogprobs(NamedTuple):
@@ -69,7 +69,7 @@ def linear_logprob(
     """
     _check(hidden, weight, tokens, bias, temperature, softcap)
     chosen = resolve(backend, hidden.device.type)
-    rows, labels = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
+    rows, labels = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1).contiguous()
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     tau: float | Tensor
     if isinstance(temperature, Tensor):
@@ -79,15 +79,60 @@ def linear_logprob(
     row_entropy: Tensor | None
     if chosen == "reference":
         logp, lse, row_entropy = linear_logprob_reference(rows, weight, labels, bias, tau, softcap)
-        lse, row_entropy = lse.detach(), row_entropy if entropy else None
+        lse = lse.detach()
     else:
-        logp, lse, row_entropy = LinearLogprobFunction.apply(
-            rows, weight, bias, labels, 1 / tau, softcap, entropy
-        )
+        row_scale, scale = (1 / tau, 1.0) if isinstance(tau, Tensor) else (None, 1 / tau)
+        logp, lse, row_entropy = linear_logprob_op(
+            rows, None, weight, bias, labels, None, None, row_scale, scale, softcap, entropy,
+            chosen, None, None,
+        )  # fmt: skip
     shape = tokens.shape
     return TokenLogprobs(
-        logp.view(shape), lse.view(shape), None if row_entropy is None else row_entropy.view(shape)
+        logp.view(shape), lse.view(shape), row_entropy.view(shape) if entropy else None
     )
+
+
+def rows_logprob(
+    hidden: Tensor,
+    view_hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    index: Tensor,
+    counted: Tensor | None,
+    *,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    backend: str,
+) -> Tensor:
+    """Log-probs [K+1, n] of n tokens on the clean image and K views, in one sweep over W.
+
+    For callers who have checked everything. Nothing is copied to bring the rows together but what
+    one launch works on.
+
+    Args:
+        hidden: [M, D].
+        view_hidden: [K, M, D].
+        weight: [V, D].
+        tokens: [n].
+        index: [n], places of the tokens among the M.
+        counted: 0-dim or None: only the first so many of the n are computed.
+        bias: [V] or None.
+        temperature: τ.
+        softcap: s or None.
+        backend: one that can run here.
+    """
+    views = len(view_hidden)
+    if backend == "reference":
+        states = torch.cat([hidden[None], view_hidden])[:, index].flatten(0, 1)
+        labels = tokens.repeat(views + 1)
+        logp, _, _ = linear_logprob_reference(states, weight, labels, bias, temperature, softcap)
+        return logp.view(views + 1, -1)
+    logp, _, _ = linear_logprob_op(
+        hidden, view_hidden if views else None, weight, bias, tokens, index, counted, None,
+        1 / temperature, softcap, False, backend, None, None,
+    )  # fmt: skip
+    return logp.T
 
 
 def _check(

@@ -1,16 +1,14 @@
 """`view_loss`: K+1 log-probs of every counted token to loss, worst views and metrics."""
 
-from dataclasses import replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from roma.kernels.backends import resolve
 from roma.kernels.view_loss.config import RomaConfig
-from roma.kernels.view_loss.packed import PackedBatch
+from roma.kernels.view_loss.op import view_loss_of
+from roma.kernels.view_loss.packed import METRICS, PackedBatch
 from roma.kernels.view_loss.reference import view_loss_reference
-from roma.kernels.view_loss.torch_backend import METRICS, ViewLossFunction, view_loss_fwd
 
 
 class ViewLoss(NamedTuple):
@@ -29,17 +27,12 @@ def view_loss(batch: PackedBatch, config: RomaConfig, backend: str) -> ViewLoss:
     Differentiable in `batch.logp` and `batch.view_logp`. Its callers, `roma_loss` and
     `roma_loss_from_logp`, have checked every argument.
     """
-    if resolve(backend, batch.logp.device.type) == "reference":
+    device = batch.logp.device.type
+    if resolve(backend, device) == "reference":
         loss, worst_view, metrics = view_loss_reference(batch, config)
         return ViewLoss(loss, worst_view, {name: value.detach() for name, value in metrics.items()})
-    detached = replace(batch, logp=batch.logp.detach(), view_logp=batch.view_logp.detach())
-    with torch.autocast(batch.logp.device.type, enabled=False):
-        loss, worst_view, metrics, dlogp, dview_logp = view_loss_fwd(detached, config)
-    return ViewLoss(
-        ViewLossFunction.apply(batch.logp, batch.view_logp, loss, dlogp, dview_logp),
-        worst_view,
-        metrics,
-    )
+    loss, worst_view, metrics = view_loss_of(batch, config, resolve(backend, device))
+    return ViewLoss(loss, worst_view, dict(zip(METRICS, metrics.unbind(), strict=True)))
 
 
 __all__ = ["METRICS", "ViewLoss", "view_loss"]

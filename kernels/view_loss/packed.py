@@ -8,11 +8,29 @@ from torch import Tensor
 from roma.kernels.view_loss.config import RomaConfig
 
 
+METRICS = {
+    "loss": "L = pg_loss + β·ref_kl + λ_aux·roma_aux_loss + λ_inv·roma_penalty_worst",
+    "pg_loss": "agg_t −min(ρA, clip(ρ)A) on the clean image; 0 when main is None",
+    "pg_clipfrac_higher": "share of counted tokens with A > 0 whose ratio is clipped above",
+    "pg_clipfrac_lower": "share of counted tokens with A < 0 whose ratio is clipped below",
+    "ppo_kl": "mean over counted tokens of old_logp − logp, nats",
+    "ref_kl": "agg_t expm1(ref − logp) − (ref − logp), nats; 0 when ref_coef is 0",
+    "roma_penalty_worst": "L_inv, the penalty as it enters the loss, before λ_inv, nats",
+    "roma_penalty_mean": "Σ_i mean_k D_i^k / total_sequences, right rollouts and wrong, nats",
+    "roma_aux_loss": "L_aux, before λ_aux; 0 without aux_view",
+    "roma_aux_clipfrac": "share of counted tokens whose auxiliary ratio is clipped, either side",
+}
+"""Every metric of the loss with its formula; shares and means divide by the global counts, so
+shards add up."""
+
+
 @dataclass(frozen=True)
 class PackedBatch:
     """The counted completion tokens of B sequences, laid end to end; masked ones are gone.
 
-    Float tensors share one dtype (fp32; float64 in tests) and one device.
+    Float tensors share one dtype (fp32; float64 in tests) and one device. N = Σ lengths; or, for
+    back end "triton", N ≥ Σ lengths: how many tokens are counted may be known to the device alone,
+    and what stands beyond them is not looked at.
     """
 
     logp: Tensor  # [N], clean image
@@ -31,15 +49,16 @@ class PackedBatch:
 
 
 def divisors(batch: PackedBatch, config: RomaConfig) -> tuple[Tensor, Tensor]:
-    """Divisors, all at least 1, of a sequence's penalty (0-dim) and of a token's loss ([N])."""
+    """Divisors, all at least 1, of a sequence's penalty (0-dim) and of its token losses ([B])."""
     sequences = batch.total_sequences if config.penalty_over == "all" else batch.total_correct
     if config.aggregation == "grpo":
-        by_tokens = batch.total_sequences.clamp(min=1) * batch.lengths.clamp(min=1)[batch.sequence]
+        by_tokens = batch.total_sequences.clamp(min=1) * batch.lengths.clamp(min=1)
     elif config.aggregation == "dapo":
-        by_tokens = batch.total_tokens.clamp(min=1).expand_as(batch.logp)
+        by_tokens = batch.total_tokens.clamp(min=1).repeat(len(batch.lengths))
     else:
         assert config.max_length is not None  # RomaConfig's own check
-        by_tokens = (batch.total_sequences.clamp(min=1) * config.max_length).expand_as(batch.logp)
+        by_tokens = batch.total_sequences.clamp(min=1) * config.max_length
+        by_tokens = by_tokens.repeat(len(batch.lengths))
     return sequences.clamp(min=1), by_tokens.to(batch.logp.dtype)
 
 

@@ -29,7 +29,7 @@ def view_loss_reference(
     for i in range(len(batch.lengths)):
         own = batch.sequence == i
         clean, old, advantages = batch.logp[own], batch.old_logp[own], batch.advantages[own]
-        tokens = batch.logp.new_tensor(by_tokens[own].tolist())
+        tokens = by_tokens[i]
         if config.main is not None:
             objective, above, below = clipped_objective(clean, old, advantages, config)
             policy = policy + (objective / tokens).sum()

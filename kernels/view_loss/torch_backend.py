@@ -9,29 +9,19 @@ tokens), which is what lets `linear_logprob` skip those rows. Same dtype as the 
 Two runs are bitwise equal.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from roma.kernels.view_loss.config import RomaConfig
-from roma.kernels.view_loss.packed import PackedBatch, divisors, first_view, sequence_sums
-
-METRICS = {
-    "loss": "L = pg_loss + β·ref_kl + λ_aux·roma_aux_loss + λ_inv·roma_penalty_worst",
-    "pg_loss": "agg_t −min(ρA, clip(ρ)A) on the clean image; 0 when main is None",
-    "pg_clipfrac_higher": "share of counted tokens with A > 0 whose ratio is clipped above",
-    "pg_clipfrac_lower": "share of counted tokens with A < 0 whose ratio is clipped below",
-    "ppo_kl": "mean over counted tokens of old_logp − logp, nats",
-    "ref_kl": "agg_t expm1(ref − logp) − (ref − logp), nats; 0 when ref_coef is 0",
-    "roma_penalty_worst": "L_inv, the penalty as it enters the loss, before λ_inv, nats",
-    "roma_penalty_mean": "Σ_i mean_k D_i^k / total_sequences, right rollouts and wrong, nats",
-    "roma_aux_loss": "L_aux, before λ_aux; 0 without aux_view",
-    "roma_aux_clipfrac": "share of counted tokens whose auxiliary ratio is clipped, either side",
-}
-"""Every metric of the loss with its formula; shares and means divide by the global counts, so
-shards add up."""
+from roma.kernels.view_loss.packed import (
+    METRICS,
+    PackedBatch,
+    divisors,
+    first_view,
+    sequence_sums,
+)
 
 _SERIES_BELOW = 0.5  # |δ| up to which eight terms of the series hold to 5e-8 relative
 
@@ -125,9 +115,10 @@ def _penalty(
 
 def view_loss_fwd(
     batch: PackedBatch, config: RomaConfig
-) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor, Tensor]:
-    """Loss, worst view, metrics, and the coefficients ∂loss/∂logp [N], ∂loss/∂view_logp [K, N]."""
-    by_penalty, by_tokens = divisors(batch, config)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, worst view, metrics [10], and the coefficients ∂loss/∂logp [N], ∂loss/∂view_logp [K, N]."""
+    by_penalty, by_sequence = divisors(batch, config)
+    by_tokens = by_sequence[batch.sequence]
     counted = batch.total_tokens.clamp(min=1)
     dlogp, dview_logp = torch.zeros_like(batch.logp), torch.zeros_like(batch.view_logp)
     zero = batch.logp.new_zeros(())
@@ -162,23 +153,4 @@ def view_loss_fwd(
         + config.lambda_inv * metrics["roma_penalty_worst"]
     )
     metrics["loss"] = loss
-    return loss, worst, metrics, dlogp, dview_logp
-
-
-class ViewLossFunction(torch.autograd.Function):
-    """Hands out a loss whose coefficients are known; the backward scales them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, logp: Tensor, view_logp: Tensor, loss: Tensor, dlogp: Tensor, dview_logp: Tensor
-    ) -> Tensor:
-        """Returns `loss`, which `view_loss_fwd` formed from `logp` and `view_logp`."""
-        ctx.save_for_backward(dlogp, dview_logp)
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        """The coefficients times the upstream gradient."""
-        dlogp, dview_logp = ctx.saved_tensors
-        return dloss * dlogp, dloss * dview_logp, None, None, None
+    return loss, worst, torch.stack([metrics[name] for name in METRICS]), dlogp, dview_logp

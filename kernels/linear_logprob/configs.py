@@ -1,0 +1,141 @@
+"""Block sizes of the Triton kernels: which configuration is chosen when.
+
+`make kernels` compiles every entry of `TILES` for its chip and writes what the compiler made of it
+to docs/KERNELS.md.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Blocks of a product [BLOCK_R, BLOCK_D] × [BLOCK_V, BLOCK_D]ᵀ and how it is scheduled."""
+
+    block_r: int
+    block_v: int
+    block_d: int
+    group: int
+    """Row tiles that sweep the vocabulary abreast, their hidden states resident in L2."""
+    num_warps: int
+    num_stages: int
+    descriptors: bool = False
+    """Loads by the tensor memory accelerator, where strides allow it."""
+    persistent: bool = False
+    """One program per multiprocessor walks over many tiles, loading the next beneath the
+    reductions of the last; else one program per tile."""
+
+
+# chip -> (bf16 and fp16, the same for at most FEW_ROWS rows, fp32)
+TILES = {
+    "sm_80": (
+        Tile(128, 256, 32, 8, num_warps=8, num_stages=4),
+        Tile(64, 128, 64, 1, num_warps=4, num_stages=3),
+        Tile(64, 64, 32, 8, num_warps=8, num_stages=3),
+    ),
+    # 99 KiB of shared memory: consumer Ampere, Ada and Blackwell.
+    "sm_120": (
+        Tile(128, 128, 64, 8, num_warps=8, num_stages=3),
+        Tile(64, 128, 64, 1, num_warps=4, num_stages=3),
+        Tile(64, 64, 32, 8, num_warps=8, num_stages=3),
+    ),
+    "sm_90": (
+        Tile(128, 256, 64, 16, num_warps=8, num_stages=4, descriptors=True, persistent=True),
+        Tile(64, 256, 64, 1, num_warps=4, num_stages=4, descriptors=True, persistent=True),
+        Tile(64, 64, 32, 8, num_warps=8, num_stages=3),
+    ),
+    "sm_100": (
+        Tile(128, 128, 64, 16, num_warps=8, num_stages=4, descriptors=True, persistent=True),
+        Tile(64, 128, 64, 1, num_warps=4, num_stages=4, descriptors=True, persistent=True),
+        Tile(64, 64, 32, 8, num_warps=8, num_stages=3),
+    ),
+    "gfx942": (
+        Tile(128, 128, 64, 8, num_warps=8, num_stages=2),
+        Tile(64, 128, 64, 1, num_warps=4, num_stages=2),
+        Tile(64, 64, 32, 8, num_warps=8, num_stages=2),
+    ),
+    # Small where it counts: a test of a few rows crosses every kind of edge. An interpreted
+    # operation costs about the same for any block, so that many rows want large ones.
+    "interpreter": (
+        Tile(128, 1024, 256, 2, num_warps=4, num_stages=1, descriptors=True, persistent=True),
+        Tile(16, 128, 32, 2, num_warps=4, num_stages=1, descriptors=True, persistent=True),
+        Tile(16, 128, 32, 2, num_warps=4, num_stages=1, persistent=True),
+    ),
+}
+FEW_ROWS = 64
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_INTERPRETED_PROGRAMS = 3  # of a persistent grid: enough for turns that wrap around
+
+
+def chip(device: torch.device) -> str:
+    """The row of `TILES` for a device."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == 9:
+        return "sm_90"
+    if major == 10:
+        return "sm_100"
+    return "sm_80" if (major, minor) == (8, 0) else "sm_120"
+
+
+def tile_for(device: torch.device, dtype: torch.dtype, rows: int) -> Tile:
+    """The configuration of a product in `dtype` over so many rows."""
+    plain, few, full = TILES[chip(device)]
+    if dtype == torch.float32 and (device.type == "cuda" or rows <= FEW_ROWS):
+        return full
+    return few if rows <= FEW_ROWS else plain
+
+
+def programs(tile: Tile, rows: int, vocab: int, device: torch.device) -> int:
+    """Programs to launch for a product of rows × vocab."""
+    turns = math.ceil(rows / tile.block_r) * math.ceil(vocab / tile.block_v)
+    return min(turns, _multiprocessors(device)) if tile.persistent else turns
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _INTERPRETED_PROGRAMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def sources(
+    tile: Tile, hidden: Tensor, weight: Tensor
+) -> tuple[bool, Tensor | TensorDescriptor, Tensor | TensorDescriptor]:
+    """Whether a kernel gets descriptors, and the two matrices as it gets them."""
+    if not (tile.descriptors and _describable(hidden) and _describable(weight)):
+        return False, hidden, weight
+    return (
+        True,
+        TensorDescriptor.from_tensor(hidden, [tile.block_r, tile.block_d]),
+        TensorDescriptor.from_tensor(weight, [tile.block_v, tile.block_d]),
+    )
+
+
+def _describable(matrix: Tensor) -> bool:
+    """The copy engine wants 16-byte addresses and rows, and elements of a row side by side."""
+    return (
+        matrix.stride(1) == 1
+        and matrix.data_ptr() % 16 == 0
+        and matrix.stride(0) * matrix.element_size() % 16 == 0
+    )
+
+
+def promoted(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype that a product of the two is done in."""
+    return torch.promote_types(hidden.dtype, weight.dtype)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    return bool(triton.knobs.runtime.interpret)
