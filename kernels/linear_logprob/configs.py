@@ -7,6 +7,7 @@ to docs/KERNELS.md.
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -33,40 +34,59 @@ class Tile:
     reductions of the last; else one program per tile."""
 
 
-# chip -> (bf16 and fp16, the same for at most FEW_ROWS rows, fp32)
+class Tiles(NamedTuple):
+    """The configurations of one chip."""
+
+    many: Tile
+    """bf16 and fp16."""
+    options: Tile
+    """The same with a softcap or an entropy, whose reductions need registers that `many` has not."""
+    few: Tile
+    """The same for at most FEW_ROWS rows."""
+    fp32: Tile
+    """fp32, or mixed with it: exact products, no tf32."""
+
+
+_FP32 = Tile(64, 64, 32, 8, num_warps=4, num_stages=3)
 TILES = {
-    "sm_80": (
+    "sm_80": Tiles(
         Tile(128, 256, 32, 8, num_warps=8, num_stages=4),
-        Tile(64, 128, 64, 1, num_warps=4, num_stages=3),
-        Tile(64, 64, 32, 8, num_warps=8, num_stages=3),
-    ),
-    # 99 KiB of shared memory: consumer Ampere, Ada and Blackwell.
-    "sm_120": (
         Tile(128, 128, 64, 8, num_warps=8, num_stages=3),
         Tile(64, 128, 64, 1, num_warps=4, num_stages=3),
-        Tile(64, 64, 32, 8, num_warps=8, num_stages=3),
+        _FP32,
     ),
-    "sm_90": (
+    # 99 KiB of shared memory: consumer Ampere, Ada and Blackwell.
+    "sm_120": Tiles(
+        Tile(128, 128, 64, 8, num_warps=8, num_stages=3),
+        Tile(128, 128, 32, 8, num_warps=8, num_stages=3),
+        Tile(64, 128, 64, 1, num_warps=4, num_stages=3),
+        _FP32,
+    ),
+    "sm_90": Tiles(
         Tile(128, 256, 64, 16, num_warps=8, num_stages=4, descriptors=True, persistent=True),
-        Tile(64, 256, 64, 1, num_warps=4, num_stages=4, descriptors=True, persistent=True),
-        Tile(64, 64, 32, 8, num_warps=8, num_stages=3),
-    ),
-    "sm_100": (
         Tile(128, 128, 64, 16, num_warps=8, num_stages=4, descriptors=True, persistent=True),
         Tile(64, 128, 64, 1, num_warps=4, num_stages=4, descriptors=True, persistent=True),
-        Tile(64, 64, 32, 8, num_warps=8, num_stages=3),
+        _FP32,
     ),
-    "gfx942": (
+    "sm_100": Tiles(
+        Tile(128, 128, 64, 16, num_warps=8, num_stages=4, descriptors=True, persistent=True),
+        Tile(128, 128, 64, 16, num_warps=8, num_stages=4, descriptors=True, persistent=True),
+        Tile(64, 128, 64, 1, num_warps=4, num_stages=4, descriptors=True, persistent=True),
+        _FP32,
+    ),
+    "gfx942": Tiles(
+        Tile(128, 128, 64, 8, num_warps=8, num_stages=2),
         Tile(128, 128, 64, 8, num_warps=8, num_stages=2),
         Tile(64, 128, 64, 1, num_warps=4, num_stages=2),
-        Tile(64, 64, 32, 8, num_warps=8, num_stages=2),
+        Tile(64, 64, 32, 8, num_warps=4, num_stages=2),
     ),
     # Small where it counts: a test of a few rows crosses every kind of edge. An interpreted
     # operation costs about the same for any block, so that many rows want large ones.
-    "interpreter": (
+    "interpreter": Tiles(
         Tile(128, 1024, 256, 2, num_warps=4, num_stages=1, descriptors=True, persistent=True),
+        Tile(128, 512, 256, 2, num_warps=4, num_stages=1, persistent=True),
         Tile(16, 128, 32, 2, num_warps=4, num_stages=1, descriptors=True, persistent=True),
-        Tile(16, 128, 32, 2, num_warps=4, num_stages=1, persistent=True),
+        Tile(16, 128, 32, 2, num_warps=4, num_stages=1),
     ),
 }
 FEW_ROWS = 64
@@ -88,12 +108,18 @@ def chip(device: torch.device) -> str:
     return "sm_80" if (major, minor) == (8, 0) else "sm_120"
 
 
-def tile_for(device: torch.device, dtype: torch.dtype, rows: int) -> Tile:
-    """The configuration of a product in `dtype` over so many rows."""
-    plain, few, full = TILES[chip(device)]
-    if dtype == torch.float32 and (device.type == "cuda" or rows <= FEW_ROWS):
-        return full
-    return few if rows <= FEW_ROWS else plain
+def tile_for(device: torch.device, dtype: torch.dtype, rows: int, *, options: bool) -> Tile:
+    """The configuration of a product in `dtype` over so many rows.
+
+    `options`: whether there is a softcap or an entropy.
+    """
+    tiles = TILES[chip(device)]
+    few = rows <= FEW_ROWS
+    if dtype == torch.float32 and (few or device.type == "cuda"):
+        return tiles.fp32
+    if few:
+        return tiles.few
+    return tiles.options if options else tiles.many
 
 
 def programs(tile: Tile, rows: int, vocab: int, device: torch.device) -> int:

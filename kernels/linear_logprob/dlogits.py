@@ -2,8 +2,8 @@
 
     dz = g·(1[v=y] − p) − e·p·(log p + H) ;  dz ← dz·(1 − (z/s)²)·(1/τ)        p = e^(z − lse)
 
-The logits are recomputed by the tile of the forward sweep, so p is exactly the p of its lse. They
-stay on chip: 2 bytes per logit are written (bf16), and read twice by the vendor's two products.
+The logits are recomputed by the code of the forward sweep, in fp32, and stay on chip: 2 bytes per
+logit are written (bf16), and read twice by the vendor's two products.
 Two runs are bitwise equal.
 """
 
@@ -92,7 +92,8 @@ def dlogits(active: Active, head: Head, dz: Tensor) -> None:
     """Fills `dz` [A, V] for a head, or a slice of one, of V entries."""
     (count, vocab), depth = dz.shape, head.weight.shape[1]
     dtype = promoted(active.states, head.weight)
-    tile = tile_for(dz.device, dtype, count)
+    options = head.softcap is not None or active.dentropy is not None
+    tile = tile_for(dz.device, dtype, count, options=options)
     described, hidden, weight = sources(tile, active.states, head.weight)
     _dlogits_kernel[(programs(tile, count, vocab, dz.device),)](
         dz, hidden, weight, head.bias, active.tokens, active.row_scale,

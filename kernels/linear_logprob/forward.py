@@ -159,7 +159,8 @@ def sweep(rows: Rows, head: Head, sums: Tensor) -> None:
 def _sweep_part(rows: Rows, head: Head, sums: Tensor, first: int, dtype: torch.dtype) -> None:
     count, (vocab, depth), device = sums.shape[1], head.weight.shape, sums.device
     states = take_rows(rows, slice(first, first + count))
-    tile = tile_for(device, dtype, count)
+    options = head.softcap is not None or len(sums) == 4
+    tile = tile_for(device, dtype, count, options=options)
     parts = triton.cdiv(vocab, tile.block_v)
     peaks, totals, *moments = sums.new_empty(len(sums) - 1, parts, count)
     described, hidden, weight = sources(tile, states, head.weight)
