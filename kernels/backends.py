@@ -62,22 +62,36 @@ def choose(device_type: str) -> tuple[str, str]:
     raise RuntimeError("the torch back end is always available")  # guaranteed by the table above
 
 
-def resolve(backend: str, device_type: str) -> str:
-    """The back end to run for the argument `backend`.
+def resolve(backend: str, device_type: str, *, float64: bool = False) -> str:
+    """The back end to run for the argument `backend`, on a device type, perhaps in float64.
 
     Raises:
-        ValueError: `backend` is no known name, or it cannot run here.
+        ValueError: `backend` is no known name, or it cannot run here or on these tensors.
     """
+    if torch.compiler.is_compiling():  # a graph cannot look around; its compiler needs Triton too
+        chosen = "triton" if device_type == "cuda" and not float64 else "torch"
+        return chosen if backend == "auto" else backend
     if backend == "auto":
-        return choose(device_type)[0]
+        chosen = choose(device_type)[0]
+        return "torch" if float64 and chosen == "triton" else chosen
     for known in backends():
         if known.name == backend:
-            if known.available:
+            reason = known.reason if not known.available else _unfit(backend, device_type, float64)
+            if not reason:
                 return backend
             fail(
                 "backend",
                 "one that can run here",
-                f"{backend!r}, but {known.reason}",
+                f"{backend!r}, but {reason}",
                 "use 'auto' or ask `roma info`",
             )
     fail("backend", "one of " + ", ".join(map(repr, NAMES)), repr(backend), "use 'auto'")
+
+
+def _unfit(backend: str, device_type: str, float64: bool) -> str:
+    """Why an available back end cannot take such tensors; "" if it can."""
+    if backend != "triton":
+        return ""
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "the tensors are on the CPU"
+    return "triton has no float64 products" if float64 else ""

@@ -6,12 +6,13 @@ assertion, or the named `ValueError` when the environment says `ROMA_CHECK=1`.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+_SOMETHING_BAD = "a roma argument holds a bad value: run again with ROMA_CHECK=1 to learn which"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -53,10 +54,10 @@ def check_shape(
     name: str, value: Tensor, *shapes: tuple[str, tuple[int, ...]], remedy: str = ""
 ) -> None:
     """Checks that `value` has one of `shapes`, each given as (how the docs write it, the sizes)."""
-    if tuple(value.shape) in [sizes for _, sizes in shapes]:
+    if any(_same(value.shape, sizes) for _, sizes in shapes):
         return
     expected = " or ".join(f"{letters} = {list(sizes)}" for letters, sizes in shapes)
-    transposed = value.ndim == 2 and tuple(value.shape[::-1]) in [sizes for _, sizes in shapes]
+    transposed = value.ndim == 2 and any(_same(value.shape[::-1], sizes) for _, sizes in shapes)
     fail(
         name,
         expected,
@@ -65,17 +66,21 @@ def check_shape(
     )
 
 
+def _same(shape: Sequence[int], sizes: Sequence[int]) -> bool:
+    # One by one: torch.compile's sizes may be symbols, of which tuples are never found equal.
+    return len(shape) == len(sizes) and all(a == b for a, b in zip(shape, sizes, strict=True))
+
+
 def check_values(ok: Tensor, explain: Callable[[], str]) -> None:
     """Checks that all of the bool tensor `ok` holds; `explain` makes the message, on failure only.
 
     Costs no synchronisation: away from the CPU, and without `ROMA_CHECK=1`, the device asserts by
-    itself.
+    itself; so it does wherever torch.compile traces, which cannot look at values.
     """
-    if ok.device.type == "cpu" or os.environ.get("ROMA_CHECK") == "1":
+    if torch.compiler.is_compiling():
+        torch._assert_async(ok.all(), _SOMETHING_BAD)
+    elif ok.device.type == "cpu" or os.environ.get("ROMA_CHECK") == "1":
         if not bool(ok.all()):
             raise ValueError(explain())
     elif ok.device.type != "meta":
-        torch._assert_async(
-            ok.all(),
-            "a roma argument holds a bad value: run again with ROMA_CHECK=1 to learn which",
-        )
+        torch._assert_async(ok.all(), _SOMETHING_BAD)

@@ -89,7 +89,9 @@ def _sweep_builds(chip: str) -> Iterator[Build]:
             **dict.fromkeys(("stride_hr", "stride_wv", "stride_dz"), "i64"),
             **dict.fromkeys(("first", "views", "vocab_start", "R", "A", "V", "D"), "i32"),
             **dict.fromkeys(("scale", "softcap"), "fp32"),
-            **dict.fromkeys(("peak_ptr", "total_ptr", "target_ptr", "lse_ptr", "dlogp_ptr"), "*fp32"),
+            **dict.fromkeys(
+                ("peak_ptr", "total_ptr", "target_ptr", "lse_ptr", "dlogp_ptr"), "*fp32"
+            ),
             "dz_ptr": f"*{dtype}",
         }
         entropy = dict.fromkeys(("moment_ptr", "entropy_ptr", "dentropy_ptr"), "*fp32")

@@ -3,11 +3,19 @@
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from roma.kernels.backends import resolve
 from roma.kernels.checks import FLOATS, check_dtype, check_shape, check_tensor, check_values
-from roma.kernels.linear_logprob.api import bad_tokens, check_head, rows_logprob
+from roma.kernels.linear_logprob.api import (
+    bad_tokens,
+    check_head,
+    check_workspace,
+    head_backend,
+    rows_logprob,
+    vocabulary_size,
+)
 from roma.kernels.view_loss.api import view_loss
 from roma.kernels.view_loss.config import RomaConfig
 from roma.kernels.view_loss.packed import PackedBatch
@@ -50,6 +58,8 @@ def roma_loss(
     total_tokens: Count | None = None,
     total_correct: Count | None = None,
     config: RomaConfig = RomaConfig(),
+    vocab_group: "dist.ProcessGroup | None" = None,
+    workspace: int | None = None,
     backend: str = "auto",
 ) -> RomaLoss:
     """The ROMA loss: clean objective, clipped loss on a sampled view, penalty on the worst view.
@@ -86,6 +96,8 @@ def roma_loss(
         total_correct: as above; None: this call's right sequences.
         config: the options. With worst_over = "batch" the maximum is over
             this call's sequences.
+        vocab_group: as in `linear_logprob`: the ranks that hold the head between them.
+        workspace: as in `linear_logprob`: bytes for the backward's tiles of logits.
         backend: "auto", "triton", "native", "torch" or "reference".
 
     Returns:
@@ -106,7 +118,10 @@ def roma_loss(
         ...                 old_logp=torch.full((2, 3), -1.0))
         >>> out.loss.backward()
     """
-    backend = resolve(backend, hidden.device.type if isinstance(hidden, Tensor) else "cpu")
+    check_tensor("hidden", hidden)
+    check_tensor("weight", weight, like=hidden)
+    check_workspace(workspace)
+    backend = head_backend(backend, hidden, weight, vocab_group)
     layout = layout_of("hidden", hidden, 1, mask, cu_seqlens, wait=backend != "triton")
     check_dtype("hidden", hidden, FLOATS)
     check_head(weight, bias, hidden)
@@ -126,7 +141,7 @@ def roma_loss(
     check_dtype("tokens", tokens, (torch.int64,))
     check_shape("tokens", tokens, (layout.letters, layout.shape))
     labels = layout.pack(tokens)
-    vocabulary = len(weight)
+    vocabulary = vocabulary_size(weight, vocab_group)
     known = (labels >= 0) & (labels < vocabulary) | ~layout.valid
     check_values(known, lambda: bad_tokens(labels[~known], vocabulary))
     targets = Targets(
@@ -146,6 +161,8 @@ def roma_loss(
         bias=bias,
         temperature=config.temperature,
         softcap=config.softcap,
+        vocab_group=vocab_group,
+        workspace=workspace,
         backend=backend,
     )
     return _finish(layout, batch_of(scored[0], scored[1:]), config, backend)
@@ -204,7 +221,8 @@ def roma_loss_from_logp(
         ...                     correct=torch.tensor([True]), old_logp=clean).worst_view
         tensor([1])
     """
-    backend = resolve(backend, logp.device.type if isinstance(logp, Tensor) else "cpu")
+    check_tensor("logp", logp)
+    backend = resolve(backend, logp.device.type, float64=logp.dtype == torch.float64)
     layout = layout_of("logp", logp, 0, mask, cu_seqlens, wait=backend != "triton")
     check_dtype("logp", logp, (torch.float32, torch.float64))
     if view_logp is None:

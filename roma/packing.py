@@ -89,9 +89,7 @@ def layout_of(
     counted = flat.nonzero()[:, 0] if wait else packed_places(flat)
     known = None if wait else flat.sum()
     if cu_seqlens is None:
-        return Layout(
-            shape, letters, counted, counted // max(shape[1], 1), mask.sum(1), known
-        )
+        return Layout(shape, letters, counted, counted // max(shape[1], 1), mask.sum(1), known)
     check_tensor("cu_seqlens", cu_seqlens, like=like)
     check_dtype("cu_seqlens", cu_seqlens, (torch.int32,))
     remedy = "pass torch.cumsum of the lengths with a 0 in front, as int32"

@@ -20,7 +20,7 @@ settings.register_profile(
     "ci",
     derandomize=True,
     deadline=None,
-    max_examples=100,
+    max_examples=200,
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.register_profile(
@@ -32,7 +32,12 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 # Their asserts explain themselves as those of a test do.
-pytest.register_assert_rewrite("compare_head", "compare_logp", "compare_whole", "tolerance")
+pytest.register_assert_rewrite(
+    "roma.testing.compare_head",
+    "roma.testing.compare_logp",
+    "roma.testing.compare_whole",
+    "roma.testing.tolerance",
+)
 
 # The back ends held to the oracle. A new one is added here and nowhere else.
 KERNELS = ("torch", "triton")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -21,7 +22,7 @@ class Watch(TorchDispatchMode):
     """Inside `with Watch() as w:` every operation of this thread's forward and backward passes by.
 
     products: FLOP of matrix products, two per multiply-add. largest: elements of the largest new
-    tensor.
+    tensor. peak: the most bytes that new tensors held at one time.
     float64: names of operations that made a float64 tensor of one dimension or more.
     """
 
@@ -30,6 +31,8 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.products = 0
         self.largest = 0
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self.float64: list[str] = []
 
     def __torch_dispatch__(
@@ -55,4 +58,8 @@ class Watch(TorchDispatchMode):
                 self.float64.append(str(func))
             if id(x.untyped_storage()) not in before:
                 self.largest = max(self.largest, x.numel())
+                storage = x.untyped_storage()
+                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self._alive = {key: kept for key, kept in self._alive.items() if not kept[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
         return out

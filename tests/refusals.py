@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import compare_logp
-import compare_whole
 import pytest
-from strategies import HeadSpec, LossSpec
 
 import roma
 from roma import RomaConfig
+from roma.testing import compare_logp, compare_whole
+from roma.testing.strategies import HeadSpec, LossSpec
 
 # b, t, k, d, v all differ, so that a swapped pair of axes cannot pass.
 B, T, K, D, V = 3, 5, 2, 8, 33

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import compare_head
 import pytest
-import strategies
-import tolerance
 import torch
 from hypothesis import example, given
-from strategies import HeadSpec, head_specs
 from torch import Tensor
 
 import roma
+from roma.testing import compare_head, strategies, tolerance
+from roma.testing.strategies import HeadSpec, head_specs
 
 
 @given(spec=head_specs())
@@ -22,6 +20,9 @@ import roma
 @example(spec=HeadSpec(v=127, difficulty="below_zero", dtype=torch.bfloat16))
 @example(
     spec=HeadSpec(v=129, difficulty="peaked_tail", softcap=30.0, temperature="rows", entropy=True)
+)
+@example(  # the target's p underflows, and its slope through the softcap must still be 0
+    spec=HeadSpec(v=127, difficulty="huge_logits", softcap=30.0, temperature="rows")
 )
 def test_values_and_gradients(spec: HeadSpec, backend: str) -> None:
     """All outputs and gradients under random upstreams, over every option and difficulty."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import compare_head
-import tolerance
 import torch
 from hypothesis import given
-from strategies import HeadSpec, head_specs
 from torch import Tensor
+
+from roma.testing import compare_head, tolerance
+from roma.testing.strategies import HeadSpec, head_specs
 
 
 @given(spec=head_specs())

@@ -8,15 +8,14 @@ from __future__ import annotations
 from dataclasses import FrozenInstanceError
 from typing import Any
 
-import compare_logp
-import compare_whole
 import pytest
 import torch
 from counting import Watch
 from refusals import DTYPE_ERRORS, SPEC, B, D, K, T, V, head_call, logp_call, refuse, whole_call
-from strategies import LossSpec
 
 from roma import RomaConfig
+from roma.testing import compare_logp, compare_whole
+from roma.testing.strategies import LossSpec
 
 
 @pytest.mark.parametrize("token", [-1, -100, V, V + 7])
@@ -224,8 +223,9 @@ def test_unknown_back_end() -> None:
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="asks for a back end that is not available here"
 )
-def test_unavailable_back_end_says_what_is_missing() -> None:
+def test_unavailable_back_end_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asking for Triton on CPU tensors is an error, never another back end in silence."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for call in (head_call, whole_call, logp_call):
         with pytest.raises((ValueError, RuntimeError), match=r"(?s)triton.*; \S"):
             call("triton")

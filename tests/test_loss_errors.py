@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from refusals import DTYPE_ERRORS, SPEC, B, D, K, T, V, head_call, logp_call, refuse, whole_call
-from strategies import HeadSpec, LossSpec
+
+from roma.testing.strategies import HeadSpec, LossSpec
 
 
 def test_good_cases_pass(backend: str) -> None:

@@ -1,10 +1,14 @@
-"""What one loss of realistic size takes, on the torch back end."""
+"""What one loss takes: resident memory at a realistic size, and every tensor at a small one."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from counting import Watch
+
+import roma
 
 HERE = Path(__file__).parent
 
@@ -16,3 +20,45 @@ def test_peak_memory_of_one_loss() -> None:
     done = subprocess.run(program, capture_output=True, text=True, check=True, cwd=HERE.parent)
     fp32_dweight = 151_936 * 512 * 4 / 2**20
     assert float(done.stdout) <= 400 + fp32_dweight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_more_than_inputs_gradients_and_workspace(dtype: torch.dtype, kernel: str) -> None:
+    """K = 4, half of the rollouts right; the logits alone would be 40 MiB in fp32.
+
+    Beyond the inputs there may be alive at once: the gradients, summed in fp32; the workspace; and
+    as much as the inputs again, for the rows that a launch works on side by side.
+    """
+    k, b, t, d, v, workspace = 4, 4, 64, 64, 8192, 2**20
+    generator = torch.Generator().manual_seed(0)
+    hidden, views, weight = (
+        torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
+        for shape in ((b, t, d), (k, b, t, d), (v, d))
+    )
+    mask = torch.ones(b, t, dtype=torch.bool)
+    tokens = torch.randint(v, (b, t), generator=generator)
+    with Watch() as watch:
+        loss = roma.roma_loss(
+            hidden,
+            views,
+            weight,
+            tokens,
+            mask=mask,
+            advantages=torch.tensor([1.0, -1.0, 1.0, -1.0]),
+            correct=torch.tensor([True, False, True, False]),
+            old_logp=torch.full((b, t), -9.0),
+            aux_view=torch.tensor([0, 1, 2, 3]),
+            workspace=workspace,
+            backend=kernel,
+        ).loss
+        loss.backward()
+    rows = (k + 1) * b * t
+    states = rows * d
+    # The torch back end casts to fp32 what it multiplies: three tiles of logits, and one of W.
+    least = {"torch": 3 * 2**20 * 16 // 2 + 2048 * d * 8, "triton": 0}[kernel]
+    inputs = (states + v * d) * dtype.itemsize
+    gradients = (states + v * d) * 4
+    partial_sums = 2 * 4 * rows * (v // 512 + 1)
+    vectors = 32 * 8 * rows  # log-probs, sums, indices: less than 32 numbers a row
+    assert watch.largest < rows * v / 4
+    assert watch.peak <= inputs + gradients + workspace + partial_sums + vectors + least

@@ -6,18 +6,16 @@ import inspect
 from dataclasses import replace
 from typing import Any
 
-import compare_whole
 import pytest
-import strategies
-import tolerance
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import LossSpec, loss_specs
 from torch import Tensor
 
 import roma
 from roma import RomaConfig
+from roma.testing import compare_whole, strategies, tolerance
+from roma.testing.strategies import LossSpec, loss_specs
 
 
 @given(spec=loss_specs())
@@ -68,12 +66,13 @@ def test_signatures_are_the_contract() -> None:
         "mask advantages correct old_logp ref_logp aux_view view_old_logp cu_seqlens "
         "total_sequences total_tokens total_correct config backend"
     ).split()
+    head = ["vocab_group", "workspace"]
     expected = {
         roma.linear_logprob: (
             ["hidden", "weight", "tokens"],
-            ["bias", "temperature", "softcap", "entropy", "backend"],
+            ["bias", "temperature", "softcap", "entropy", *head, "backend"],
         ),
-        roma.roma_loss: (["hidden", "view_hidden", "weight", "tokens"], ["bias", *shared]),
+        roma.roma_loss: (["hidden", "view_hidden", "weight", "tokens"], ["bias", *head, *shared]),
         roma.roma_loss_from_logp: (["logp", "view_logp"], shared),
     }
     for function, (positional, named) in expected.items():

@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import compare_logp
-import compare_whole
-import strategies
-import tolerance
 import torch
 from counting import Watch
 from hypothesis import given
-from strategies import LossSpec, configs, loss_specs
 
 import roma
 from roma import RomaConfig
+from roma.testing import compare_logp, compare_whole, strategies, tolerance
+from roma.testing.strategies import LossSpec, configs, loss_specs
 
 
 @given(spec=loss_specs(dtype=torch.float32))

@@ -11,13 +11,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import compare_head
 import pytest
-import strategies
-import tolerance
 import torch
-from strategies import HeadSpec
 from torch import Tensor
+
+from roma.testing import compare_head, strategies, tolerance
+from roma.testing.strategies import HeadSpec
 
 
 def hold(inputs: dict[str, Any], backend: str, faulty: dict[str, Tensor]) -> None:

@@ -10,19 +10,14 @@ from __future__ import annotations
 
 import math
 
-import compare_head
-import compare_logp
-import compare_whole
-import oracle
 import pytest
-import strategies
-import tolerance
 import torch
 from counting import Watch
-from strategies import HeadSpec, LossSpec
 
 import roma
 from roma import RomaConfig
+from roma.testing import compare_head, compare_logp, compare_whole, oracle, strategies, tolerance
+from roma.testing.strategies import HeadSpec, LossSpec
 
 
 def test_5_upstream_per_token(backend: str) -> None:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import compare_logp
 import pytest
-import strategies
-import tolerance
 import torch
 from hypothesis import example, given
-from strategies import LossSpec, loss_specs
 from torch import Tensor
 
 import roma
 from roma import RomaConfig
+from roma.testing import compare_logp, strategies, tolerance
+from roma.testing.strategies import LossSpec, loss_specs
 
 
 @given(spec=loss_specs())

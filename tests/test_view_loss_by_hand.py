@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import compare_logp
 import pytest
-import tolerance
 import torch
 from hypothesis import given
-from strategies import LossSpec, loss_specs
 
 from roma import RomaConfig
+from roma.testing import compare_logp, tolerance
+from roma.testing.strategies import LossSpec, loss_specs
 
 
 def tiny(logp: list[float], views: list[list[float]], **others: Any) -> dict[str, Any]:

@@ -6,15 +6,13 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import compare_logp
 import pytest
-import strategies
-import tolerance
 import torch
 from hypothesis import assume, given
-from strategies import LossSpec, configs, loss_specs
 
 from roma import RomaConfig
+from roma.testing import compare_logp, strategies, tolerance
+from roma.testing.strategies import LossSpec, configs, loss_specs
 
 
 def same(

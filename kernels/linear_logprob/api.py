@@ -3,12 +3,13 @@
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from roma.kernels.backends import resolve
 from roma.kernels.checks import FLOATS, check_dtype, check_shape, check_tensor, check_values, fail
-from roma.kernels.linear_logprob.reference import linear_logprob_reference
 from roma.kernels.linear_logprob.op import linear_logprob_op
+from roma.kernels.linear_logprob.reference import linear_logprob_reference
 
 
 class TokenLogprobs(NamedTuple):
@@ -28,6 +29,8 @@ def linear_logprob(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
+    vocab_group: "dist.ProcessGroup | None" = None,
+    workspace: int | None = None,
     backend: str = "auto",
 ) -> TokenLogprobs:
     """Log-probability of each token under a linear head, without materialising the logits.
@@ -49,6 +52,12 @@ def linear_logprob(
         temperature: τ > 0, a float or a tensor [...] of one per row.
         softcap: s > 0, or None for no soft cap.
         entropy: whether to return the entropy too.
+        vocab_group: the ranks that hold the head between them, each an equal slice of the
+            vocabulary in the order of ranks; `weight` and `bias` are this rank's slice, all else is
+            the same on every rank, and so are the results. One all-gather of three numbers a row
+            forward (four with the entropy), one all-reduce of dh backward.
+        workspace: bytes that the backward may use for its tiles of logits; None: 512 MiB on a GPU,
+            16 MiB on a CPU.
         backend: "auto", "triton", "native", "torch" or "reference"; `roma info` shows which can run
             here.
 
@@ -67,8 +76,9 @@ def linear_logprob(
         >>> linear_logprob(hidden, weight, torch.tensor([[1, 2, 3], [4, 5, 6]])).logp.shape
         torch.Size([2, 3])
     """
-    _check(hidden, weight, tokens, bias, temperature, softcap)
-    chosen = resolve(backend, hidden.device.type)
+    _check(hidden, weight, tokens, bias, temperature, softcap, vocab_group)
+    check_workspace(workspace)
+    chosen = head_backend(backend, hidden, weight, vocab_group)
     rows, labels = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1).contiguous()
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     tau: float | Tensor
@@ -84,7 +94,7 @@ def linear_logprob(
         row_scale, scale = (1 / tau, 1.0) if isinstance(tau, Tensor) else (None, 1 / tau)
         logp, lse, row_entropy = linear_logprob_op(
             rows, None, weight, bias, labels, None, None, row_scale, scale, softcap, entropy,
-            chosen, None, None,
+            chosen, _name(vocab_group), workspace,
         )  # fmt: skip
     shape = tokens.shape
     return TokenLogprobs(
@@ -103,6 +113,8 @@ def rows_logprob(
     bias: Tensor | None,
     temperature: float,
     softcap: float | None,
+    vocab_group: "dist.ProcessGroup | None",
+    workspace: int | None,
     backend: str,
 ) -> Tensor:
     """Log-probs [K+1, n] of n tokens on the clean image and K views, in one sweep over W.
@@ -120,6 +132,8 @@ def rows_logprob(
         bias: [V] or None.
         temperature: τ.
         softcap: s or None.
+        vocab_group: as in `linear_logprob`.
+        workspace: as in `linear_logprob`.
         backend: one that can run here.
     """
     views = len(view_hidden)
@@ -130,7 +144,7 @@ def rows_logprob(
         return logp.view(views + 1, -1)
     logp, _, _ = linear_logprob_op(
         hidden, view_hidden if views else None, weight, bias, tokens, index, counted, None,
-        1 / temperature, softcap, False, backend, None, None,
+        1 / temperature, softcap, False, backend, _name(vocab_group), workspace,
     )  # fmt: skip
     return logp.T
 
@@ -142,6 +156,7 @@ def _check(
     bias: Tensor | None,
     temperature: float | Tensor,
     softcap: float | None,
+    vocab_group: "dist.ProcessGroup | None",
 ) -> None:
     check_tensor("hidden", hidden)
     check_dtype("hidden", hidden, FLOATS)
@@ -151,7 +166,7 @@ def _check(
     check_tensor("tokens", tokens, like=hidden)
     check_dtype("tokens", tokens, (torch.int64,))
     check_shape("tokens", tokens, ("hidden's leading shape [...]", tuple(hidden.shape[:-1])))
-    vocabulary = weight.shape[0]
+    vocabulary = vocabulary_size(weight, vocab_group)
     check_values((tokens >= 0) & (tokens < vocabulary), lambda: bad_tokens(tokens, vocabulary))
     if isinstance(temperature, Tensor):
         check_tensor("temperature", temperature, like=hidden)
@@ -184,6 +199,38 @@ def check_head(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> None:
         check_tensor("bias", bias, like=hidden)
         check_dtype("bias", bias, FLOATS)
         check_shape("bias", bias, ("[V]", (weight.shape[0],)))
+
+
+def vocabulary_size(weight: Tensor, vocab_group: "dist.ProcessGroup | None") -> int:
+    """V, of all slices."""
+    return len(weight) * (1 if vocab_group is None else dist.get_world_size(vocab_group))
+
+
+def head_backend(
+    backend: str, hidden: Tensor, weight: Tensor, vocab_group: "dist.ProcessGroup | None"
+) -> str:
+    """The back end to run for the argument `backend`."""
+    float64 = torch.float64 in (hidden.dtype, weight.dtype)
+    chosen = resolve(backend, hidden.device.type, float64=float64)
+    if chosen == "reference" and vocab_group is not None:
+        fail(
+            "vocab_group",
+            "None, because backend is 'reference'",
+            "a process group",
+            "use another back end, or gather the head",
+        )
+    return chosen
+
+
+def check_workspace(workspace: int | None) -> None:
+    """Checks a number of bytes."""
+    if workspace is not None and not (isinstance(workspace, int) and workspace > 0):
+        fail("workspace", "a whole number of bytes > 0, or None", repr(workspace), "pass None")
+
+
+def _name(group: "dist.ProcessGroup | None") -> str | None:
+    # An operator's arguments are tensors, numbers and strings.
+    return None if group is None else group.group_name
 
 
 def bad_tokens(tokens: Tensor, vocabulary: int) -> str:

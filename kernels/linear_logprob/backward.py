@@ -1,11 +1,11 @@
 """The backward of every back end: dlogits of the active rows, tile by tile, and two products.
 
-    dh = dz W ;  dW = dzᵀ h ;  db = Σ_rows dz          dz: MATH section 1, formed by `Kernels.dlogits`
+    dh = dz W ;  dW = dzᵀ h ;  db = Σ_rows dz       dz: MATH section 1, formed by `Kernels.dlogits`
 
 Rows whose upstream gradients are all zero are left out. The vocabulary is walked outside and the
 rows inside, so a tile of dW is complete when its sweep ends, is summed in fp32 and rounded once; dh
-is summed over the vocabulary in fp32. Per active row and token of the vocabulary: a recompute of the
-logit and one multiply-add for each of dh and dW, so 6·D FLOP, less 2·D for what is frozen.
+is summed over the vocabulary in fp32. Per active row and vocabulary entry: the logit once more, and
+a multiply-add per element of h for each of dh and dW: 6·D FLOP, less 2·D for what is frozen.
 
 Memory: a workspace (one tile of dz, one of dW) whose size is an argument, the active rows' hidden
 states, and their dh in fp32.

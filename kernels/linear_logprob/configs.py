@@ -40,7 +40,7 @@ class Tiles(NamedTuple):
     many: Tile
     """bf16 and fp16."""
     options: Tile
-    """The same with a softcap or an entropy, whose reductions need registers that `many` has not."""
+    """The same with a softcap or an entropy: they need registers that `many` has not."""
     few: Tile
     """The same for at most FEW_ROWS rows."""
     fp32: Tile

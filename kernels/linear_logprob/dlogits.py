@@ -81,7 +81,7 @@ def _dlogits_kernel(
         if boost_ptr is not None:
             factor = row_scale * tl.load(boost_ptr)
         if SOFTCAP:
-            capped = tl.where(p > 0, z, 0.0) / (row_scale * softcap)
+            capped = tl.where(z > -float("inf"), z, 0.0) / (row_scale * softcap)
             factor *= 1 - capped * capped
         places = rows.to(tl.int64)[:, None] * stride_dz + cols[None, :]
         inside = (rows < A)[:, None] & (cols < V)[None, :]

@@ -1,6 +1,6 @@
 """Forward sweep over the vocabulary in Triton, and the merge of its partial sums.
 
-    peak = max_v z_v ;  total = Σ_v e^(z_v − peak) ;  moment = Σ_v e^(z_v − peak)·z_v ;  target = z_y
+    peak = max_v z_v ; total = Σ_v e^(z_v − peak) ; moment = Σ_v e^(z_v − peak)·z_v ; target = z_y
 
 Every tile [BLOCK_R, BLOCK_V] of logits is born in registers (fp32), leaves peak, total and, for
 the entropy, moment of each of its rows behind, and dies there: 8 bytes (12) per row and vocabulary

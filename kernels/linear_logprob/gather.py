@@ -83,9 +83,7 @@ def _give_rows_kernel(
 BLOCK_D = 1024
 
 
-def take_rows(
-    rows: Rows, chosen: Tensor | slice, wanted: Tensor | None = None
-) -> Tensor:
+def take_rows(rows: Rows, chosen: Tensor | slice, wanted: Tensor | None = None) -> Tensor:
     """Hidden states of the chosen rows, [A, D]; zeros from the row `wanted` on."""
     hidden, views = rows.hidden, rows.view_hidden
     if isinstance(chosen, slice):
@@ -112,7 +110,9 @@ def give_rows(
     """Gradients by hidden and view_hidden, zero but on the chosen rows."""
     dhidden = torch.zeros(rows.hidden.shape, dtype=rows.hidden.dtype, device=rows.hidden.device)
     views = rows.view_hidden
-    dviews = None if views is None else torch.zeros(views.shape, dtype=views.dtype, device=views.device)
+    dviews = (
+        None if views is None else torch.zeros(views.shape, dtype=views.dtype, device=views.device)
+    )
     size = dhidden.shape[1]
     if len(chosen):
         _give_rows_kernel[(len(chosen),)](

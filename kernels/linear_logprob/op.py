@@ -31,8 +31,10 @@ def _kernels(backend: str) -> Kernels:
 
 
 def _process_group(name: str | None) -> "dist.ProcessGroup | None":
-    # An operator's arguments are tensors, numbers and strings; functional collectives do the same.
-    return None if name is None else dist.distributed_c10d._resolve_process_group(name)
+    if name is None:
+        return None
+    # What torch's own functional collectives do with a name, for want of a public way.
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
 
 
 def _arguments(
@@ -77,7 +79,8 @@ def linear_logprob_op(
     Args:
         hidden: [M, D].
         view_hidden: [K, M, D] or None.
-        weight: [V, D]; bias: [V] or None.
+        weight: [V, D].
+        bias: [V] or None.
         tokens: [n].
         index: [n], places of the tokens among the M; None: n = M, in order.
         counted: 0-dim; only the first so many tokens are computed (the rest: finite, no meaning).
@@ -114,8 +117,9 @@ def linear_logprob_op(
 def _fold(sums: Tensor, vocab: int, group: "dist.ProcessGroup") -> Tensor:
     """Folds the ranks' sums; with them travels the size of each slice, for a check."""
     own = torch.cat([sums.flatten(), sums.new_tensor([float(vocab)])])
-    gathered = own.new_empty(dist.get_world_size(group), len(own))
+    gathered = own.new_empty(dist.get_world_size(group) * len(own))
     dist.all_gather_into_tensor(gathered, own, group=group)
+    gathered = gathered.view(-1, len(own))
     check_values(
         gathered[:, -1] == vocab,
         lambda: (

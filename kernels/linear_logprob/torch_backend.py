@@ -1,7 +1,7 @@
 """Linear log-probabilities in plain PyTorch: a bounded workspace, fp32 logits.
 
-    forward   peak = max_v z_v ; total = Σ_v e^(z_v − peak) ; target = z_y ; moment = Σ_v e^(z_v − peak)·z_v
-    backward  dz = g·(1[v=y] − p) − e·p·(log p + H)
+    peak = max_v z_v ; total = Σ_v e^(z_v − peak) ; moment = Σ_v e^(z_v − peak)·z_v ; target = z_y
+    dz = g·(1[v=y] − p) − e·p·(log p + H)
 
 Workspace: two tiles of logits and one tile of W in the accumulation dtype. The forward reads W once
 per block of rows, the backward once (backward.py). Accumulates in fp32 (float64 for float64 inputs)
@@ -127,7 +127,7 @@ def dlogits(active: Active, head: Head, dz: Tensor) -> None:
         # logits hold s·tanh(·)/τ, so tanh is logits·τ/s.
         dz.mul_(1 - logits.div_(scale).div_(head.softcap).square_())
     dz.mul_(scale)
-    report("recompute", *dz.shape, active.states.shape[1])
+    report("recompute", len(dz), dz.shape[1], active.states.shape[1])
 
 
 def accumulation(hidden: Tensor, weight: Tensor) -> torch.dtype:

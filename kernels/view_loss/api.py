@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from roma.kernels.backends import resolve
 from roma.kernels.view_loss.config import RomaConfig
 from roma.kernels.view_loss.op import view_loss_of
 from roma.kernels.view_loss.packed import METRICS, PackedBatch
@@ -25,13 +24,14 @@ def view_loss(batch: PackedBatch, config: RomaConfig, backend: str) -> ViewLoss:
     """The loss of a packed batch (docs/MATH.md sections 2 and 3).
 
     Differentiable in `batch.logp` and `batch.view_logp`. Its callers, `roma_loss` and
-    `roma_loss_from_logp`, have checked every argument.
+    `roma_loss_from_logp`, have checked every argument and
+    resolved the back end.
     """
-    device = batch.logp.device.type
-    if resolve(backend, device) == "reference":
-        loss, worst_view, metrics = view_loss_reference(batch, config)
-        return ViewLoss(loss, worst_view, {name: value.detach() for name, value in metrics.items()})
-    loss, worst_view, metrics = view_loss_of(batch, config, resolve(backend, device))
+    if backend == "reference":
+        loss, worst_view, by_name = view_loss_reference(batch, config)
+        detached = {name: value.detach() for name, value in by_name.items()}
+        return ViewLoss(loss, worst_view, detached)
+    loss, worst_view, metrics = view_loss_of(batch, config, backend)
     return ViewLoss(loss, worst_view, dict(zip(METRICS, metrics.unbind(), strict=True)))
 
 

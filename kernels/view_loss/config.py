@@ -1,7 +1,8 @@
 """`RomaConfig`: every option of the loss in one frozen dataclass."""
 
-from dataclasses import dataclass, fields
-from typing import Literal, get_args
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import ClassVar, Literal, get_args
 
 from roma.kernels.checks import fail
 
@@ -84,9 +85,12 @@ class RomaConfig:
     """s of the logits' soft cap, > 0, or None."""
     max_length: int | None = None
     """L_max of "dr_grpo", tokens."""
+    line: ClassVar[str]
 
     def __post_init__(self) -> None:
-        """Checks every value."""
+        """Checks every value, and writes them down as one line of JSON for `roma::view_loss`."""
+        # Here, not at every call, which torch.compile would have to trace.
+        object.__setattr__(self, "line", json.dumps(asdict(self)))
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name in _CHOICES:

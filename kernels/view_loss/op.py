@@ -7,14 +7,13 @@ The coefficients ∂loss/∂logp are formed with the loss; the backward scales t
 import functools
 import importlib
 import json
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from roma.kernels.view_loss.config import RomaConfig
-from roma.kernels.view_loss.packed import METRICS, PackedBatch, first_view
+from roma.kernels.view_loss.packed import METRICS, PackedBatch
 
 _MODULES = {"torch": "torch_backend", "triton": "triton_backend"}
 
@@ -22,11 +21,6 @@ _MODULES = {"torch": "torch_backend", "triton": "triton_backend"}
 @functools.lru_cache
 def _config(options: str) -> RomaConfig:
     return RomaConfig(**json.loads(options))
-
-
-@functools.lru_cache
-def _options(config: RomaConfig) -> str:
-    return json.dumps(asdict(config))
 
 
 @torch.library.custom_op("roma::view_loss", mutates_args=())
@@ -105,6 +99,6 @@ def view_loss_of(
     """Loss, worst view and metrics in the order of `METRICS`."""
     return view_loss_op(
         *(getattr(batch, name) for name in PackedBatch.__dataclass_fields__),
-        _options(config),
+        config.line,
         backend,
     )[:3]

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from roma.kernels.view_loss.config import RomaConfig
 
-
 METRICS = {
     "loss": "L = pg_loss + β·ref_kl + λ_aux·roma_aux_loss + λ_inv·roma_penalty_worst",
     "pg_loss": "agg_t −min(ρA, clip(ρ)A) on the clean image; 0 when main is None",

@@ -116,7 +116,7 @@ def _penalty(
 def view_loss_fwd(
     batch: PackedBatch, config: RomaConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, worst view, metrics [10], and the coefficients ∂loss/∂logp [N], ∂loss/∂view_logp [K, N]."""
+    """Loss, worst view, metrics [10], and the coefficients by logp [N] and view_logp [K, N]."""
     by_penalty, by_sequence = divisors(batch, config)
     by_tokens = by_sequence[batch.sequence]
     counted = batch.total_tokens.clamp(min=1)

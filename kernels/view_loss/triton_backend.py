@@ -5,7 +5,7 @@
 
 Three small launches, no wait for the host: one program a sequence sums its tokens, one program adds
 the sequences up and settles the worst view of a batch, one program a sequence writes the
-coefficients. Reads 4·(K+5) bytes a token twice and writes 4·(K+1); next to the head's 2·D·V products
+coefficients. Reads 4·(K+5) bytes a token twice and writes 4·(K+1): next to the head's 2·D·V FLOP
 nothing. fp32, sums in a fixed order, no atomics: two runs are bitwise equal.
 """
 
@@ -122,7 +122,9 @@ def _view_loss_sums_kernel(
         advantages = tl.load(advantages_ptr + token, inside, other=0.0)
         moved += tl.sum(old - clean)
         if MAIN:
-            loss, _, over, under = _clipped_objective(clean, old, advantages, low, high, dual, clamp)
+            loss, _, over, under = _clipped_objective(
+                clean, old, advantages, low, high, dual, clamp
+            )
             policy += tl.sum(loss)
             above += tl.sum(over.to(tl.float32))
             below += tl.sum(under.to(tl.float32))
@@ -331,7 +333,7 @@ def _view_loss_coefficients_kernel(
 def view_loss_fwd(
     batch: PackedBatch, config: RomaConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, worst view, metrics [10], and the coefficients ∂loss/∂logp [N], ∂loss/∂view_logp [K, N].
+    """Loss, worst view, metrics [10], and the coefficients by logp [N] and view_logp [K, N].
 
     Tokens beyond Σ lengths are not looked at, and their coefficients are 0.
     """

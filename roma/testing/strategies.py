@@ -13,12 +13,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-import oracle
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from roma import RomaConfig
+from roma.testing import oracle
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -218,9 +218,13 @@ def view_loss(
         if config.main is not None:
             terms["main"].append(weight * clipped(clamped(clean[rows] - old[rows]), a))
             if config.ref_coef > 0:
+                assert ref is not None
                 terms["ref"].append(weight * k3(clamped(ref[rows] - clean[rows])))
         if aux_view is not None:
-            before = view_old[rows] if config.aux_old == "view" else old[rows]
+            before = old[rows]
+            if config.aux_old == "view":
+                assert view_old is not None
+                before = view_old[rows]
             log_ratio = clamped(view[int(aux_view[i])][rows] - before)
             terms["aux"].append(weight * clipped(log_ratio, a))
 

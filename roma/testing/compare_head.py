@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import oracle
-import strategies
-import tolerance
 import torch
-from counting import Watch
-from strategies import HeadSpec
 from torch import Tensor
 
 import roma
+from roma.testing import oracle, strategies, tolerance
+from roma.testing.candidate import Backend, on
+from roma.testing.strategies import HeadSpec
 
 
 def run_oracle(
@@ -51,14 +49,16 @@ def draw_upstream(spec: HeadSpec, dtype: torch.dtype = torch.float32) -> dict[st
     return {name: (torch.randn(spec.shape, generator=g) * active).to(dtype) for name in names}
 
 
-def call(inputs: dict, spec: HeadSpec, backend: str, *, frozen: tuple[str, ...] = ()):
+def call(
+    inputs: dict[str, Any], spec: HeadSpec, backend: Backend, *, frozen: tuple[str, ...] = ()
+) -> tuple[Any, dict[str, Tensor]]:
     """Call linear_logprob on fresh leaves; returns its output and the leaves."""
     leaves = {
         name: inputs[name].detach().requires_grad_(name not in frozen)
         for name in ("hidden", "weight", "bias")
         if inputs[name] is not None
     }
-    out = roma.linear_logprob(
+    out = on(roma.linear_logprob, backend)(
         leaves["hidden"],
         leaves["weight"],
         inputs["tokens"],
@@ -66,7 +66,6 @@ def call(inputs: dict, spec: HeadSpec, backend: str, *, frozen: tuple[str, ...] 
         temperature=inputs["temperature"],
         softcap=inputs["softcap"],
         entropy=spec.entropy,
-        backend=backend,
     )
     return out, leaves
 
@@ -82,7 +81,7 @@ def row_scale(inputs: dict) -> Tensor | float:
     return 1 / t.reshape(-1).double() if isinstance(t, Tensor) else 1 / t
 
 
-def check_against_oracle(spec: HeadSpec, backend: str, frozen: tuple[str, ...] = ()) -> None:
+def check_against_oracle(spec: HeadSpec, backend: Backend, frozen: tuple[str, ...] = ()) -> None:
     """Values and gradients of one call, each with got, want, eager and derived noise."""
     inputs = spec.make()
     accumulate = tolerance.accumulator(spec.dtype)
@@ -141,33 +140,9 @@ def check_against_oracle(spec: HeadSpec, backend: str, frozen: tuple[str, ...] =
         )
 
 
-ROWS, D, V = 256, 16, 1024
-
-
-PRODUCT = 2 * ROWS * D * V
-# The head's product in float32 may be done in chunks of any size; nothing but whole products is
-# counted.
-SLACK = 1.05
-
-
-def count_flops(
-    backend: str, *, active: int = ROWS, frozen: tuple[str, ...] = ()
-) -> tuple[int, int]:
-    """FLOP of the products of forward and of backward."""
-    spec = HeadSpec(shape=(ROWS,), d=D, v=V)
-    inputs = spec.make()
-    with Watch() as forward:
-        out, _ = call(inputs, spec, backend, frozen=frozen)
-    upstream = torch.zeros(ROWS)
-    upstream[:: ROWS // active] = 1.0
-    with Watch() as back:
-        out.logp.backward(upstream)
-    return forward.products, back.products
-
-
-def score(inputs: dict[str, Any], backend: str, **changes: Any) -> Any:
+def score(inputs: dict[str, Any], backend: Backend, **changes: Any) -> Any:
     """linear_logprob on the inputs of a HeadSpec."""
-    return roma.linear_logprob(**(inputs | changes), backend=backend)
+    return on(roma.linear_logprob, backend)(**(inputs | changes))
 
 
 def truth(inputs: dict[str, Any], dtype: torch.dtype = torch.float64) -> oracle.Head:

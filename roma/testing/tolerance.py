@@ -19,8 +19,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from oracle import Head
 from torch import Tensor
+
+from roma.testing.oracle import Head
 
 # Noise below is one standard deviation of a sum of independent rounding errors. Among 10^4 normal
 # draws the largest is near 4 of them; a sum of n ≤ 400 terms in sequence is off by up to 0.2·√n ≤ 4

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import oracle
-import strategies
-import tolerance
 import torch
 from hypothesis import assume, currently_in_test_context
-from strategies import LossSpec
 from torch import Tensor
 
 import roma
+from roma.testing import oracle, strategies, tolerance
+from roma.testing.candidate import Backend, on
+from roma.testing.strategies import LossSpec
 
 # The scalars that are compared by value: metric, and the oracle's part of the loss behind it.
 SCALARS = {"loss": None, "roma_penalty_worst": "inv", "roma_aux_loss": "aux", "pg_loss": "main"}
@@ -54,12 +53,11 @@ def on_leaves(case: dict[str, Any]) -> dict[str, Any]:
     return case | {name: case[name].clone().requires_grad_() for name in LOGPS}
 
 
-def call(case: dict[str, Any], backend: str):
+def call(case: dict[str, Any], backend: Backend) -> Any:
     """The public function on a case of the strategies."""
     case = dict(case)
-    return roma.roma_loss_from_logp(
-        case.pop("logp"), case.pop("view_logp"), **case, backend=backend
-    )
+    run = on(roma.roma_loss_from_logp, backend)
+    return run(case.pop("logp"), case.pop("view_logp"), **case)
 
 
 def expect(case: dict[str, Any], **how: Any) -> oracle.Expected:
@@ -103,7 +101,7 @@ def penalty_noise(want: oracle.Expected, logp_error: float, slope: float) -> flo
     return (slope + 1) * (2 * logp_error + tolerance.eps(torch.float32))
 
 
-def check_against_oracle(spec: LossSpec, backend: str) -> None:
+def check_against_oracle(spec: LossSpec, backend: Backend) -> None:
     """One call: loss, metrics, worst view, both gradients under a random upstream gradient."""
     case = spec.make_logp()
     mine = on_leaves(case)
@@ -144,21 +142,20 @@ def check_against_oracle(spec: LossSpec, backend: str) -> None:
             tolerance.check(metric, result, value, rough, dtype=torch.float32, noise=spread)
 
     rate = slopes(want.loss, leaves, create_graph=True, retain_graph=True)
-    curve = slopes(sum(g.sum() for g in rate), leaves)
-    rough = slopes(eager.loss, plain_leaves)
+    curve = slopes(torch.stack([g.sum() for g in rate]).sum(), leaves)
+    plain_rate = slopes(eager.loss, plain_leaves)
     masked = ~case["mask"]
-    for name, g, h, e in zip(LOGPS, rate, curve, rough, strict=True):
+    for name, g, h, e in zip(LOGPS, rate, curve, plain_rate, strict=True):
         grad = mine[name].grad
         if grad is None:  # nothing depends on it
             assert not bool(g.any()), name
             continue
         assert bool((grad[..., masked] == 0).all()), f"d{name} on masked positions"
         # h is the slope's own slope: an error of the log-ratio moves the gradient by as much
-        spread = (2 * noise * h.abs() + tolerance.eps(torch.float32) * g.abs()) * float(
-            upstream.abs()
-        )
+        wobble = 2 * noise * h.abs() + tolerance.eps(torch.float32) * g.abs()
+        by_entry = wobble * float(upstream.abs())
         tolerance.check(
-            f"d{name}", grad, upstream * g, upstream * e, dtype=torch.float32, noise=spread
+            f"d{name}", grad, upstream * g, upstream * e, dtype=torch.float32, noise=by_entry
         )
 
     for name in LOGPS:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import compare_logp
-import oracle
-import strategies
-import tolerance
 import torch
-from strategies import LossSpec
 from torch import Tensor
 
 import roma
+from roma.testing import compare_logp, oracle, strategies, tolerance
+from roma.testing.candidate import Backend, on
+from roma.testing.strategies import LossSpec
 
 LEAVES = ("hidden", "view_hidden", "weight", "bias")
 
@@ -42,16 +40,15 @@ def split(case: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     }
 
 
-def call(case: dict[str, Any], backend: str):
+def call(case: dict[str, Any], backend: Backend) -> Any:
     """The public function on a case of the strategies."""
     positional, named = split(case)
-    return roma.roma_loss(*positional, **named, backend=backend)
+    return on(roma.roma_loss, backend)(*positional, **named)
 
 
 def expect(case: dict[str, Any], **how: Any) -> oracle.Expected:
     """The oracle on the same case."""
-    positional, named = split(case)
-    return oracle.roma_loss(*positional, **named, **how)
+    return oracle.roma_loss(**case, **how)
 
 
 def stack_rows(case: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,7 +63,7 @@ def stack_rows(case: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     return flat, case["tokens"].reshape(-1)[counted].repeat(len(states)), counted
 
 
-def check_against_oracle(spec: LossSpec, backend: str, frozen: tuple[str, ...] = ()) -> None:
+def check_against_oracle(spec: LossSpec, backend: Backend, frozen: tuple[str, ...] = ()) -> None:
     """One call.
 
     Log-probs, loss, metrics, worst view, and dh, d(view)h, dW, db under a random upstream gradient.
@@ -106,6 +103,7 @@ def check_against_oracle(spec: LossSpec, backend: str, frozen: tuple[str, ...] =
         spec.config.worst_over,
     )
 
+    assert want.logp is not None and want.view_logp is not None
     logps = [want.logp, want.view_logp]
     assert got.metrics.keys() == compare_logp.METRICS
     for metric, part in compare_logp.SCALARS.items():
@@ -122,7 +120,8 @@ def check_against_oracle(spec: LossSpec, backend: str, frozen: tuple[str, ...] =
             tolerance.check("loss", got.loss, value, rough, dtype=accumulate, noise=spread)
 
     rate = compare_logp.slopes(want.loss, logps, create_graph=True, retain_graph=True)
-    curve = compare_logp.slopes(sum(g.sum() for g in rate), logps, retain_graph=True)
+    bend = torch.stack([g.sum() for g in rate]).sum()
+    curve = compare_logp.slopes(bend, logps, retain_graph=True)
 
     def by_row(pair: list[Tensor]) -> Tensor:
         whole = torch.cat([pair[0][None], pair[1]]).detach().reshape(spec.k + 1, -1)

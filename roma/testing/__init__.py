@@ -1,0 +1,17 @@
+"""Hold a kernel of your own to the oracle that ours are held to.
+
+`check_backend` draws inputs (`strategies`), runs your function in the place of `linear_logprob`,
+`roma_loss` or `roma_loss_from_logp`, and compares values and every gradient with an oracle in
+float64 (`oracle`) under derived bounds (`tolerance`). `count_products` tells how many rows a call
+really multiplied. Needs Hypothesis: `pip install 'roma[testing]'`.
+"""
+
+try:
+    import hypothesis as _hypothesis  # noqa: F401
+except ImportError as missing:
+    raise ImportError("roma.testing needs hypothesis: pip install 'roma[testing]'") from missing
+
+from roma.testing.backends import check_backend
+from roma.testing.counts import ProductCount, count_products
+
+__all__ = ["ProductCount", "check_backend", "count_products"]
