@@ -24,6 +24,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from roma.kernels.linear_logprob import configs, dlogits, forward, gather
+from roma.kernels.token_local import chunks
+from roma.kernels.token_local import kernels as token_local
+from roma.kernels.token_local.op import LEAST_ROWS
 from roma.kernels.view_loss import triton_backend as view_loss
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "KERNELS.md"
@@ -136,14 +139,18 @@ _EXTRAS = {
 def _small_builds() -> Iterator[Build]:
     """The kernels without a product."""
     integers = dict.fromkeys(
-        ("first", "views", "parts", "R", "D", "stride", "B", "K", "N", "stride_vk"), "i32"
+        (
+            *("first", "views", "parts", "R", "D", "stride", "B", "K", "N", "stride_vk"),
+            *("first_token", "last_token", "V"),
+        ),
+        "i32",
     )
     floats = ("low", "high", "dual", "clamp", "lambda_inv", "lambda_aux", "ref_coef")
     whole = ("counted", "chosen", "index", "wanted", "ends", "lengths", "aux", "worst")
     types: dict[str, str] = {
         **integers,
-        **dict.fromkeys(floats, "fp32"),
-        **{f"{name}_ptr": "*i64" for name in whole},
+        **dict.fromkeys((*floats, "scale", "softcap"), "fp32"),
+        **{f"{name}_ptr": "*i64" for name in (*whole, "tokens")},
         "correct_ptr": "*i1",
         "stride_k": "i64",
     }
@@ -155,6 +162,13 @@ def _small_builds() -> Iterator[Build]:
         "give_rows": gather._give_rows_kernel,
     }.items():
         yield Build(name, "bf16, K views", kernel, types | bf16, {"BLOCK_D": gather.BLOCK_D})
+    logits = {"SOFTCAP": True, "BLOCK_V": chunks._BLOCK_V}
+    for name, kernel in {
+        "row_sums": token_local._row_sums_kernel,
+        "row_dlogits": token_local._row_dlogits_kernel,
+    }.items():
+        pointers = {"dz_ptr": "*bf16", "bias_ptr": "*bf16"}
+        yield Build(name, "bf16, softcap, bias", kernel, types | pointers, logits)
     for worst_over in ("sequence", "token", "batch", "mean"):
         constants = {
             "stride_n": 1, "stride_vn": 1, "VIEW_OVER_CLEAN": True, "WORST_OVER": worst_over,
@@ -242,7 +256,7 @@ def faults(build: Build, made: Made, chip: Chip) -> list[str]:
 
 def document(rows: dict[str, list[tuple[Build, Made]]]) -> str:
     """docs/KERNELS.md."""
-    lines = [_PREFACE.format(version=triton.__version__, few=configs.FEW_ROWS)]
+    lines = [_PREFACE.format(version=triton.__version__, few=configs.FEW_ROWS, least=LEAST_ROWS)]
     for chip, made_of in rows.items():
         lines += [
             f"## {chip}",
@@ -300,6 +314,16 @@ For K views, hidden size D, vocabulary V, A active rows a token, two bytes an el
 | view_loss | about 60·(K+1) | 4·(2·(K+5) + K+1) |
 | dlogits | 2·D·V·A | 2·V·A written |
 | dh and dW, the vendor's products | 4·D·V·A | 4·V·A read; dh 8·D·A per vocabulary tile; dW 10·D·V once |
+
+The token-local path (worst_over="token", a workspace of {least} rows or of the whole batch) does
+without the dlogits product:
+
+| step | FLOP a token | bytes a token, to and from memory |
+|---|---|---|
+| logits, the vendor's product | 2·D·V·(K+1) | 4·V·(K+1) written |
+| row_sums | 5·V·(K+1) | 4·V·(K+1) read |
+| row_dlogits | 6·V·A | 4·V·A read, 2·V·A written |
+| dh and dW, the vendor's products | 4·D·V·A | 4·V·A read; dW 8·D·V per chunk |
 
 At D = 4096, V = 151,936, K = 4, A = 2 that is 6.2 GFLOP forward and 7.5 GFLOP backward a token.
 """

@@ -16,7 +16,9 @@ from roma.kernels.linear_logprob.api import (
     rows_logprob,
     vocabulary_size,
 )
-from roma.kernels.view_loss.api import view_loss
+from roma.kernels.linear_logprob.rows import TRITON_WORKSPACE
+from roma.kernels.token_local.op import pays, token_local_loss_op
+from roma.kernels.view_loss.api import METRICS, ViewLoss, view_loss
 from roma.kernels.view_loss.config import RomaConfig
 from roma.kernels.view_loss.packed import PackedBatch
 from roma.kernels.view_loss.torch_backend import surrogate_kl
@@ -149,11 +151,24 @@ def roma_loss(
         total_sequences, total_tokens, total_correct,
     )  # fmt: skip
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    batch_of = targets.pack(layout, "view_hidden", views, dtype, config)
+    constants = targets.pack(layout, "view_hidden", views, dtype, config)
     states = hidden.reshape(-1, hidden.shape[-1])
+    view_states = view_hidden.reshape(views, *states.shape)
+    room = TRITON_WORKSPACE if workspace is None else workspace
+    if backend == "triton" and vocab_group is None and pays(config, states, views, weight, room):
+        leaves = (hidden, view_hidden, weight, bias)
+        needs = tuple(x is not None and x.requires_grad for x in leaves)
+        if torch.is_grad_enabled() and any(needs):
+            loss, worst_view, metrics, scored, *_ = token_local_loss_op(
+                states, view_states if views else None, weight, bias, labels, layout.counted,
+                layout.known, *constants.values(), config.line, room, needs[0] or needs[1],
+                *needs[2:],
+            )  # fmt: skip
+            by_name = dict(zip(METRICS, metrics.unbind(), strict=True))
+            return _result(layout, ViewLoss(loss, worst_view, by_name), scored, config)
     scored = rows_logprob(
         states,
-        view_hidden.reshape(views, *states.shape),
+        view_states,
         weight,
         labels,
         layout.counted,
@@ -165,7 +180,7 @@ def roma_loss(
         workspace=workspace,
         backend=backend,
     )
-    return _finish(layout, batch_of(scored[0], scored[1:]), config, backend)
+    return _finish(layout, PackedBatch(scored[0], scored[1:], **constants), config, backend)
 
 
 def roma_loss_from_logp(
@@ -235,8 +250,9 @@ def roma_loss_from_logp(
         advantages, correct, old_logp, ref_logp, aux_view, view_old_logp,
         total_sequences, total_tokens, total_correct,
     )  # fmt: skip
-    batch_of = targets.pack(layout, "view_logp", views, logp.dtype, config)
-    return _finish(layout, batch_of(layout.pack(logp), layout.pack(view_logp)), config, backend)
+    constants = targets.pack(layout, "view_logp", views, logp.dtype, config)
+    batch = PackedBatch(layout.pack(logp), layout.pack(view_logp), **constants)
+    return _finish(layout, batch, config, backend)
 
 
 def view_divergence(
@@ -268,9 +284,13 @@ def view_divergence(
 
 
 def _finish(layout: Layout, batch: PackedBatch, config: RomaConfig, backend: str) -> RomaLoss:
-    loss, worst_view, metrics = view_loss(batch, config, backend)
+    scored = torch.cat([batch.logp.detach()[None], batch.view_logp.detach()])
+    return _result(layout, view_loss(batch, config, backend), scored, config)
+
+
+def _result(layout: Layout, found: ViewLoss, scored: Tensor, config: RomaConfig) -> RomaLoss:
+    loss, worst_view, metrics = found
     if config.worst_over == "token":
         worst_view = layout.unpack(worst_view, -1)
-    logp = layout.unpack(batch.logp.detach(), 0)
-    view_logp = layout.unpack(batch.view_logp.detach(), 0)
-    return RomaLoss(loss, logp, view_logp, worst_view, metrics)
+    logp = layout.unpack(scored, 0)
+    return RomaLoss(loss, logp[0], logp[1:], worst_view, metrics)

@@ -1,9 +1,7 @@
 """From the padded [B, T] or packed [N] form to counted tokens only, with every check on the way."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -11,7 +9,6 @@ from torch import Tensor
 from roma.kernels.checks import FLOATS, check_dtype, check_shape, check_tensor, check_values, fail
 from roma.kernels.linear_logprob.rows import packed_places
 from roma.kernels.view_loss.config import RomaConfig
-from roma.kernels.view_loss.packed import PackedBatch
 
 Count = float | Tensor
 
@@ -124,16 +121,15 @@ class Targets:
 
     def pack(
         self, layout: Layout, name: str, views: int, dtype: torch.dtype, config: RomaConfig
-    ) -> Callable[[Tensor, Tensor], PackedBatch]:
-        """Checks and packs them; the result makes the batch of logp [n] and view_logp [K, n].
+    ) -> dict[str, Any]:
+        """Checks and packs them: all fields of a `PackedBatch` but logp and view_logp.
 
         `name` is the argument that holds the K = `views` views.
         """
         if views == 0 and config.lambda_inv > 0:
             expected = f"K ≥ 1 views, because lambda_inv = {config.lambda_inv:g} > 0"
             fail(name, expected, "K = 0", "pass views, or RomaConfig(lambda_inv=0)")
-        return partial(
-            PackedBatch,
+        return dict(
             old_logp=_logp("old_logp", self.old_logp, layout, dtype),
             ref_logp=self._reference(layout, dtype, config),
             view_old_logp=self._view_old(layout, dtype, config),

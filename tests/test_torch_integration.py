@@ -83,7 +83,8 @@ def test_compiled_loss_is_one_node_an_op(packed: bool, worst_over: str) -> None:
     assert torch.equal(got.loss, want.loss) and torch.equal(got.worst_view, want.worst_view)
     assert_equal(gradients(got.loss, case), gradients(want.loss, case))
     ours = [call for call in nodes.calls if "roma" in call]
-    assert ours == ["roma.linear_logprob.default", "roma.view_loss.default"]
+    whole = ["roma.linear_logprob.default", "roma.view_loss.default"]
+    assert ours == (["roma.token_local_loss.default"] if worst_over == "token" else whole)
 
 
 def test_compiled_loss_checks_values() -> None:

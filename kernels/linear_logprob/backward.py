@@ -62,10 +62,10 @@ def linear_logprob_bwd(
             dz = piece.states.new_empty(len(piece.chosen), width)
             kernels.dlogits(piece, part, dz)
             if need_states:
-                _add_product(dstates[block], dz, part.weight)
+                add_product(dstates[block], dz, part.weight)
                 report("dhidden", len(dz), width, depth)
             if need_weight:
-                _add_product(dtile, dz.T, piece.states)
+                add_product(dtile, dz.T, piece.states)
                 report("dweight", len(dz), width, depth)
             if dbias is not None:
                 dtile_bias += dz.sum(0, dtype=lse.dtype)
@@ -113,7 +113,7 @@ def _active_rows(
         e = None if e is None else e.masked_fill(beyond, 0)
     boost = None
     if dtype == torch.float16 and len(chosen):
-        boost = _boost(g, e, head.scale if row_scale is None else row_scale)
+        boost = boost_for(g, e, head.scale if row_scale is None else row_scale)
     return Active(
         chosen=chosen,
         wanted=wanted,
@@ -128,7 +128,7 @@ def _active_rows(
     )
 
 
-def _boost(dlogp: Tensor, dentropy: Tensor | None, scale: Tensor | float) -> Tensor:
+def boost_for(dlogp: Tensor, dentropy: Tensor | None, scale: Tensor | float) -> Tensor:
     """A power of two that brings the largest upstream gradient near 2⁸.
 
     fp16 ends at 6e-8, and a token's share of a mean over 10⁵ tokens times p = 1e-4 is 1e-9. Above,
@@ -158,7 +158,16 @@ def _walk(
         yield slice(start, min(start + width, vocab)), blocks
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left·right in `dtype`, to which the sums are kept."""
+    if left.dtype == dtype:
+        return torch.mm(left, right)
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.mm(left.to(dtype), right.to(dtype))
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Adds left·right to an fp32 (or float64) total, in whose precision the sum is kept."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from roma.kernels.linear_logprob.configs import TRITON_DTYPES, programs, promoted, sources, tile_for
 from roma.kernels.linear_logprob.rows import Active, Head
-from roma.kernels.linear_logprob.tile import _logits, _product, _tile_at
+from roma.kernels.linear_logprob.tile import _dz, _logits, _product, _tile_at
 from roma.kernels.products import report
 
 
@@ -75,17 +75,13 @@ def _dlogits_kernel(
             entropy = tl.load(entropy_ptr + rows, rows < A, other=0.0)[:, None]
             # p = 0 where log p = −∞: a masked entry takes no part in the entropy.
             slope += e * (tl.where(p > 0, log_p, 0.0) + entropy)
-        token = tl.load(tokens_ptr + rows, rows < A, other=-1) - vocab_start
-        dz = tl.where(cols[None, :] == token[:, None], g, 0.0) - p * slope
-        factor = row_scale
+        token = (tl.load(tokens_ptr + rows, rows < A, other=-1) - vocab_start)[:, None]
+        dz = _dz(z, p, slope, cols, token, g, row_scale, softcap, SOFTCAP)
         if boost_ptr is not None:
-            factor = row_scale * tl.load(boost_ptr)
-        if SOFTCAP:
-            capped = tl.where(z > -float("inf"), z, 0.0) / (row_scale * softcap)
-            factor *= 1 - capped * capped
+            dz *= tl.load(boost_ptr)
         places = rows.to(tl.int64)[:, None] * stride_dz + cols[None, :]
         inside = (rows < A)[:, None] & (cols < V)[None, :]
-        tl.store(dz_ptr + places, (dz * factor).to(dz_ptr.dtype.element_ty), inside)
+        tl.store(dz_ptr + places, dz.to(dz_ptr.dtype.element_ty), inside)
 
 
 def dlogits(active: Active, head: Head, dz: Tensor) -> None:

@@ -20,15 +20,12 @@ from torch import Tensor
 from roma.kernels.linear_logprob.configs import TRITON_DTYPES, programs, promoted, sources, tile_for
 from roma.kernels.linear_logprob.gather import take_rows
 from roma.kernels.linear_logprob.rows import Head, Rows
-from roma.kernels.linear_logprob.tile import _logits, _product, _tile_at
+from roma.kernels.linear_logprob.tile import _LOWEST, _logits, _product, _tile_at
 from roma.kernels.products import listening, report
 
 # Rows swept per launch: bounds the partial sums (78 MiB at V = 152k) and the gathered hidden
 # states (128 MiB at D = 4096), and still reads W only once per 26 ms of products on an H200.
 SWEEP_ROWS = 16384
-
-# Lowest finite number, not −∞: a bias may mask a whole tile out, and −∞ − (−∞) is NaN.
-_LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit

@@ -3,7 +3,6 @@
 Reads and writes D elements a row each way; W's product does 2·V FLOP for each of them.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -108,15 +107,29 @@ def give_rows(
     rows: Rows, chosen: Tensor, wanted: Tensor | None, dstates: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients by hidden and view_hidden, zero but on the chosen rows."""
-    dhidden = torch.zeros(rows.hidden.shape, dtype=rows.hidden.dtype, device=rows.hidden.device)
-    views = rows.view_hidden
-    dviews = (
-        None if views is None else torch.zeros(views.shape, dtype=views.dtype, device=views.device)
-    )
+    dhidden, dviews = zero_gradients(rows)
+    put_rows(rows, chosen, wanted, dstates, dhidden, dviews)
+    return dhidden, dviews
+
+
+def zero_gradients(rows: Rows) -> tuple[Tensor, Tensor | None]:
+    """Zeros [M, D] and [K, M, D]."""
+    hidden, views = rows.hidden, rows.view_hidden
+    return hidden.new_zeros(hidden.shape), None if views is None else views.new_zeros(views.shape)
+
+
+def put_rows(
+    rows: Rows,
+    chosen: Tensor,
+    wanted: Tensor | None,
+    dstates: Tensor,
+    dhidden: Tensor,
+    dviews: Tensor | None,
+) -> None:
+    """Writes `dstates` [A, D] to the places of the chosen rows."""
     size = dhidden.shape[1]
     if len(chosen):
         _give_rows_kernel[(len(chosen),)](
             dhidden, dviews, dstates, chosen, rows.index, wanted, rows.views, size,
             dhidden.numel(), size, BLOCK_D=BLOCK_D,
         )  # fmt: skip
-    return dhidden, dviews

@@ -25,7 +25,8 @@ from roma.kernels.linear_logprob.rows import Head, Kernels, Rows
 _MODULES = {"torch": "torch_backend", "triton": "triton_backend"}
 
 
-def _kernels(backend: str) -> Kernels:
+def kernels_of(backend: str) -> Kernels:
+    """What a back end provides."""
     # Imported when used: Triton is not there on every machine.
     return importlib.import_module(f"roma.kernels.linear_logprob.{_MODULES[backend]}").KERNELS
 
@@ -101,7 +102,7 @@ def linear_logprob_op(
     sums[1] = 1  # of a row that nobody sweeps: log 1 = 0
     with torch.autocast(hidden.device.type, enabled=False):
         if rows.count:
-            _kernels(backend).sweep(rows, head, sums)
+            kernels_of(backend).sweep(rows, head, sums)
     if ranks is not None:
         sums = _fold(sums, len(weight), ranks)
     peak, total, target = sums[:3]
@@ -189,7 +190,7 @@ def linear_logprob_backward_op(
     rows, head = _arguments(
         hidden, view_hidden, weight, bias, tokens, index, counted, row_scale, scale, softcap, ranks
     )
-    kernels = _kernels(backend)
+    kernels = kernels_of(backend)
     with torch.autocast(hidden.device.type, enabled=False):
         gradients = linear_logprob_bwd(
             kernels,

@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Bytes. At V = 152k, D = 4096 and 8192 active rows: vocabulary tiles of 16k entries, ten of them.
+TRITON_WORKSPACE = 512 * 2**20
+
 
 @dataclass(frozen=True)
 class Rows:

@@ -11,6 +11,10 @@ once per group.
 import triton
 import triton.language as tl
 
+# Lowest finite number, not −∞, to start a maximum from: a bias may mask a whole tile out, and
+# −∞ − (−∞) is NaN.
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
+
 
 @triton.jit
 def _tile_at(turn, row_tiles, vocab_tiles, GROUP: tl.constexpr):
@@ -71,6 +75,16 @@ def _product(
         # "ieee" matters for fp32 inputs alone: the tensor cores' tf32 keeps 10 bits of mantissa.
         product = tl.dot(h.to(DTYPE), w.to(DTYPE).T, product, input_precision="ieee")
     return product
+
+
+@triton.jit
+def _dz(z, p, slope, cols, token, g, scale, softcap, SOFTCAP: tl.constexpr):
+    """(g·1[v=y] − p·slope) through softcap and 1/τ; token, slope, g and scale are [BLOCK_R, 1]."""
+    dz = tl.where(cols[None, :] == token, g, 0.0) - p * slope
+    if SOFTCAP:
+        capped = tl.where(z > -float("inf"), z, 0.0) / (scale * softcap)
+        dz *= 1 - capped * capped
+    return dz * scale
 
 
 @triton.jit

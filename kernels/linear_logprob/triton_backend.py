@@ -4,7 +4,7 @@ from roma.kernels.linear_logprob.configs import promoted
 from roma.kernels.linear_logprob.dlogits import dlogits
 from roma.kernels.linear_logprob.forward import sweep
 from roma.kernels.linear_logprob.gather import give_rows, take_rows
-from roma.kernels.linear_logprob.rows import Kernels
+from roma.kernels.linear_logprob.rows import TRITON_WORKSPACE, Kernels
 
 KERNELS = Kernels(
     sweep=sweep,
@@ -12,7 +12,6 @@ KERNELS = Kernels(
     give=give_rows,
     dlogits=dlogits,
     dtype=promoted,
-    # At V = 152k, D = 4096 and 8192 active rows: vocabulary tiles of 16k entries, ten of them.
-    workspace=512 * 2**20,
+    workspace=TRITON_WORKSPACE,
     least_columns=2048,
 )

@@ -19,8 +19,9 @@ _MODULES = {"torch": "torch_backend", "triton": "triton_backend"}
 
 
 @functools.lru_cache
-def _config(options: str) -> RomaConfig:
-    return RomaConfig(**json.loads(options))
+def config_of(line: str) -> RomaConfig:
+    """The options that `RomaConfig.line` holds."""
+    return RomaConfig(**json.loads(line))
 
 
 @torch.library.custom_op("roma::view_loss", mutates_args=())
@@ -48,7 +49,7 @@ def view_loss_op(
     )  # fmt: skip
     module = importlib.import_module(f"roma.kernels.view_loss.{_MODULES[backend]}")
     with torch.autocast(logp.device.type, enabled=False):
-        return module.view_loss_fwd(batch, _config(options))
+        return module.view_loss_fwd(batch, config_of(options))
 
 
 @view_loss_op.register_fake
@@ -69,7 +70,7 @@ def _fake(
     options: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shape = {"token": sequence.shape, "batch": ()}.get(_config(options).worst_over, lengths.shape)
+    shape = {"token": sequence.shape, "batch": ()}.get(config_of(options).worst_over, lengths.shape)
     return (
         logp.new_empty(()),
         lengths.new_empty(shape),

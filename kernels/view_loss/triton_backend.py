@@ -9,6 +9,8 @@ coefficients. Reads 4·(K+5) bytes a token twice and writes 4·(K+1): next to th
 nothing. fp32, sums in a fixed order, no atomics: two runs are bitwise equal.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -16,60 +18,10 @@ from torch import Tensor
 
 from roma.kernels.view_loss.config import RomaConfig
 from roma.kernels.view_loss.packed import METRICS, PackedBatch, divisors, first_view
+from roma.kernels.view_loss.terms import _clipped_objective, _divergence, _view_gaps
 
 _SUMS = 9  # numbers that the first kernel leaves of each sequence
 _BLOCK_T, _BLOCK_B = 256, 64
-
-
-@triton.jit
-def _surrogate_kl(delta):
-    """k3 = expm1(δ) − δ to full relative precision, never negative; see torch_backend.py."""
-    s = delta * (1 / 3628800) + 1 / 362880
-    s = s * delta + 1 / 40320
-    s = s * delta + 1 / 5040
-    s = s * delta + 1 / 720
-    s = s * delta + 1 / 120
-    s = s * delta + 1 / 24
-    s = s * delta + 1 / 6
-    s = s * delta + 0.5
-    return tl.where(tl.abs(delta) < 0.75, delta * delta * s, tl.exp(delta) - 1 - delta)
-
-
-@triton.jit
-def _divergence(gap, clamp):
-    """k3 of a log-ratio and its slope by it, which is 0 beyond the clamp."""
-    delta = tl.minimum(tl.maximum(gap, -clamp), clamp)
-    d = _surrogate_kl(delta)
-    return d, tl.where(tl.abs(gap) > clamp, 0.0, delta + d)
-
-
-@triton.jit
-def _clipped_objective(logp, old, advantages, low, high, dual, clamp):
-    """Loss of each token, its slope by logp, and whether the clip bit above and below."""
-    gap = logp - old
-    ratio = tl.exp(tl.minimum(tl.maximum(gap, -clamp), clamp))
-    free = ratio * advantages
-    clipped = tl.minimum(tl.maximum(ratio, low), high) * advantages
-    bites = free > clipped
-    loss = -tl.where(bites, clipped, free)
-    ceiling = tl.where(advantages < 0, -dual * advantages, float("inf"))
-    flat = bites | (loss > ceiling) | (tl.abs(gap) > clamp)
-    slope = tl.where(flat, 0.0, -free)
-    return tl.minimum(loss, ceiling), slope, bites & (advantages > 0), bites & (advantages < 0)
-
-
-@triton.jit
-def _view_gaps(
-    view_ptr, clean, token, inside, K, stride_k, stride_n, VIEW_OVER_CLEAN: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Log-ratios [BLOCK_K, BLOCK_T] of the views against the clean image; 0 outside."""
-    k = tl.arange(0, BLOCK_K)
-    inside = (k < K)[:, None] & inside[None, :]
-    places = k.to(tl.int64)[:, None] * stride_k + token[None, :] * stride_n
-    view = tl.load(view_ptr + places, inside, other=0.0)
-    gap = view - clean[None, :] if VIEW_OVER_CLEAN else clean[None, :] - view
-    return tl.where(inside, gap, 0.0)
 
 
 @triton.jit
@@ -248,7 +200,7 @@ def _view_loss_total_kernel(
 def _view_loss_coefficients_kernel(
     dlogp_ptr,  # [N], zeros
     dview_ptr,  # [K, N], zeros
-    worst_ptr,  # as WORST_OVER shapes it
+    worst_ptr,  # [B] for WORST_OVER "sequence", 0-dim for "batch"
     logp_ptr,
     view_ptr,
     old_ptr,
@@ -266,6 +218,8 @@ def _view_loss_coefficients_kernel(
     stride_vn,
     N,
     K,
+    first_token,  # only tokens in [first_token, last_token)
+    last_token,
     low,
     high,
     dual,
@@ -287,9 +241,10 @@ def _view_loss_coefficients_kernel(
     weight = lambda_inv / (tl.maximum(length, 1).to(tl.float32) * tl.load(by_penalty_ptr))
     weight = tl.where(right, weight, 0.0)
     k = tl.arange(0, BLOCK_K)
-    for first in range(0, length, BLOCK_T):
-        inside = first + tl.arange(0, BLOCK_T) < length
-        token = start + first + tl.arange(0, BLOCK_T)
+    last = tl.minimum(start + length, last_token)
+    for first in range(tl.maximum(start, first_token), last, BLOCK_T):
+        token = first + tl.arange(0, BLOCK_T)
+        inside = token < last
         clean = tl.load(logp_ptr + token * stride_n, inside, other=0.0)
         advantages = tl.load(advantages_ptr + token, inside, other=0.0)
         if MAIN:
@@ -303,14 +258,14 @@ def _view_loss_coefficients_kernel(
             gap = _view_gaps(
                 view_ptr, clean, token, inside, K, stride_vk, stride_vn, VIEW_OVER_CLEAN, BLOCK_K
             )
-            _, slopes = _divergence(gap, clamp)
+            d, slopes = _divergence(gap, clamp)
             if not VIEW_OVER_CLEAN:
                 slopes = -slopes
             if WORST_OVER == "mean":
                 slopes /= K
             else:
                 if WORST_OVER == "token":
-                    worst = tl.load(worst_ptr + token, inside, other=0)[None, :]
+                    worst = tl.argmax(tl.where((k < K)[:, None], d, -1.0), 0)[None, :]
                 elif WORST_OVER == "sequence":
                     worst = tl.load(worst_ptr + i)
                 else:
@@ -330,6 +285,91 @@ def _view_loss_coefficients_kernel(
             tl.store(dview_ptr + places, slopes, (k < K)[:, None] & inside[None, :])
 
 
+class _Launch(NamedTuple):
+    """What the launches of one batch share."""
+
+    by_penalty: Tensor
+    by_tokens: Tensor
+    ends: Tensor
+    view_logp: Tensor | None
+    ref_logp: Tensor | None
+    view_old_logp: Tensor
+    strides: tuple[int, ...]
+    clips: tuple[float, ...]
+    lambdas: tuple[float, ...]
+    options: dict[str, Any]
+
+
+def _launch(batch: PackedBatch, config: RomaConfig) -> _Launch:
+    views = len(batch.view_logp)
+    block_k = triton.next_power_of_2(max(views, 1))
+    # As floats even if given as whole numbers, for which Triton would compile kernels of their own.
+    dual = float("inf") if config.dual_clip is None else float(config.dual_clip)
+    return _Launch(
+        *divisors(batch, config),
+        ends=batch.lengths.cumsum(0),
+        view_logp=batch.view_logp if views else None,
+        ref_logp=batch.ref_logp if config.ref_coef else None,
+        view_old_logp=batch.old_logp if batch.view_old_logp is None else batch.view_old_logp,
+        strides=(batch.logp.stride(0), *batch.view_logp.stride()),
+        clips=(1.0 - config.clip_low, 1.0 + config.clip_high, dual, float(config.log_ratio_clamp)),
+        lambdas=(float(config.lambda_inv), float(config.lambda_aux), float(config.ref_coef)),
+        options={
+            "VIEW_OVER_CLEAN": config.penalty_ratio == "view/clean",
+            "WORST_OVER": config.worst_over,
+            "MAIN": config.main is not None,
+            "BLOCK_K": block_k,
+            "BLOCK_T": max(_BLOCK_T // block_k, 16),
+        },
+    )
+
+
+def view_loss_totals(batch: PackedBatch, config: RomaConfig) -> tuple[Tensor, Tensor]:
+    """Metrics [10], of which the first is the loss, and the worst view."""
+    (views, _), sequences = batch.view_logp.shape, len(batch.lengths)
+    launch, device = _launch(batch, config), batch.logp.device
+    sums = torch.zeros(_SUMS, sequences, device=device)
+    divergence = torch.zeros(views, sequences, device=device) if views else None
+    worst = first_view(batch, config)
+    metrics = torch.zeros(len(METRICS), device=device)
+    if sequences:
+        _view_loss_sums_kernel[(sequences,)](
+            sums, divergence, worst, batch.logp, launch.view_logp, batch.old_logp, launch.ref_logp,
+            launch.view_old_logp, batch.advantages, launch.ends, batch.lengths, batch.aux_view,
+            *launch.strides, sequences, views, *launch.clips, **launch.options,
+        )  # fmt: skip
+    _view_loss_total_kernel[(1,)](
+        metrics, worst, sums, divergence, batch.correct, launch.by_tokens, launch.by_penalty,
+        batch.total_sequences, batch.total_tokens, sequences, views, *launch.lambdas,
+        WORST_OVER=config.worst_over, BLOCK_K=launch.options["BLOCK_K"], BLOCK_B=_BLOCK_B,
+    )  # fmt: skip
+    return metrics, worst
+
+
+def view_loss_coefficients(
+    batch: PackedBatch,
+    config: RomaConfig,
+    worst: Tensor,
+    dlogp: Tensor,
+    dview_logp: Tensor,
+    tokens: slice,
+) -> None:
+    """Fills the coefficients `dlogp` [N] and `dview_logp` [K, N] of some tokens; zeros elsewhere.
+
+    `worst` [B] or 0-dim is looked at if worst_over is "sequence" or "batch".
+    """
+    (views, count), sequences = batch.view_logp.shape, len(batch.lengths)
+    launch = _launch(batch, config)
+    if sequences:
+        _view_loss_coefficients_kernel[(sequences,)](
+            dlogp, dview_logp, worst, batch.logp, launch.view_logp, batch.old_logp,
+            launch.ref_logp, launch.view_old_logp, batch.advantages, launch.ends, batch.lengths,
+            batch.correct, batch.aux_view, launch.by_tokens, launch.by_penalty, *launch.strides,
+            count, views, tokens.start, tokens.stop, *launch.clips, *launch.lambdas,
+            **launch.options,
+        )  # fmt: skip
+
+
 def view_loss_fwd(
     batch: PackedBatch, config: RomaConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -337,47 +377,10 @@ def view_loss_fwd(
 
     Tokens beyond Σ lengths are not looked at, and their coefficients are 0.
     """
-    (views, count), sequences = batch.view_logp.shape, len(batch.lengths)
-    by_penalty, by_tokens = divisors(batch, config)
-    device, logp = batch.logp.device, batch.logp
-    sums = torch.zeros(_SUMS, sequences, device=device)
-    divergence = torch.zeros(views, sequences, device=device) if views else None
-    worst = first_view(batch, config)
-    metrics = torch.zeros(len(METRICS), device=device)
-    dlogp, dview_logp = (torch.zeros(x.shape, device=device) for x in (logp, batch.view_logp))
-    block_k = triton.next_power_of_2(max(views, 1))
-    options = {
-        "VIEW_OVER_CLEAN": config.penalty_ratio == "view/clean",
-        "WORST_OVER": config.worst_over,
-        "MAIN": config.main is not None,
-        "BLOCK_K": block_k,
-        "BLOCK_T": max(_BLOCK_T // block_k, 16),
-    }
-    # As floats even if given as whole numbers, for which Triton would compile kernels of their own.
-    dual = float("inf") if config.dual_clip is None else float(config.dual_clip)
-    clips = (1.0 - config.clip_low, 1.0 + config.clip_high, dual, float(config.log_ratio_clamp))
-    lambdas = (float(config.lambda_inv), float(config.lambda_aux), float(config.ref_coef))
-    ends = batch.lengths.cumsum(0)
-    view_old = batch.old_logp if batch.view_old_logp is None else batch.view_old_logp
-    ref = batch.ref_logp if config.ref_coef else None
-    view_logp = batch.view_logp if views else None
-    grid = (sequences,)
-    if sequences:
-        _view_loss_sums_kernel[grid](
-            sums, divergence, worst, logp, view_logp, batch.old_logp, ref, view_old,
-            batch.advantages, ends, batch.lengths, batch.aux_view,
-            logp.stride(0), *batch.view_logp.stride(), sequences, views, *clips, **options,
-        )  # fmt: skip
-    _view_loss_total_kernel[(1,)](
-        metrics, worst, sums, divergence, batch.correct, by_tokens, by_penalty,
-        batch.total_sequences, batch.total_tokens, sequences, views, *lambdas,
-        WORST_OVER=config.worst_over, BLOCK_K=block_k, BLOCK_B=_BLOCK_B,
-    )  # fmt: skip
-    if sequences:
-        _view_loss_coefficients_kernel[grid](
-            dlogp, dview_logp, worst, logp, view_logp, batch.old_logp, ref, view_old,
-            batch.advantages, ends, batch.lengths, batch.correct, batch.aux_view, by_tokens,
-            by_penalty, logp.stride(0), *batch.view_logp.stride(), count, views, *clips, *lambdas,
-            **options,
-        )  # fmt: skip
+    metrics, worst = view_loss_totals(batch, config)
+    dlogp, dview_logp = (
+        torch.zeros(x.shape, device=x.device) for x in (batch.logp, batch.view_logp)
+    )
+    everything = slice(0, len(batch.logp))
+    view_loss_coefficients(batch, config, worst, dlogp, dview_logp, everything)
     return metrics[0].clone(), worst, metrics, dlogp, dview_logp
