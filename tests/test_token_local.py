@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch.library import opcheck
 
 import roma
 from roma import RomaConfig
@@ -107,6 +108,21 @@ def test_frozen_parts(frozen: tuple[str, ...]) -> None:
     count = counted(case, backend="triton")
     assert (count.rows("dweight", 129) == 0) == ("weight" in frozen)
     assert (count.rows("dhidden", 129) == 0) == ("view_hidden" in frozen and "hidden" in frozen)
+
+
+def test_operator_keeps_its_promises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schema, aliasing, fake tensors and autograd, as PyTorch's own checker sees them."""
+    seen: list[tuple[Any, ...]] = []
+    original = op.token_local_loss_op
+
+    def watch(*arguments: Any) -> Any:
+        seen.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr("roma.loss.token_local_loss_op", watch)
+    for spec in (LossSpec(config=TOKEN, bias=True), LossSpec(k=1, packed=True, aux=False)):
+        compare_whole.call(compare_whole.on_leaves(spec.make()), "triton")
+        opcheck(original, seen.pop())
 
 
 def test_two_runs_are_bitwise_equal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,12 +138,22 @@ def test_no_second_derivative(kernel: str) -> None:
     (first,) = torch.autograd.grad(head(inputs, kernel), leaves[:1], create_graph=True)
     with pytest.raises(RuntimeError, match=r"second derivative.*backend='reference'"):
         first.sum().backward()
-    case = compare_whole.on_leaves(LossSpec().make())
-    (first,) = torch.autograd.grad(
-        compare_whole.call(case, kernel).loss, [case["hidden"]], create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="second derivative"):
-        first.sum().backward()
+
+
+@pytest.mark.parametrize("form", ["hidden", "token", "logp"])
+def test_no_second_derivative_of_the_loss(form: str, kernel: str) -> None:
+    """Not even where the first would pass for a constant, and the second for a zero."""
+    spec = LossSpec(config=RomaConfig(worst_over="token" if form == "token" else "sequence"))
+    if form == "logp":
+        case = compare_logp.on_leaves(spec.make_logp())
+        loss, leaf = compare_logp.call(case, kernel).loss, case["view_logp"]
+    else:
+        case = compare_whole.on_leaves(spec.make())
+        loss, leaf = compare_whole.call(case, kernel).loss, case["hidden"]
+    for wanted in (loss, loss**2):
+        (first,) = torch.autograd.grad(wanted, [leaf], create_graph=True)
+        with pytest.raises(RuntimeError, match=r"second derivative.*backend='reference'"):
+            first.sum().backward(retain_graph=True)
 
 
 def test_retained_graph_gives_the_same_again(kernel: str) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from roma.kernels.checks import check_values
 from roma.kernels.linear_logprob.backward import linear_logprob_bwd
 from roma.kernels.linear_logprob.rows import Head, Kernels, Rows
+from roma.kernels.once import refuse
 
 _MODULES = {"torch": "torch_backend", "triton": "triton_backend"}
 
@@ -271,10 +272,7 @@ def _backward(
 
 
 def _refuse(ctx: Any, *gradients: Tensor) -> None:
-    raise RuntimeError(
-        "linear_logprob: expected one backward, got a second derivative; it has none, compute it "
-        "with backend='reference'"
-    )
+    refuse("linear_logprob")
 
 
 linear_logprob_op.register_autograd(_backward, setup_context=_setup_context)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from roma.kernels.once import scaled
 from roma.kernels.view_loss.config import RomaConfig
 from roma.kernels.view_loss.op import config_of
 from roma.kernels.view_loss.packed import METRICS, PackedBatch
@@ -145,16 +146,17 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[4:])
+    ctx.save_for_backward(*output[4:], *inputs[:4])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    scaled = [
-        (dloss * gradient).to(gradient.dtype) if needed else None
-        for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:4], strict=True)
+    gradients, leaves = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    by_leaf = [
+        scaled("roma_loss", dloss, gradient, leaf) if needed else None
+        for gradient, leaf, needed in zip(gradients, leaves, ctx.needs_input_grad[:4], strict=True)
     ]
-    return *scaled, *[None] * 19
+    return *by_leaf, *[None] * 19
 
 
 token_local_loss_op.register_autograd(_backward, setup_context=_setup_context)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from roma.kernels.once import scaled
 from roma.kernels.view_loss.config import RomaConfig
 from roma.kernels.view_loss.packed import METRICS, PackedBatch
 
@@ -82,13 +83,14 @@ def _fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, worst, metrics, dlogp, dview_logp = output
-    ctx.save_for_backward(dlogp, dview_logp)
+    ctx.save_for_backward(dlogp, dview_logp, *inputs[:2])
     ctx.mark_non_differentiable(worst, metrics, dlogp, dview_logp)
 
 
 def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    dlogp, dview_logp = ctx.saved_tensors
-    return dloss * dlogp, dloss * dview_logp, *[None] * 13
+    dlogp, dview_logp, logp, view_logp = ctx.saved_tensors
+    by_logp = scaled("roma_loss", dloss, dlogp, logp)
+    return by_logp, scaled("roma_loss", dloss, dview_logp, view_logp), *[None] * 13
 
 
 view_loss_op.register_autograd(_backward, setup_context=_setup_context)
