@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from roma.testing import compare_head, compare_logp, compare_whole
+from roma.testing.candidate import on_device
 from roma.testing.strategies import DTYPES, head_specs, loss_specs
 
 Op = Literal["linear_logprob", "roma_loss", "roma_loss_from_logp"]
@@ -21,6 +22,7 @@ def check_backend(
     op: Op = "linear_logprob",
     examples: int = 200,
     dtypes: Sequence[torch.dtype] = DTYPES,
+    device: str = "cpu",
     **fixed: Any,
 ) -> None:
     """Holds values and every gradient of `candidate` to the float64 oracle on drawn inputs.
@@ -32,10 +34,12 @@ def check_backend(
     the rounding that any fp32 kernel must make (roma/testing/tolerance.py derives each bound).
 
     Args:
-        candidate: takes the arguments of `roma.<op>` but `backend`, and returns what that returns.
+        candidate: takes the arguments of `roma.<op>` but `backend`, and returns what that returns:
+            `roma.TokenLogprobs` or `roma.RomaLoss`.
         op: the public function in whose place it stands.
         examples: how many inputs to draw; the same ones every time.
         dtypes: of hidden states and weights.
+        device: where the candidate gets its tensors; the oracle runs on the CPU.
         fixed: pins fields of `strategies.HeadSpec` (op "linear_logprob") or `strategies.LossSpec`,
             for what the candidate does not claim to do: `softcap=None`, `entropy=False`.
 
@@ -53,6 +57,7 @@ def check_backend(
         "roma_loss_from_logp": (loss_specs, compare_logp.check_against_oracle),
     }
     drawn, compare = ops[op]
+    function = candidate if device == "cpu" else on_device(candidate, device)
     specs = drawn(**fixed)
     if "dtype" not in fixed:
         specs = st.sampled_from(list(dtypes)).flatmap(lambda dtype: drawn(**fixed, dtype=dtype))
@@ -62,10 +67,11 @@ def check_backend(
         derandomize=True,
         deadline=None,
         database=None,
+        report_multiple_bugs=False,  # one AssertionError, not a group of them
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
     )
     @given(spec=specs)
     def holds(spec: Any) -> None:
-        compare(spec, candidate)
+        compare(spec, function)
 
     holds()

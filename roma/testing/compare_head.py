@@ -96,9 +96,10 @@ def check_against_oracle(spec: HeadSpec, backend: Backend, frozen: tuple[str, ..
     for name in ("logp", "lse", "entropy"):
         value = getattr(got, name)
         if name == "entropy" and not spec.entropy:
-            assert value is None
+            assert value is None, "entropy: nobody asked for it, expected None"
             continue
-        assert value.shape == inputs["hidden"].shape[:-1]
+        shape = inputs["hidden"].shape[:-1]
+        assert value.shape == shape, f"{name}: expected {list(shape)}, got {list(value.shape)}"
         tolerance.check(
             name,
             value.reshape(-1),

@@ -80,19 +80,22 @@ def check_choice(
     got: Tensor, want: oracle.Expected, eager: oracle.Expected, noise: float, worst_over: str
 ) -> None:
     """The chosen view's penalty is the largest, to rounding; masked tokens hold -1."""
-    assert got.dtype == torch.int64 and got.shape == want.worst_view.shape and not got.requires_grad
+    assert got.dtype == torch.int64 and not got.requires_grad, "worst_view: expected int64 indices"
+    assert got.shape == want.worst_view.shape, (
+        f"worst_view: expected {list(want.worst_view.shape)}, got {list(got.shape)}"
+    )
     if want.penalty.shape[1] == 0:
         return
     limit = tolerance.bound(want.penalty, eager.penalty, torch.float32, noise).largest
     flat, by_oracle = got.reshape(-1), want.worst_view.reshape(-1)
     for row, (mine, theirs) in enumerate(zip(flat.tolist(), by_oracle.tolist(), strict=True)):
         if theirs < 0:
-            assert worst_over == "token" and mine == -1
+            assert worst_over == "token" and mine == -1, f"worst_view: −1 where masked, got {mine}"
             continue
         values = want.penalty[row]
-        assert 0 <= mine < len(values)
+        assert 0 <= mine < len(values), f"worst_view: expected a view in 0..K-1, got {mine}"
         assert float(values[theirs] - values[mine]) <= 2 * limit, (
-            f"row {row}: {values.tolist()}, chose {mine}"
+            f"worst_view: chose {mine} in row {row}, where the penalties are {values.tolist()}"
         )
 
 
@@ -128,10 +131,11 @@ def check_against_oracle(spec: LossSpec, backend: Backend) -> None:
         spec.config.worst_over,
     )
     leaves, plain_leaves = [theirs[n] for n in LOGPS], [plain[n] for n in LOGPS]
-    assert got.metrics.keys() == METRICS
+    assert got.metrics.keys() == METRICS, f"metrics: got {list(got.metrics)}"
     for metric, part in SCALARS.items():
         value = want.loss if part is None else want.scalar(part)
-        assert got.metrics[metric].shape == () and not got.metrics[metric].requires_grad
+        bare = got.metrics[metric].shape == () and not got.metrics[metric].requires_grad
+        assert bare, f"{metric}: expected a detached 0-dim tensor"
         if metric == "pg_loss" and spec.config.ref_coef:
             continue  # whether the reference's share is inside is a matter of naming
         terms = torch.cat(list(want.terms.values())) if part is None else want.terms[part]

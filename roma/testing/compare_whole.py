@@ -93,7 +93,8 @@ def check_against_oracle(spec: LossSpec, backend: Backend, frozen: tuple[str, ..
     masked = ~case["mask"]
     for name in ("logp", "view_logp"):
         result, value, rough = getattr(got, name), getattr(want, name), getattr(eager, name)
-        assert not result.requires_grad and bool((result[..., masked] == 0).all())
+        assert not result.requires_grad, f"{name}: expected no gradient"
+        assert bool((result[..., masked] == 0).all()), f"{name}: expected 0 where masked"
         tolerance.check(name, result, value, rough, dtype=accumulate, noise=worst)
     compare_logp.check_choice(
         got.worst_view,
@@ -105,7 +106,7 @@ def check_against_oracle(spec: LossSpec, backend: Backend, frozen: tuple[str, ..
 
     assert want.logp is not None and want.view_logp is not None
     logps = [want.logp, want.view_logp]
-    assert got.metrics.keys() == compare_logp.METRICS
+    assert got.metrics.keys() == compare_logp.METRICS, f"metrics: got {list(got.metrics)}"
     for metric, part in compare_logp.SCALARS.items():
         if metric == "pg_loss" and spec.config.ref_coef:
             continue
