@@ -201,7 +201,7 @@ def make(build: Build, chip: Chip) -> Made:
 
     signature = {name: type_of(name) for name in names}
     # What the launcher's tensors have: 16-byte addresses, and strides and sizes that are even.
-    even = ("stride_hr", "stride_wv", "stride_dz", "stride", "stride_k", "D")
+    even = ("stride_hr", "stride_wv", "stride_dz", "stride", "D")
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)

@@ -8,12 +8,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-if not torch.cuda.is_available():
-    # Before the first kernel is defined: Triton decides then.
-    os.environ["TRITON_INTERPRET"] = "1"
-
-import interpreter
-
 # "ci" finds the same things every time; "deep" is for a night: HYPOTHESIS_PROFILE=deep pytest
 # tests.
 settings.register_profile(
@@ -45,14 +39,27 @@ BACKENDS = (*KERNELS, "reference")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker and make every unwritten element visible."""
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    """Triton's interpreter, unless for `-m gpu`; and make every unwritten element visible."""
     torch.set_num_threads(1)
-    if not torch.cuda.is_available():
+    if config.option.markexpr != "gpu":
+        # Before Triton is imported: it decides then, once for the process.
+        os.environ["TRITON_INTERPRET"] = "1"
+        import interpreter
+
         interpreter.repair()
     # torch.empty then holds NaN, so that an element no kernel wrote fails a comparison.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of a GPU run alone: the others hold the kernels in the interpreter."""
+    if config.option.markexpr == "gpu" and torch.cuda.is_available():
+        return
+    reason = "needs a CUDA device and `pytest -m gpu`"
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session", params=BACKENDS)

@@ -9,8 +9,10 @@ stands in the test, small and in plain PyTorch, and the same comparison must ref
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -120,8 +122,27 @@ def test_3_chunks_accumulate_in_float32(backend: str) -> None:
     assert tolerance.refuses("dweight", faulty, want_grad["weight"], eager_grad["weight"], **how)
 
 
+def test_4_strides_past_two_to_the_31(tmp_path: Path, backend: str) -> None:
+    """Row 2 of hidden and of W begins 2^31 elements into its storage; a sparse file holds it."""
+    inputs = HeadSpec(shape=(3,), d=8, v=3).make()
+    wide = {}
+    for name in ("hidden", "weight"):
+        flat = np.memmap(tmp_path / name, np.float32, "w+", shape=(2**31 + 8,))
+        wide[name] = torch.from_numpy(flat).as_strided((3, 8), (2**30, 1)).copy_(inputs[name])
+    # The fault: an offset of 32 bits wraps around, and row 2 is row 0.
+    wrapped = compare_head.score(inputs | {"hidden": inputs["hidden"][[0, 1, 0]]}, "reference")
+    hold(inputs | wide, backend, {"logp": wrapped.logp, "lse": wrapped.lse})
+    grads = []
+    for case in (inputs, inputs | wide):
+        out, leaves = compare_head.call(case, HeadSpec(shape=(3,)), backend)
+        out.logp.sum().backward()
+        grads.append(leaves)
+    for name in ("hidden", "weight"):
+        off = (grads[0][name].grad - grads[1][name].grad).abs().max()
+        assert off <= tolerance.many(float(grads[0][name].grad.abs().max()))
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="more than 2^31 logits: minutes on a CPU")
 def test_4_more_than_two_to_the_31_logits() -> None:
     """Row·V passes 2^31 in the last rows.
 

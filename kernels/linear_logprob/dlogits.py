@@ -17,7 +17,7 @@ from roma.kernels.linear_logprob.tile import _dz, _logits, _product, _tile_at
 from roma.kernels.products import report
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["vocab_start", "A"])
 def _dlogits_kernel(
     dz_ptr,  # [A, V], row stride stride_dz
     hidden,  # [A, D], pointer or descriptor

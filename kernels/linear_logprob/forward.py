@@ -28,7 +28,7 @@ from roma.kernels.products import listening, report
 SWEEP_ROWS = 16384
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "vocab_start", "R"])
 def _linear_logprob_fwd_kernel(
     peak_ptr,  # [⌈V/BLOCK_V⌉, R]
     total_ptr,  # the same
@@ -95,7 +95,7 @@ def _linear_logprob_fwd_kernel(
         tl.store(target_ptr + rows, target, here & (rows < wanted))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "R"])
 def _merge_kernel(
     peak_out_ptr,  # [R]
     total_out_ptr,  # [R]

@@ -12,7 +12,7 @@ import triton.language as tl
 from roma.kernels.linear_logprob.tile import _LOWEST, _dz, _logits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def _row_sums_kernel(
     logp_ptr,  # [R]
     lse_ptr,  # [R]
@@ -45,7 +45,7 @@ def _row_sums_kernel(
     tl.store(lse_ptr + one, peak + tl.log(total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def _row_dlogits_kernel(
     dz_ptr,  # [A, V]
     logits_ptr,  # [R, V] fp32

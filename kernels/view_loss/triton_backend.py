@@ -24,7 +24,7 @@ _SUMS = 9  # numbers that the first kernel leaves of each sequence
 _BLOCK_T, _BLOCK_B = 256, 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_vk", "B"])
 def _view_loss_sums_kernel(
     sums_ptr,  # [_SUMS, B]
     divergence_ptr,  # [K, B]
@@ -125,7 +125,7 @@ def _view_loss_sums_kernel(
         tl.store(sums_ptr + 8 * B + i, mean)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _view_loss_total_kernel(
     metrics_ptr,  # [len(METRICS)], in its order
     worst_ptr,  # 0-dim if WORST_OVER is "batch"
@@ -196,7 +196,7 @@ def _view_loss_total_kernel(
     tl.store(metrics_ptr + 9, aux_clipped / counted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_vk", "N", "first_token", "last_token"])
 def _view_loss_coefficients_kernel(
     dlogp_ptr,  # [N], zeros
     dview_ptr,  # [K, N], zeros
