@@ -1,4 +1,4 @@
-# make setup | demo | test | check. Each sets up what it needs in .venv by itself, once; after that
+# make setup | demo | test | check | kernels. Each sets up what it needs in .venv by itself, once; after that
 # no network is used. Another interpreter: make PYTHON=python3.12 setup.
 
 PYTHON ?= python3
@@ -8,13 +8,14 @@ STAMP := $(VENV)/.setup-done
 NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check
+.PHONY: help setup demo test check kernels
 
 help:
 	@echo "make setup   .venv with everything the tests and the demo need"
 	@echo "make demo    train GRPO and ROMA on real digits, evaluate on bad images: runs/demo"
 	@echo "make test    every test"
-	@echo "make check   ruff, mypy, links, doctests"
+	@echo "make check   ruff, mypy, links, doctests, every kernel compiled for every chip"
+	@echo "make kernels the same compilation, written to docs/KERNELS.md"
 
 setup: $(STAMP)
 
@@ -46,3 +47,9 @@ check: $(STAMP)
 	@$(BIN)/python .ci/check_links.py
 	@echo "check: doctests"
 	@$(BIN)/pytest -q --doctest-modules roma
+	@echo "check: kernels"
+	@$(BIN)/python -m roma.kernels.report --check
+
+kernels: $(STAMP)
+	@echo "kernels: compiling for sm_80, sm_90, sm_100, sm_120 and gfx942; no GPU takes part"
+	@$(BIN)/python -m roma.kernels.report

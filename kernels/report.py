@@ -201,7 +201,7 @@ def make(build: Build, chip: Chip) -> Made:
 
     signature = {name: type_of(name) for name in names}
     # What the launcher's tensors have: 16-byte addresses, and strides and sizes that are even.
-    even = ("stride_hr", "stride_wv", "stride_dz", "stride", "D")
+    even = ("stride_hr", "stride_wv", "stride_dz", "stride", "stride_k", "D")
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
@@ -315,6 +315,8 @@ For K views, hidden size D, vocabulary V, A active rows a token, two bytes an el
 | dlogits | 2·D·V·A | 2·V·A written |
 | dh and dW, the vendor's products | 4·D·V·A | 4·V·A read; dh 8·D·A per vocabulary tile; dW 10·D·V once |
 
+At D = 4096, V = 151,936, K = 4, A = 2 that is 6.2 GFLOP forward and 7.5 GFLOP backward a token.
+
 The token-local path (worst_over="token", a workspace of {least} rows or of the whole batch) does
 without the dlogits product:
 
@@ -324,8 +326,6 @@ without the dlogits product:
 | row_sums | 5·V·(K+1) | 4·V·(K+1) read |
 | row_dlogits | 6·V·A | 4·V·A read, 2·V·A written |
 | dh and dW, the vendor's products | 4·D·V·A | 4·V·A read; dW 8·D·V per chunk |
-
-At D = 4096, V = 151,936, K = 4, A = 2 that is 6.2 GFLOP forward and 7.5 GFLOP backward a token.
 """
 
 

@@ -24,7 +24,7 @@ def _place_of(hidden_ptr, views_ptr, index_ptr, number, views, stride, stride_k)
     return pointer
 
 
-@triton.jit(do_not_specialize=["first", "stride_k"])
+@triton.jit(do_not_specialize=["first"])
 def _take_rows_kernel(
     states_ptr,  # [A, D]
     hidden_ptr,  # [M, D]
@@ -53,7 +53,7 @@ def _take_rows_kernel(
         tl.store(states_ptr + i * D + d, state, d < D)
 
 
-@triton.jit(do_not_specialize=["stride_k"])
+@triton.jit
 def _give_rows_kernel(
     dhidden_ptr,  # [M, D], zeros
     dviews_ptr,  # [K, M, D], zeros, or None
