@@ -1,0 +1,65 @@
+"""Micro-benchmarks of the loss against every public peer.
+
+    python -m bench                          times everything, writes a CSV to bench/results/
+    python -m bench --preset full|paper      longer; paper: the sizes of a 4B policy on a GPU
+    python -m bench --op roma_loss --providers "naive fp32,liger"
+    python -m bench --report CSV             plots and README table of an earlier run
+    python -m bench --against CSV            what moved since an earlier run, beyond its noise
+
+A provider is timed only after it was held to float64 on this machine, dtype and shape. Method and
+columns: bench/README.md.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from bench import against, report, results
+from bench.run import BUDGET, run
+from bench.variants import plan
+
+
+def main() -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--preset", choices=list(BUDGET), default="quick")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=here)
+    parser.add_argument("--op", choices=["linear_logprob", "view_loss", "roma_loss"])
+    parser.add_argument("--providers", help="names, with commas between; ours always takes part")
+    parser.add_argument("--states", metavar="FILE", help="states of your own: bench/data.py")
+    parser.add_argument(
+        "--out", type=Path, metavar="CSV", help="default: results/DEVICE-PRESET.csv"
+    )
+    parser.add_argument("--no-memory", action="store_true", help="skip the processes for memory")
+    parser.add_argument("--report", type=Path, metavar="CSV", help="plots and table only")
+    parser.add_argument("--against", type=Path, metavar="CSV", help="compare with an earlier run")
+    options = parser.parse_args()
+    if options.report:
+        report.write(options.report)
+        return 0
+    earlier = results.read(options.against) if options.against else None
+    variants = [v for v in plan(options.preset, options.device) if options.op in (None, v.op)]
+    out = options.out or results.FOLDER / f"{options.device}-{options.preset}.csv"
+    names = options.providers.split(",") if options.providers else None
+    rows = run(
+        variants,
+        options.device,
+        out,
+        preset=options.preset,
+        providers=names,
+        states=options.states,
+        with_memory=not options.no_memory,
+    )
+    print(f"\nwritten: {out}")
+    if earlier is not None:
+        return against.compare(earlier, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

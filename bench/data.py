@@ -1,0 +1,121 @@
+"""Hidden states and a head that look like a language model's, from a seed.
+
+Gaussian states and heads give logits of one size and a flat soft-max, on which a wrong kernel
+hardly shows and a filter of small probabilities finds nothing. Here
+
+* the spectrum of states and head falls like i^(-1/4): a few directions matter more than the rest,
+* the head's rows have log-normal lengths, and a common direction shifts all logits,
+* the states lean towards one entry each, drawn from Zipf's law, by an amount that differs from
+  token to token: most are nearly certain, some are not,
+* tokens are sampled from the soft-max of the clean states, as a policy's are,
+* a view's states are the clean ones, each moved by one part in a hundred.
+
+`describe` says what came out; the table of a run shows it. States of a real model can take their
+place: `--states file.pt`, a dict of "hidden" [N, D] and "weight" [V, D].
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SHIFT = 0.01  # of a view's states, in parts of the clean ones
+
+
+@dataclass(frozen=True)
+class Shape:
+    """N tokens on K views, hidden size D, vocabulary V."""
+
+    tokens: int
+    views: int
+    depth: int
+    vocab: int
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        """As the live table names it."""
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"N={self.tokens} K={self.views} D={self.depth} V={self.vocab} {kind}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """States [K+1, N, D], clean ones first, a head [V, D] and sampled tokens [N]."""
+
+    shape: Shape
+    states: Tensor
+    weight: Tensor
+    tokens: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """[(K+1)·N, D]."""
+        return self.states.flatten(0, 1)
+
+    @property
+    def labels(self) -> Tensor:
+        """[(K+1)·N]."""
+        return self.tokens.repeat(self.shape.views + 1)
+
+
+def make(shape: Shape, device: str, *, seed: int = 0, states: str | None = None) -> Case:
+    """The case of a shape; with `states`, a file's rows and head in the place of drawn ones."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device)
+
+    if states is None:
+        clean, weight = _draw(shape, normal, generator)
+    else:
+        found = torch.load(states, map_location=device, weights_only=True)
+        clean, weight = found["hidden"][: shape.tokens].float(), found["weight"]
+    moved = [clean * (1 + SHIFT * normal(*clean.shape)) for _ in range(shape.views)]
+    every = torch.stack([clean, *moved]).to(shape.dtype)
+    weight = weight.to(shape.dtype)
+    tokens = torch.cat(
+        [_sample(rows @ weight.T.to(rows.dtype), generator) for rows in every[0].split(256)]
+    )
+    return Case(shape, every, weight, tokens)
+
+
+def _draw(shape: Shape, normal, generator: torch.Generator) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    depth = shape.depth
+    spectrum = torch.arange(1, depth + 1, device=generator.device).float() ** -0.25
+    spectrum *= (depth / spectrum.square().sum()).sqrt()
+    lengths = torch.exp(0.15 * normal(shape.vocab, 1))
+    common = normal(depth) / depth**0.5
+    weight = lengths * normal(shape.vocab, depth) * spectrum / depth**0.5
+    weight += 0.3 * common
+    uniform = torch.rand(shape.tokens, generator=generator, device=generator.device)
+    # Zipf's law over the vocabulary, and how sure of it each token is.
+    target = (shape.vocab**uniform).long().clamp(max=shape.vocab) - 1
+    sure = math.log(shape.vocab) + 6 + 2.5 * normal(shape.tokens, 1)
+    states = normal(shape.tokens, depth) * spectrum.flip(0)
+    states += sure * weight[target] / weight[target].square().sum(1, keepdim=True)
+    states -= 10 * common
+    return states, weight
+
+
+def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One token of each row's soft-max."""
+    p = torch.softmax(logits.float(), 1)
+    return torch.multinomial(p, 1, generator=generator)[:, 0]
+
+
+@torch.no_grad()
+def describe(case: Case, rows: int = 256) -> dict[str, float]:
+    """Entropy in nats and size of the logits of some clean rows."""
+    logits = case.states[0, :rows].float() @ case.weight.float().T
+    logp = torch.log_softmax(logits, 1)
+    entropy = -(logp.exp() * logp).sum(1)
+    quantiles = torch.quantile(entropy, torch.tensor([0.5, 0.9], device=entropy.device))
+    return {
+        "entropy_mean": float(entropy.mean()),
+        "entropy_p50": float(quantiles[0]),
+        "entropy_p90": float(quantiles[1]),
+        "logit_max": float(logits.abs().max()),
+        "logit_std": float(logits.std()),
+        "top_p": float(logp.amax(1).exp().mean()),
+    }

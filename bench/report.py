@@ -1,0 +1,189 @@
+"""From a CSV to the README's table and the plots beside the CSV."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.ops import ACTIVE
+from bench.providers import OURS
+from bench.results import Row, read
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- bench:begin, written by python -m bench --report -->", "<!-- bench:end -->"
+
+
+def write(path: Path) -> None:
+    """Plots beside the CSV; the table into the README, between its marks."""
+    rows = read(path)
+    for plot in plots(rows, path):
+        print(f"written: {plot}")
+    text = README.read_text()
+    new = re.sub(
+        f"{re.escape(BEGIN)}.*?{re.escape(END)}",
+        lambda _: f"{BEGIN}\n{table(rows, path)}\n{END}",
+        text,
+        flags=re.DOTALL,
+    )
+    if new != text:
+        README.write_text(new)
+        print(f"written: the table in {README.name}")
+
+
+def table(rows: list[Row], path: Path) -> str:
+    """Every provider that was timed with everyone else, and why the others were not."""
+    timed = [row for row in rows if row.get("ms_p50")]
+    first = timed[0]
+    columns: list[tuple[str, Callable[[Row], bool]]] = [
+        ("forward", lambda r: r["op"] == "linear_logprob" and r["phase"] == "forward"),
+        ("+ backward", lambda r: r["op"] == "linear_logprob" and _both(r, "1")),
+        ("¼ active", lambda r: r["op"] == "linear_logprob" and _both(r, "0.25")),
+        ("whole loss", lambda r: r["op"] == "roma_loss" and _base(r, rows)),
+    ]
+    names = [n for n in dict.fromkeys(r["provider"] for r in timed if r["op"] == "linear_logprob")]
+    lines = [
+        "| ms (× ours) | " + " | ".join(name for name, _ in columns)
+        + " | whole loss, active rows only | extra MiB | logp rms, nats | worst view agrees |",
+        "|---" * (len(columns) + 5) + "|",
+    ]  # fmt: skip
+    for name in names:
+        cells = [_cell(timed, name, wanted) for _, wanted in columns]
+        whole = columns[-1][1]
+        cells.append("" if name == OURS else _cell(timed, name + ACTIVE, whole))
+        one = next(r for r in timed if r["provider"] == name and r["op"] == "linear_logprob")
+        memory = next((r["extra_mib"] for r in timed if r["provider"] == name and whole(r)), "")
+        cells += [
+            f"{float(memory):.0f}" if memory else "–",
+            one["logp_rms"],
+            f"{float(one['worst_view']):.0%}" if one["worst_view"] != "nan" else "–",
+        ]
+        label = f"**{name}**" if name == OURS else name
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    absent = {r["provider"]: r["reason"] for r in rows if r.get("reason")}
+    absent = {n: why for n, why in absent.items() if not n.endswith(ACTIVE)}
+    lines.append("")
+    shape = next(r for r in timed if r["op"] == "linear_logprob")
+    lines.append(
+        f"{first['machine']}; torch {first['torch']}; commit {first['commit']}; N = "
+        f"{shape['tokens']} tokens, K = {shape['views']}, D = {shape['depth']}, V = "
+        f"{shape['vocab']}, {shape['dtype']}; whole loss: half of the rollouts right, worst view of "
+        f"a sequence. Medians; × ours is a ratio within rounds, “level” where its 95 % interval "
+        f"contains 1. Entropy of the drawn soft-max: median {shape['entropy_p50']} nats, largest logit "
+        f"{shape['logit_max']}. Source: [{path.name}](bench/results/{path.name})."
+    )
+    if absent:
+        lines += ["", "Not timed: " + "; ".join(f"{n} ({why})" for n, why in absent.items()) + "."]
+    return "\n".join(lines)
+
+
+def _both(row: Row, active: str) -> bool:
+    return row["phase"] == "both" and row["active"] == active
+
+
+def _base(row: Row, rows: list[Row]) -> bool:
+    """The loss at the size at which every provider was timed: the plan's first."""
+    first = next(r for r in rows if r["op"] == "roma_loss")
+    keys = ("tokens", "views", "depth", "vocab", "dtype", "right", "worst_over")
+    return all(row[key] == first[key] for key in keys)
+
+
+def _cell(rows: list[Row], name: str, wanted: Callable[[Row], bool]) -> str:
+    row = next((r for r in rows if r["provider"] == name and wanted(r)), None)
+    if row is None:
+        return "–"
+    text = f"{float(row['ms_p50']):.3g}"
+    if name == OURS:
+        return text
+    if float(row["ratio_low"]) <= 1 <= float(row["ratio_high"]):
+        return f"{text} (level)"
+    return f"{text} ({float(row['ratio']):.2g}×)"
+
+
+def plots(rows: list[Row], path: Path) -> list[Path]:
+    """Ratios with their intervals; cost along each axis with the physical floor, if measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    timed = [row for row in rows if row.get("ms_p50")]
+    made = []
+    base = [r for r in timed if r["op"] == "roma_loss" and _base(r, rows)]
+    if base:
+        base.sort(key=lambda r: float(r["ratio"]))
+        figure, axes = plt.subplots(figsize=(8, 0.32 * len(base) + 1.4), layout="constrained")
+        for place, row in enumerate(base):
+            ratio, low, high = (float(row[k]) for k in ("ratio", "ratio_low", "ratio_high"))
+            exact = float(row["logp_rms"]) < 1e-4
+            axes.errorbar(
+                ratio, place, xerr=[[ratio - low], [high - ratio]], fmt="o", capsize=3,
+                color="C0" if exact else "C3",
+            )  # fmt: skip
+        axes.axvline(1, color="grey", lw=0.8)
+        axes.set_yticks(range(len(base)), [r["provider"] for r in base])
+        axes.set_xscale("log")
+        ticks = [
+            t for t in (0.25, 0.5, 1, 2, 4, 8, 16, 32) if t <= 2 * float(base[-1]["ratio_high"])
+        ]
+        axes.set_xticks(ticks, [f"{t:g}×" for t in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("time of the whole loss, forward + backward, over ours (95 % interval)")
+        axes.set_title(
+            "blue: fp32 logits; red: rounded logits, whose worst view is near chance", fontsize=9
+        )
+        made.append(path.with_name(path.stem + "-loss.png"))
+        figure.savefig(made[-1], dpi=120)
+        plt.close(figure)
+    made += _scaling(timed, path)
+    return made
+
+
+def _scaling(timed: list[Row], path: Path) -> list[Path]:
+    from matplotlib import pyplot as plt
+
+    loss = [r for r in timed if r["op"] == "roma_loss" and _plain(r, timed)]
+    axes_of = {
+        "tokens": "tokens N",
+        "views": "views K",
+        "vocab": "vocabulary V",
+        "depth": "hidden size D",
+    }
+    series = {axis: _along(loss, axis) for axis in axes_of}
+    series = {axis: rows for axis, rows in series.items() if len({r[axis] for r in rows}) > 2}
+    if not series:
+        return []
+    figure, panels = plt.subplots(
+        1, len(series), figsize=(3.4 * len(series), 3.4), layout="constrained", squeeze=False
+    )
+    for panel, (axis, rows) in zip(panels[0], series.items(), strict=True):
+        for number, name in enumerate((OURS, "naive fp32", "naive fp32" + ACTIVE)):
+            mine = sorted((r for r in rows if r["provider"] == name), key=lambda r: float(r[axis]))
+            if mine:
+                x, y = ([float(r[k]) for r in mine] for k in (axis, "ms_p50"))
+                panel.plot(x, y, "o-", color=f"C{number}", label=name, ms=4)
+        ours = sorted((r for r in rows if r["provider"] == OURS), key=lambda r: float(r[axis]))
+        floor = [float(r["useful_gflop"]) / float(r["product_tflops"]) for r in ours]
+        panel.plot(
+            [float(r[axis]) for r in ours], floor, "--", color="grey", label="floor: products"
+        )
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_xlabel(axes_of[axis])
+    panels[0][0].set_ylabel("ms, forward + backward")
+    panels[0][0].legend(fontsize=7)
+    made = path.with_name(path.stem + "-scaling.png")
+    figure.savefig(made, dpi=120)
+    plt.close(figure)
+    return [made]
+
+
+def _plain(row: Row, timed: list[Row]) -> bool:
+    first = next(r for r in timed if r["op"] == "roma_loss")
+    return row["right"] == first["right"] and row["worst_over"] == first["worst_over"]
+
+
+def _along(rows: list[Row], axis: str) -> list[Row]:
+    """Rows that differ from the first in one axis only."""
+    if not rows:
+        return []
+    others = [a for a in ("tokens", "views", "vocab", "depth") if a != axis]
+    return [r for r in rows if all(r[a] == rows[0][a] for a in others)]

@@ -1,0 +1,133 @@
+"""The tidy CSV: one row per candidate and variant, with all that is needed to read it."""
+
+import csv
+import math
+import os
+import platform
+import re
+import subprocess
+from dataclasses import asdict
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from bench.gate import Errors
+from bench.measure import Times
+from bench.ops import ACTIVE, Bench, provider_of
+from bench.providers import OURS
+
+FOLDER = Path(__file__).parent / "results"
+Row = dict[str, str]
+YARDSTICK = "yardstick"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "-"
+
+
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def machine(device: str) -> dict[str, str]:
+    """Where, when and with what: the first columns of every row."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        found = re.search(r"model name\s*: (.+)", _read("/proc/cpuinfo"))
+        name = f"{found[1] if found else platform.processor()}, {torch.get_num_threads()} threads"
+    changed = (
+        "-" if not _git("rev-parse", "HEAD") else str(bool(_git("status", "--porcelain", "-uno")))
+    )
+    return {
+        "date": date.today().isoformat(),
+        "commit": os.environ.get("ROMA_COMMIT") or _git("rev-parse", "--short", "HEAD") or "-",
+        "dirty": changed,
+        "device": device,
+        "machine": name,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+    }
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text() if Path(path).exists() else ""
+
+
+def variant_columns(bench: Bench) -> dict[str, str]:
+    """What was measured."""
+    found = asdict(bench.variant)
+    del found["everyone"]
+    return {name: f"{x:g}" if isinstance(x, float) else str(x) for name, x in found.items()}
+
+
+def measured(
+    bench: Bench,
+    name: str,
+    times: dict[str, Times],
+    *,
+    executed: float | None,
+    extra_mib: float | None,
+    data: dict[str, float],
+) -> Row:
+    """Columns of a candidate that was timed."""
+    mine = times[name]
+    ratio, low, high = mine.over(times[OURS])
+    units, units_low, units_high = mine.over(times[YARDSTICK])
+    seconds = mine.quantile(0.5) / 1e3
+    row = {
+        "provider": name,
+        "version": _version(provider_of(name).package) if name in _known() else _version("torch"),
+        "rounds": str(len(mine.ms)),
+        **{f"ms_p{p}": f"{mine.quantile(p / 100):.4g}" for p in (20, 50, 80)},
+        "ratio": f"{ratio:.4g}",
+        "ratio_low": f"{low:.4g}",
+        "ratio_high": f"{high:.4g}",
+        "yardsticks": f"{units:.4g}",
+        "yardsticks_low": f"{units_low:.4g}",
+        "yardsticks_high": f"{units_high:.4g}",
+        "useful_gflop": f"{bench.flop / 1e9:.4g}",
+        "executed_gflop": "" if executed is None else f"{executed / 1e9:.4g}",
+        "tflops": f"{bench.flop / seconds / 1e12:.4g}",
+        "extra_mib": "" if extra_mib is None or math.isnan(extra_mib) else f"{extra_mib:.1f}",
+    }
+    if bench.flop:
+        product = 2.0 * len(bench.case.labels) * bench.variant.depth * bench.variant.vocab
+        rate = product / (times[YARDSTICK].quantile(0.5) / 1e3)
+        row["product_tflops"] = f"{rate / 1e12:.4g}"
+        row["percent_of_product"] = f"{100 * bench.flop / seconds / rate:.3g}"
+    errors = bench.errors.get(name)
+    if isinstance(errors, Errors):
+        row |= {key: f"{value:.2e}" for key, value in asdict(errors).items()}
+    return row | {key: f"{value:.3g}" for key, value in data.items()}
+
+
+def _known() -> set[str]:
+    from bench.providers import PROVIDERS
+
+    names = {p.name for p in PROVIDERS}
+    return names | {name + ACTIVE for name in names}
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """The rows, with every column that one of them has."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of an earlier run."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))

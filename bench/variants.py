@@ -1,0 +1,121 @@
+"""What is measured: one `Variant` a line of the plan, and the plans by preset and device."""
+
+import itertools
+import json
+from dataclasses import asdict, dataclass
+
+import torch
+
+from bench.data import Shape
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One timing of all providers."""
+
+    op: str
+    """"linear_logprob", "view_loss" or "roma_loss"."""
+    phase: str
+    """"forward", or "both": forward and backward."""
+    tokens: int
+    views: int
+    depth: int
+    vocab: int
+    dtype: str = "bf16"
+    active: float = 1.0
+    """linear_logprob: share of the rows with an upstream gradient."""
+    right: float = 0.5
+    """The loss: share of right rollouts."""
+    worst_over: str = "sequence"
+    everyone: bool = True
+    """All providers, or `FEW` of them."""
+
+    @property
+    def shape(self) -> Shape:
+        """Of its data."""
+        return Shape(self.tokens, self.views, self.depth, self.vocab, DTYPES[self.dtype])
+
+    @property
+    def line(self) -> str:
+        """JSON, for the process that measures memory."""
+        return json.dumps(asdict(self))
+
+    def __str__(self) -> str:
+        """As the live table names it."""
+        what = {"forward": "forward", "both": "forward + backward"}[self.phase]
+        if self.op == "linear_logprob" and self.phase == "both":
+            what += f", {self.active:.0%} of the rows active"
+        if self.op != "linear_logprob":
+            what += f", {self.right:.0%} right, worst over {self.worst_over}"
+        return f"{self.op}, {what}, {self.shape}"
+
+
+def plan(preset: str, device: str) -> list[Variant]:
+    """The variants of a preset on a device type."""
+    if preset == "smoke":
+        size = {"tokens": 16, "views": 2, "depth": 64, "vocab": 1000}
+        return [
+            Variant("linear_logprob", "both", **size),
+            Variant("view_loss", "both", **size),
+            Variant("roma_loss", "both", **size),
+        ]
+    if device == "cuda":
+        return _on_gpu(preset)
+    base = {"tokens": 128, "views": 4, "depth": 512, "vocab": 32_768}
+    found = [
+        Variant("linear_logprob", "forward", **base),
+        *(Variant("linear_logprob", "both", **base, active=a) for a in (1.0, 0.5, 0.25, 0.1)),
+        Variant("view_loss", "both", **base | {"tokens": 16_384}),
+        Variant("roma_loss", "both", **base),
+        *_around(base),
+    ]
+    if preset == "full":
+        found += _scaling(base, tokens=(32, 64, 256, 512), vocab=(8_192, 65_536, 151_936))
+    return found
+
+
+def _on_gpu(preset: str) -> list[Variant]:
+    base = {"tokens": 4096, "views": 4, "depth": 4096, "vocab": 151_936}
+    found = [
+        Variant("linear_logprob", "forward", **base | {"views": 0, "tokens": 16_384}),
+        *(
+            Variant("linear_logprob", "both", **base | {"views": 0, "tokens": 16_384}, active=a)
+            for a in (1.0, 0.5, 0.25, 0.1)
+        ),
+        Variant("view_loss", "both", **base | {"tokens": 65_536}),
+        Variant("roma_loss", "both", **base | {"tokens": 1024}),
+    ]
+    if preset in ("paper", "full"):
+        sizes = itertools.product((1024, 4096, 16_384), (2, 4, 8))
+        found += [
+            Variant("roma_loss", "both", **base | {"tokens": n, "views": k}, everyone=False)
+            for n, k in sizes
+        ]
+    if preset == "full":
+        found += _around(base | {"tokens": 1024})
+        found += _scaling(base, tokens=(256, 1024, 16_384), vocab=(32_768, 262_144))
+    return found
+
+
+def _around(base: dict[str, int]) -> list[Variant]:
+    """One option changed at a time; fewer providers."""
+    return [
+        *(Variant("roma_loss", "both", **base | {"views": k}, everyone=False) for k in (1, 2, 8)),
+        *(Variant("roma_loss", "both", **base, right=r, everyone=False) for r in (0.0, 1.0)),
+        Variant("roma_loss", "both", **base, worst_over="token", everyone=False),
+    ]
+
+
+def _scaling(
+    base: dict[str, int], *, tokens: tuple[int, ...], vocab: tuple[int, ...]
+) -> list[Variant]:
+    """One axis at a time."""
+    depth = (base["depth"] // 2, base["depth"] * 2)
+    changes = [("tokens", tokens), ("vocab", vocab), ("depth", depth)]
+    return [
+        Variant("roma_loss", "both", **base | {axis: size}, everyone=False)
+        for axis, sizes in changes
+        for size in sizes
+    ]
