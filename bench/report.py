@@ -62,13 +62,13 @@ def table(rows: list[Row], path: Path) -> str:
     absent = {n: why for n, why in absent.items() if not n.endswith(ACTIVE)}
     lines.append("")
     shape = next(r for r in timed if r["op"] == "linear_logprob")
+    size = f"N = {shape['tokens']} tokens, K = {shape['views']}, D = {shape['depth']}"
     lines.append(
-        f"{first['machine']}; torch {first['torch']}; commit {first['commit']}; N = "
-        f"{shape['tokens']} tokens, K = {shape['views']}, D = {shape['depth']}, V = "
-        f"{shape['vocab']}, {shape['dtype']}; whole loss: half of the rollouts right, worst view of "
-        f"a sequence. Medians; × ours is a ratio within rounds, “level” where its 95 % interval "
-        f"contains 1. Entropy of the drawn soft-max: median {shape['entropy_p50']} nats, largest logit "
-        f"{shape['logit_max']}. Source: [{path.name}](bench/results/{path.name})."
+        f"{first['machine']}; torch {first['torch']}; commit {first['commit']}; {size}, V = "
+        f"{shape['vocab']}, {shape['dtype']}; whole loss: half of the rollouts right, worst view "
+        "of a sequence. Medians; × ours is a ratio within rounds, “level” where its 95 % interval "
+        f"contains 1. Entropy of the drawn soft-max: median {shape['entropy_p50']} nats, largest "
+        f"logit {shape['logit_max']}. Source: [{path.name}](bench/results/{path.name})."
     )
     if absent:
         lines += ["", "Not timed: " + "; ".join(f"{n} ({why})" for n, why in absent.items()) + "."]
