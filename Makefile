@@ -1,20 +1,22 @@
-# make setup | demo | test | check | kernels. Each sets up what it needs in .venv by itself, once; after that
+# make setup | demo | test | check | bench | kernels. Each sets up what it needs in .venv by itself, once; after that
 # no network is used. Another interpreter: make PYTHON=python3.12 setup.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
+PEERS := $(VENV)/.peers-done
 NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check kernels
+.PHONY: help setup demo test check bench kernels
 
 help:
 	@echo "make setup   .venv with everything the tests and the demo need"
 	@echo "make demo    train GRPO and ROMA on real digits, evaluate on bad images: runs/demo"
 	@echo "make test    every test"
 	@echo "make check   ruff, mypy, links, doctests, every kernel compiled for every chip"
+	@echo "make bench   the loss against its peers, held to float64 first: bench/results, README table"
 	@echo "make kernels the same compilation, written to docs/KERNELS.md"
 
 setup: $(STAMP)
@@ -49,6 +51,16 @@ check: $(STAMP)
 	@$(BIN)/pytest -q --doctest-modules roma
 	@echo "check: kernels"
 	@$(BIN)/python -m roma.kernels.report --check
+
+$(PEERS): $(STAMP)
+	@echo "bench: installing the peers"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	@touch $@
+
+bench: $(PEERS)
+	@echo "bench: about ten minutes on two cores"
+	@$(BIN)/python -m bench --preset quick
+	@$(BIN)/python -m bench --report bench/results/cpu-quick.csv
 
 kernels: $(STAMP)
 	@echo "kernels: compiling for sm_80, sm_90, sm_100, sm_120 and gfx942; no GPU takes part"
