@@ -46,8 +46,8 @@ def token_local_fwd(
     dbias = torch.zeros(vocab, device=weight.device) if need_bias else None
     # The worst view of a sequence or the batch, where there is but one or none of them counts.
     only = torch.zeros_like(batch.lengths)
-    for start in range(0, wanted, step):
-        part = slice(start, min(start + step, wanted))
+
+    def chunk(part: slice) -> None:
         first, count = part.start * views, (part.stop - part.start) * views
         states = take_rows(rows, slice(first, first + count))
         logits = product(states, weight.T, torch.float32)
@@ -61,7 +61,7 @@ def token_local_fwd(
         g = torch.cat([dlogp[None, part], dview_logp[:, part]]).T.reshape(-1)
         chosen = g.nonzero()[:, 0]
         if not len(chosen):
-            continue
+            return
         dz = states.new_empty(len(chosen), vocab)
         _row_dlogits_kernel[(len(chosen),)](
             dz, logits, bias, chosen, tokens, lse, g, *settings, **options
@@ -74,8 +74,11 @@ def token_local_fwd(
             add_product(total, dz.T, states[chosen])
             report("dweight", len(chosen), vocab, depth)
         if dbias is not None:
-            dbias += dz.sum(0, dtype=torch.float32)
+            dbias.add_(dz.sum(0, dtype=torch.float32))
+
+    for start in range(0, wanted, step):
+        chunk(slice(start, min(start + step, wanted)))  # its logits are gone before the next ones
     metrics, worst = view_loss_totals(batch, config)
     dweight = None if total is None else total.to(weight.dtype)
-    dbias = None if dbias is None or bias is None else dbias.to(bias.dtype)
-    return metrics[0].clone(), worst, metrics, (dhidden, dviews, dweight, dbias)
+    by_bias = None if dbias is None or bias is None else dbias.to(bias.dtype)
+    return metrics[0].clone(), worst, metrics, (dhidden, dviews, dweight, by_bias)

@@ -7,7 +7,7 @@ coefficients, a row kernel dz of the active rows, and two products dh and dW:
 
     (K+1) + 2A products of a token with the head, in the place of (K+1) + 3A
 
-The price is dW's traffic: it is summed over chunks in fp32, 8·D·V bytes a chunk, hence
+The price is dW: summed over chunks in fp32, it takes 4·D·V bytes and moves 8·D·V a chunk, hence
 `LEAST_ROWS`. What is known only at the end, the loss and its metrics, is formed from all log-probs
 at the end. The backward scales the finished gradients by the one upstream number; in fp16 they
 would have underflowed before a loss scaler's factor reaches them, so fp16 is not for this path.
@@ -148,6 +148,7 @@ def _fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[4:], *inputs[:4])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or autograd makes zeros in the size of each gradient
 
 
 def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
