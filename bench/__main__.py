@@ -20,6 +20,8 @@ from bench import against, report, results
 from bench.run import BUDGET, run
 from bench.variants import plan
 
+OPS = ["linear_logprob", "view_loss", "roma_loss", "update_step", "views"]
+
 
 def main() -> int:
     """Entry point."""
@@ -29,7 +31,7 @@ def main() -> int:
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--preset", choices=list(BUDGET), default="quick")
     parser.add_argument("--device", choices=["cpu", "cuda"], default=here)
-    parser.add_argument("--op", choices=["linear_logprob", "view_loss", "roma_loss"])
+    parser.add_argument("--op", choices=OPS)
     parser.add_argument("--providers", help="names, with commas between; ours always takes part")
     parser.add_argument("--states", metavar="FILE", help="states of your own: bench/data.py")
     parser.add_argument(

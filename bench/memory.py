@@ -42,7 +42,7 @@ def main(line: str, name: str, device: str) -> None:
     from bench.ops import bench_of
     from bench.variants import Variant
 
-    run = bench_of(Variant(**json.loads(line)), device).run(name)
+    run = bench_of(Variant(**json.loads(line)), device, hold=False).run(name)
     run()
     gc.collect()
     if device == "cuda":

@@ -1,7 +1,7 @@
 """The measured ops: from a variant and a provider to a call that can be timed.
 
-`Bench.run` gives the call, or raises `Unavailable` or `Wrong`; a provider's log-probs are held to
-float64 first (gate.py), the gradients of a whole loss too.
+`run` gives the call, or raises `Unavailable` or `Wrong`: a provider's log-probs and gradients are
+held to float64 first (gate.py).
 
 For the whole loss every provider of log-probs is completed, twice, by the same view loss:
 
@@ -11,18 +11,16 @@ For the whole loss every provider of log-probs is completed, twice, by the same 
              that provider would write
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 import roma
-from bench import gate
-from bench.data import Case, make
+from bench import data, gate
 from bench.measure import Run
-from bench.providers import OURS, PROVIDERS, Provider, Score, Unavailable
+from bench.providers import OURS, PROVIDERS, Provider, Score
 from bench.variants import Variant
 from roma.kernels.products import listen
 
@@ -30,55 +28,63 @@ FEW = (OURS, "naive fp32", "torch fused", "liger", "cce", "trl")
 ACTIVE = " active"
 
 
-@dataclass
-class Bench:
+class Bench(Protocol):
     """A variant with its data."""
 
     variant: Variant
-    device: str
-    case: Case
-
-    def __post_init__(self) -> None:
-        self.want = gate.truth(self.case) if self.variant.op != "view_loss" else None
-        self.errors: dict[str, gate.Errors] = {}
-        self.loss = (
-            _loss_case(self.variant, self.case) if self.variant.op != "linear_logprob" else {}
-        )
+    errors: dict[str, gate.Errors]
+    flop: float
+    """What must be computed, no recompute counted; 0 where products are not the point."""
 
     @property
-    def names(self) -> list[str]:
+    def names(self) -> Sequence[str]:
         """All candidates, ours first."""
-        if self.variant.op == "view_loss":
-            return [OURS, "eager", "compile"]
-        found = [p.name for p in PROVIDERS if self.variant.everyone or p.name in FEW]
-        if self.variant.op == "roma_loss":
-            found += [name + ACTIVE for name in found if name != OURS]
-        return found
-
-    def run(self, name: str) -> Run:
-        """One call of a candidate."""
-        if self.variant.op == "view_loss":
-            return self._view_loss(name)
-        provider = provider_of(name)
-        score = provider.load(self.device)
-        assert self.want is not None
-        if provider.name not in self.errors:
-            self.errors[provider.name] = gate.hold(score, self.want)
-        self.errors[name] = self.errors[provider.name]
-        if self.variant.op == "linear_logprob":
-            return self._linear_logprob(score)
-        return self._roma_loss(name, score)
 
     @property
     def yardstick(self) -> Run:
-        """What the machine can do, timed among the candidates.
+        """What the machine can do, timed among the candidates."""
 
-        One product of all rows with the head, in the inputs' dtype; for the view loss, one expm1 of
-        all log-probs.
-        """
-        if self.variant.op == "view_loss":
-            logp = self.loss["logp"]
-            return lambda: (torch.expm1(logp), None)[1]
+    def run(self, name: str) -> Run:
+        """One call of a candidate."""
+
+    def executed(self) -> float:
+        """FLOP of the products that ours really did."""
+
+    def describe(self) -> dict[str, float]:
+        """What the data are like."""
+
+
+class HeadBench:
+    """linear_logprob: log-probs of the (K+1)·N rows of a case."""
+
+    def __init__(self, variant: Variant, device: str, states: str | None, hold: bool) -> None:
+        """`hold`: whether a provider is held to float64 before its call is handed out."""
+        self.variant = variant
+        self.device = device
+        self.case = data.make(variant.shape, device, states=states)
+        self.errors: dict[str, gate.Errors] = {}
+        self.want = gate.truth(self.case) if hold else None
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of all providers, or of the few."""
+        return [p.name for p in PROVIDERS if self.variant.everyone or p.name in FEW]
+
+    @property
+    def flop(self) -> float:
+        """2·D·V for every row, and 4·D·V for every row with a gradient."""
+        by_row = 2.0 * self.variant.depth * self.variant.vocab
+        return by_row * (len(self.case.labels) + 2 * self.active_rows)
+
+    @property
+    def active_rows(self) -> int:
+        """Rows with a gradient."""
+        forward = self.variant.phase == "forward"
+        return 0 if forward else int((self._upstream() != 0).sum())
+
+    @property
+    def yardstick(self) -> Run:
+        """One product of all rows with the head, in the inputs' dtype."""
         rows, weight = self.case.rows, self.case.weight
 
         def run() -> None:
@@ -87,36 +93,9 @@ class Bench:
 
         return run
 
-    @property
-    def active_rows(self) -> int:
-        """Rows with a gradient: in the loss, those whose coefficient is not 0."""
-        rows = len(self.case.labels)
-        if self.variant.phase == "forward":
-            return 0
-        if self.variant.op == "linear_logprob":
-            return int((_upstream(self.variant, rows, self.device) != 0).sum())
-        return int((_coefficients(self.loss["logp"], self.loss) != 0).sum())
-
-    @property
-    def flop(self) -> float:
-        """What must be computed: 2·D·V for every row, and 4·D·V for every row with a gradient.
-
-        No recompute is counted, whoever does one.
-        """
-        if self.variant.op == "view_loss":
-            return 0.0
-        by_row = 2.0 * self.variant.depth * self.variant.vocab
-        return by_row * (len(self.case.labels) + 2 * self.active_rows)
-
-    def executed(self) -> float:
-        """FLOP of the products that ours really did."""
-        run = self.run(OURS)
-        with listen() as reports:
-            run()
-        return float(sum(report.flop for report in reports))
-
-    def _linear_logprob(self, score: Score) -> Run:
-        case, upstream = self.case, _upstream(self.variant, len(self.case.labels), self.device)
+    def run(self, name: str) -> Run:
+        """Forward without a graph, or forward and backward."""
+        score, case, upstream = self._held(name), self.case, self._upstream()
 
         def forward() -> None:
             with torch.no_grad():
@@ -129,9 +108,55 @@ class Bench:
 
         return forward if self.variant.phase == "forward" else both
 
-    def _roma_loss(self, name: str, score: Score) -> Run:
-        case, options = self.case, dict(self.loss)
-        options.pop("logp")
+    def executed(self) -> float:
+        """As our kernels report of themselves."""
+        run = self.run(OURS)
+        with listen() as reports:
+            run()
+        return float(sum(report.flop for report in reports))
+
+    def describe(self) -> dict[str, float]:
+        """Entropy and size of the logits."""
+        return data.describe(self.case)
+
+    def _held(self, name: str) -> Score:
+        provider = provider_of(name)
+        score = provider.load(self.device)
+        if self.want is not None:
+            if provider.name not in self.errors:
+                self.errors[provider.name] = gate.hold(score, self.want)
+            self.errors[name] = self.errors[provider.name]
+        return score
+
+    def _upstream(self) -> Tensor:
+        """One row in 1/active has a gradient."""
+        g = torch.zeros(len(self.case.labels), device=self.device)
+        g[:: round(1 / self.variant.active)] = 1.0
+        return g
+
+
+class LossBench(HeadBench):
+    """roma_loss, forward and backward."""
+
+    def __init__(self, variant: Variant, device: str, states: str | None, hold: bool) -> None:
+        """As of the head."""
+        super().__init__(variant, device, states, hold)
+        self.logp, self.options = loss_case(variant, self.case)
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Each peer dense and active."""
+        found = list(super().names)
+        return found + [name + ACTIVE for name in found if name != OURS]
+
+    @property
+    def active_rows(self) -> int:
+        """Rows whose coefficient is not 0."""
+        return int((coefficients(self.logp, self.options) != 0).sum())
+
+    def run(self, name: str) -> Run:
+        """Ours, or a peer's log-probs completed."""
+        score, case, options = self._held(name), self.case, self.options
         batch = options["mask"].shape
 
         def leaves() -> tuple[Tensor, Tensor]:
@@ -140,9 +165,8 @@ class Bench:
         def ours() -> None:
             states, weight = leaves()
             padded = states.view(len(states), *batch, -1)
-            roma.roma_loss(
-                padded[0], padded[1:], weight, case.tokens.view(batch), **options
-            ).loss.backward()
+            tokens = case.tokens.view(batch)
+            roma.roma_loss(padded[0], padded[1:], weight, tokens, **options).loss.backward()
 
         def dense() -> None:
             states, weight = leaves()
@@ -154,7 +178,7 @@ class Bench:
             rows = states.flatten(0, 1)
             with torch.no_grad():
                 logp = score(rows, weight, case.labels)
-            g = _coefficients(logp.view(len(states), *batch), options).flatten()
+            g = coefficients(logp.view(len(states), *batch), options).flatten()
             chosen = g.nonzero()[:, 0]
             if len(chosen):
                 again = score(rows[chosen], weight, case.labels[chosen])
@@ -162,33 +186,72 @@ class Bench:
 
         return ours if name == OURS else active if name.endswith(ACTIVE) else dense
 
-    def _view_loss(self, name: str) -> Run:
-        logp = self.loss["logp"]
-        options = {n: x for n, x in self.loss.items() if n != "logp"}
+
+class ViewLossBench:
+    """roma_loss_from_logp, forward and backward."""
+
+    flop = 0.0
+    names: Sequence[str] = (OURS, "eager", "compile")
+
+    def __init__(self, variant: Variant, device: str) -> None:
+        """Log-probs are what matters: they come from a small head."""
+        self.variant = variant
+        self.errors: dict[str, gate.Errors] = {}
+        shape = data.Shape(variant.tokens, variant.views, 8, 64)
+        self.logp, self.options = loss_case(variant, data.make(shape, device))
+
+    @property
+    def yardstick(self) -> Run:
+        """One expm1 of all log-probs."""
+        return lambda: (torch.expm1(self.logp), None)[1]
+
+    def run(self, name: str) -> Run:
+        """A form of the loss, whose value in float64 is the same."""
         forms: dict[str, Callable[..., Tensor]] = {
-            OURS: lambda clean, views: roma.roma_loss_from_logp(clean, views, **options).loss,
-            "eager": lambda clean, views: plain_loss(clean, views, **options),
-            "compile": torch.compile(lambda clean, views: plain_loss(clean, views, **options)),
+            OURS: lambda clean, views, **named: (
+                roma.roma_loss_from_logp(clean, views, **named).loss
+            ),
+            "eager": plain_loss,
+            "compile": torch.compile(plain_loss),
         }
-        loss = forms[name]
-        want = float(forms["eager"](*(x.double() for x in (logp[0], logp[1:]))))
-        got = float(loss(logp[0], logp[1:]))
+        form, (clean, *_), views = forms[name], self.logp, self.logp[1:]
+        want = float(plain_loss(clean.double(), views.double(), **self.options))
+        got = float(form(clean, views, **self.options))
         if not abs(got - want) <= 1e-4 * max(abs(want), 1e-3):
             raise gate.Wrong(f"loss {got:.6g}, float64 says {want:.6g}")
 
         def run() -> None:
-            clean, views = (x.detach().requires_grad_() for x in (logp[0], logp[1:]))
-            loss(clean, views).backward()
+            leaves = (x.detach().requires_grad_() for x in (clean, views))
+            form(*leaves, **self.options).backward()
 
         return run
 
+    def executed(self) -> float:
+        """No products."""
+        return 0.0
 
-def bench_of(variant: Variant, device: str, *, states: str | None = None) -> Bench:
+    def describe(self) -> dict[str, float]:
+        """Nothing of a head."""
+        return {}
+
+
+def bench_of(
+    variant: Variant, device: str, *, states: str | None = None, hold: bool = True
+) -> Bench:
     """A variant's data on a device."""
-    shape = variant.shape
-    if variant.op == "view_loss":  # log-probs alone: the head's size does not matter
-        shape = replace(shape, depth=8, vocab=64)
-    return Bench(variant, device, make(shape, device, states=states))
+    if variant.op == "views":
+        from bench.views import ViewsBench
+
+        return ViewsBench(variant)
+    if variant.op == "update_step":
+        from bench.update_step import UpdateStepBench
+
+        return UpdateStepBench(variant, device)
+    if variant.op == "view_loss":
+        return ViewLossBench(variant, device)
+    return {"linear_logprob": HeadBench, "roma_loss": LossBench}[variant.op](
+        variant, device, states, hold
+    )
 
 
 def provider_of(name: str) -> Provider:
@@ -227,8 +290,8 @@ def plain_loss(
     return clipped(clean) + config.lambda_aux * clipped(sampled) + config.lambda_inv * penalty
 
 
-def _loss_case(variant: Variant, case: Case) -> dict[str, Any]:
-    """The constants of the loss for N = B·T tokens, and log-probs [K+1, B, T] near the old ones."""
+def loss_case(variant: Variant, case: data.Case) -> tuple[Tensor, dict[str, Any]]:
+    """Log-probs [K+1, B, T] of N = B·T tokens, and the constants of the loss near them."""
     device = case.tokens.device
     generator = torch.Generator(device).manual_seed(2)
     length = min(variant.tokens, 16 if device.type == "cpu" else 256)
@@ -238,34 +301,20 @@ def _loss_case(variant: Variant, case: Case) -> dict[str, Any]:
     logp = logp.view(variant.views + 1, sequences, length)
     noise = torch.randn(logp[0].shape, generator=generator, device=device)
     numbers = torch.arange(sequences, device=device)
-    return {
-        "logp": logp,
+    sampled = torch.randint(max(variant.views, 1), (sequences,), generator=generator, device=device)
+    return logp, {
         "mask": torch.ones(sequences, length, dtype=torch.bool, device=device),
         "advantages": torch.where(numbers % 2 == 0, 1.0, -1.0),
         "correct": numbers < variant.right * sequences,
         "old_logp": logp[0] + 0.02 * noise,
-        "aux_view": torch.randint(
-            max(variant.views, 1), (sequences,), generator=generator, device=device
-        ),
+        "aux_view": sampled,
         "config": roma.RomaConfig(worst_over=variant.worst_over),
     }
 
 
-def _coefficients(logp: Tensor, options: dict[str, Any]) -> Tensor:
+def coefficients(logp: Tensor, options: dict[str, Any]) -> Tensor:
     """∂loss/∂logp [K+1, B, T]."""
-    options = {n: x for n, x in options.items() if n != "logp"}
     leaf = logp.detach().float().requires_grad_()
     loss = roma.roma_loss_from_logp(leaf[0], leaf[1:], **options).loss
     (found,) = torch.autograd.grad(loss, leaf)
     return found
-
-
-def _upstream(variant: Variant, rows: int, device: str) -> Tensor:
-    """One in 1/active rows has a gradient."""
-    g = torch.zeros(rows, device=device)
-    every = round(1 / variant.active)
-    g[::every] = 1.0
-    return g
-
-
-__all__ = ["Bench", "Unavailable", "bench_of", "plain_loss", "provider_of"]

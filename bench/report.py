@@ -1,4 +1,4 @@
-"""From a CSV to the README's table and the plots beside the CSV."""
+"""From a CSV to the README's table, the cost model's table and the plots beside the CSV."""
 
 import re
 from collections.abc import Callable
@@ -8,25 +8,51 @@ from bench.ops import ACTIVE
 from bench.providers import OURS
 from bench.results import Row, read
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+HEAD = ("linear_logprob", "roma_loss")
 BEGIN, END = "<!-- bench:begin, written by python -m bench --report -->", "<!-- bench:end -->"
 
 
 def write(path: Path) -> None:
-    """Plots beside the CSV; the table into the README, between its marks."""
+    """Plots beside the CSV; the tables into README.md and docs/COST.md, between their marks."""
     rows = read(path)
     for plot in plots(rows, path):
         print(f"written: {plot}")
-    text = README.read_text()
-    new = re.sub(
-        f"{re.escape(BEGIN)}.*?{re.escape(END)}",
-        lambda _: f"{BEGIN}\n{table(rows, path)}\n{END}",
-        text,
-        flags=re.DOTALL,
-    )
-    if new != text:
-        README.write_text(new)
-        print(f"written: the table in {README.name}")
+    for name, made in {"README.md": table(rows, path), "docs/COST.md": costs(rows, path)}.items():
+        text = (ROOT / name).read_text()
+        between = f"{re.escape(BEGIN)}.*?{re.escape(END)}"
+        new = re.sub(between, lambda _, t=made: f"{BEGIN}\n{t}\n{END}", text, flags=re.DOTALL)
+        if new != text:
+            (ROOT / name).write_text(new)
+            print(f"written: the table in {name}")
+
+
+def costs(rows: list[Row], path: Path) -> str:
+    """Our times as the cost model has them: products that were executed, at one rate for all."""
+    ours = [r for r in rows if r["provider"] == OURS and r.get("executed_gflop")]
+    ours = [r for r in ours if r["op"] in HEAD and r["phase"] == "both"]
+    base = next(r for r in ours if r["op"] == "roma_loss" and _base(r, rows))
+    rate = float(base["executed_gflop"]) / float(base["ms_p50"])
+    lines = [
+        "| op | N | K | D | V | what | products, GFLOP | predicted, ms | measured, ms | off |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in ours:
+        work, measured = float(row["executed_gflop"]), float(row["ms_p50"])
+        what = f"{float(row['right']):.0%} right, worst over {row['worst_over']}"
+        if row["op"] == "linear_logprob":
+            what = f"{float(row['active']):.0%} active"
+        size = " | ".join(row[axis] for axis in ("tokens", "views", "depth", "vocab"))
+        lines.append(
+            f"| {row['op']} | {size} | {what} | {work:.3g} | {work / rate:.0f} | {measured:.0f} | "
+            f"{measured * rate / work - 1:+.0%} |"
+        )
+    lines += [
+        "",
+        f"One rate for all, that of the whole loss at its first size: {rate * 1e3:.0f} GFLOP/s. "
+        f"{base['machine']}, {base['dtype']}; source: [{path.name}](../bench/results/{path.name}).",
+    ]
+    return "\n".join(lines)
 
 
 def table(rows: list[Row], path: Path) -> str:
@@ -41,7 +67,7 @@ def table(rows: list[Row], path: Path) -> str:
     ]
     names = [n for n in dict.fromkeys(r["provider"] for r in timed if r["op"] == "linear_logprob")]
     lines = [
-        "| ms (× ours) | " + " | ".join(name for name, _ in columns)
+        "| ms (time over ours) | " + " | ".join(name for name, _ in columns)
         + " | whole loss, active rows only | extra MiB | logp rms, nats | worst view agrees |",
         "|---" * (len(columns) + 5) + "|",
     ]  # fmt: skip
@@ -63,12 +89,13 @@ def table(rows: list[Row], path: Path) -> str:
     lines.append("")
     shape = next(r for r in timed if r["op"] == "linear_logprob")
     size = f"N = {shape['tokens']} tokens, K = {shape['views']}, D = {shape['depth']}"
+    drawn = f"median {shape['entropy_p50']} nats, largest logit {shape['logit_max']}"
     lines.append(
         f"{first['machine']}; torch {first['torch']}; commit {first['commit']}; {size}, V = "
         f"{shape['vocab']}, {shape['dtype']}; whole loss: half of the rollouts right, worst view "
-        "of a sequence. Medians; × ours is a ratio within rounds, “level” where its 95 % interval "
-        f"contains 1. Entropy of the drawn soft-max: median {shape['entropy_p50']} nats, largest "
-        f"logit {shape['logit_max']}. Source: [{path.name}](bench/results/{path.name})."
+        "of a sequence. Medians; in brackets the ratio to ours within rounds, “level” where its "
+        f"95 % interval contains 1. Entropy of the drawn soft-max: {drawn}. Source: "
+        f"[{path.name}](bench/results/{path.name})."
     )
     if absent:
         lines += ["", "Not timed: " + "; ".join(f"{n} ({why})" for n, why in absent.items()) + "."]

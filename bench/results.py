@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from bench.gate import Errors
-from bench.measure import Times
+from bench.measure import Clock, Times
 from bench.ops import ACTIVE, Bench, provider_of
 from bench.providers import OURS
 
@@ -55,7 +55,16 @@ def machine(device: str) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "copy_gb_s": f"{copy_rate(device):.3g}",
     }
+
+
+def copy_rate(device: str) -> float:
+    """Bytes read and written by a copy of 256 MiB, per nanosecond: the median of seven."""
+    clock, source = Clock(device), torch.ones(2**26, device=device)
+    target = torch.empty_like(source)
+    times = sorted(clock.time(lambda: (target.copy_(source), None)[1]) for _ in range(7))
+    return 2 * source.nbytes / times[3] / 1e6
 
 
 def _read(path: str) -> str:
@@ -100,7 +109,8 @@ def measured(
         "extra_mib": "" if extra_mib is None or math.isnan(extra_mib) else f"{extra_mib:.1f}",
     }
     if bench.flop:
-        product = 2.0 * len(bench.case.labels) * bench.variant.depth * bench.variant.vocab
+        what = bench.variant
+        product = 2.0 * (what.views + 1) * what.tokens * what.depth * what.vocab
         rate = product / (times[YARDSTICK].quantile(0.5) / 1e3)
         row["product_tflops"] = f"{rate / 1e12:.4g}"
         row["percent_of_product"] = f"{100 * bench.flop / seconds / rate:.3g}"

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bench import memory, results
-from bench.data import describe
 from bench.gate import Wrong
 from bench.measure import Clock, Run, interleave
 from bench.ops import ACTIVE, Bench, bench_of
@@ -13,7 +12,7 @@ from bench.providers import OURS, Unavailable
 from bench.results import Row
 from bench.variants import Variant
 
-BUDGET = {"smoke": (3, 1.0), "quick": (9, 25.0), "full": (11, 40.0), "paper": (9, 6.0)}
+BUDGET = {"smoke": (3, 1.0), "quick": (9, 15.0), "full": (9, 15.0), "paper": (9, 6.0)}
 """Rounds, and seconds after which a variant gets no more of them, by preset."""
 
 
@@ -59,11 +58,11 @@ def run(
         rounds, seconds = BUDGET[preset]
         timed = candidates | {results.YARDSTICK: bench.yardstick}
         times = interleave(timed, clock, rounds=rounds, seconds=seconds, tell=live.doing)
-        data = describe(bench.case) if variant.op != "view_loss" else {}
+        data = bench.describe()
         live.line(HEADER)
         for name in sorted(candidates, key=lambda n: times[n].quantile(0.5)):
             extra = None
-            if with_memory and variant.everyone:
+            if with_memory and variant.memory:
                 live.doing(f"memory of {name}")
                 extra = memory.extra_mib(variant.line, name, device)
             executed = bench.executed() if name == OURS else None

@@ -8,6 +8,7 @@ import torch
 
 from bench.data import Shape
 
+VIEWS = ("gaussian_noise", "gaussian_blur", "jpeg", "downscale", "mix")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -16,7 +17,7 @@ class Variant:
     """One timing of all providers."""
 
     op: str
-    """"linear_logprob", "view_loss" or "roma_loss"."""
+    """"linear_logprob", "view_loss", "roma_loss", "update_step" or "views"."""
     phase: str
     """"forward", or "both": forward and backward."""
     tokens: int
@@ -29,8 +30,16 @@ class Variant:
     right: float = 0.5
     """The loss: share of right rollouts."""
     worst_over: str = "sequence"
+    what: str = ""
+    """views: a corruption, or "mix"; there tokens are images, and depth their side in pixels."""
     everyone: bool = True
     """All providers, or `FEW` of them."""
+
+    @property
+    def memory(self) -> bool:
+        """Whether its memory is measured too: each candidate takes a process of its own."""
+        dense = self.phase == "both" and self.active == 1
+        return self.everyone and self.op in ("linear_logprob", "roma_loss") and dense
 
     @property
     def shape(self) -> Shape:
@@ -44,6 +53,10 @@ class Variant:
 
     def __str__(self) -> str:
         """As the live table names it."""
+        if self.op == "views":
+            return f"views, {self.what}, {self.tokens} images of {self.depth}×{self.depth}"
+        if self.op == "update_step":
+            return f"update_step of a small Qwen3-VL, {self.tokens} tokens, K={self.views}"
         what = {"forward": "forward", "both": "forward + backward"}[self.phase]
         if self.op == "linear_logprob" and self.phase == "both":
             what += f", {self.active:.0%} of the rows active"
@@ -60,6 +73,8 @@ def plan(preset: str, device: str) -> list[Variant]:
             Variant("linear_logprob", "both", **size),
             Variant("view_loss", "both", **size),
             Variant("roma_loss", "both", **size),
+            Variant("update_step", "both", **size),
+            Variant("views", "both", 4, 1, 64, 0, what="mix"),
         ]
     if device == "cuda":
         return _on_gpu(preset)
@@ -70,6 +85,9 @@ def plan(preset: str, device: str) -> list[Variant]:
         Variant("view_loss", "both", **base | {"tokens": 16_384}),
         Variant("roma_loss", "both", **base),
         *_around(base),
+        Variant("update_step", "both", **base | {"tokens": 256}),
+        *(Variant("views", "both", 16, 1, 448, 0, what=what) for what in VIEWS),
+        Variant("views", "both", 4, 1, 1024, 0, what="mix"),
     ]
     if preset == "full":
         found += _scaling(base, tokens=(32, 64, 256, 512), vocab=(8_192, 65_536, 151_936))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bench import against, data, gate, ops, providers, report, results
 from bench import run as runner
+from bench.__main__ import OPS
 from bench.measure import Times
 from bench.variants import Variant, plan
 
@@ -80,13 +81,15 @@ def test_the_command(tmp_path: Path) -> None:
     """The smoke plan as a user runs it, and the plots and the table from its CSV."""
     out = tmp_path / "smoke.csv"
     command = [sys.executable, "-m", "bench", "--preset", "smoke", "--out", str(out)]
-    command += ["--providers", "naive fp32,naive fp32 active,eager", "--no-memory"]
+    command += ["--providers", "naive fp32,naive fp32 active,eager,two-pass,pillow"]
+    command += ["--no-memory"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "roma_loss, forward + backward, 50% right" in done.stdout
     with out.open() as file:
         rows = list(csv.DictReader(file))
-    assert {row["op"] for row in rows} == {"linear_logprob", "view_loss", "roma_loss"}
+    assert {row["op"] for row in rows} == set(OPS)
+    assert {row["provider"] for row in rows if row["op"] == "update_step"} == {"roma", "two-pass"}
     assert {"commit", "machine", "torch", "version", "ms_p20", "extra_mib", "entropy_p50"} <= set(
         rows[0]
     )
@@ -146,7 +149,7 @@ def test_data_is_peaked_and_repeatable() -> None:
 def test_plans_hold_what_they_promise() -> None:
     """Every peer at the base size, the options around it, and a GPU's sizes."""
     quick = plan("quick", "cpu")
-    assert {v.op for v in quick} == {"linear_logprob", "view_loss", "roma_loss"}
+    assert {v.op for v in quick} == set(OPS)
     assert {v.active for v in quick} == {1.0, 0.5, 0.25, 0.1}
     loss = [v for v in quick if v.op == "roma_loss"]
     assert {v.views for v in loss} == {1, 2, 4, 8} and {v.right for v in loss} == {0.0, 0.5, 1.0}

@@ -1,0 +1,142 @@
+"""One update of a small Qwen3-VL: what ROMA's second pass adds to GRPO's.
+
+    grpo       the clean pass alone
+    roma       clean and K views in one graph, one backward
+    two-pass   GRPO's loss and backward, then the auxiliary loss and the penalty and theirs: half of
+               the activations alive at a time, the clean pass computed twice
+
+The two ROMA forms are held to each other: every weight's gradient within 1 %.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.gate import Errors, Wrong
+from bench.measure import Run
+from bench.providers import OURS, Unavailable
+from bench.variants import Variant
+
+APART = 0.01
+PROMPTS, ROLLOUTS = 4, 4
+
+
+class UpdateStepBench:
+    """P·G rollouts of T = tokens / (P·G) tokens each, on K views."""
+
+    flop = 0.0
+    names: Sequence[str] = (OURS, "grpo", "two-pass")
+
+    def __init__(self, variant: Variant, device: str) -> None:
+        """The demo's model, untrained."""
+        self.variant = variant
+        self.device = device
+        self.errors: dict[str, Errors] = {}
+        self._made: tuple[Any, Any] | None = None
+
+    @property
+    def yardstick(self) -> Run:
+        """A product of 1024 × 1024 in fp32, twenty times."""
+        square = torch.ones(1024, 1024, device=self.device)
+
+        def run() -> None:
+            for _ in range(20):
+                torch.mm(square, square)
+
+        return run
+
+    def run(self, name: str) -> Run:
+        """One update's gradients; raises Unavailable or Wrong."""
+        policy, batch = self._model()
+        passes = self._passes(name, batch)
+
+        def run() -> None:
+            policy.zero_grad()
+            for step, part in passes:
+                step(part).loss.backward()
+
+        if name == "two-pass":
+            self._hold(policy, run)
+        return run
+
+    def executed(self) -> float:
+        """The head's products are the smallest part."""
+        return 0.0
+
+    def describe(self) -> dict[str, float]:
+        """Nothing of a head."""
+        return {}
+
+    def _passes(self, name: str, batch: Any) -> list[tuple[Any, Any]]:
+        from roma import RomaConfig
+        from roma.step import UpdateStep
+
+        policy, _ = self._model()
+        config = RomaConfig(worst_over=self.variant.worst_over)
+        clean = UpdateStep(policy, replace(config, lambda_inv=0.0))
+        alone = replace(batch, view_pixels=[], aux_view=None)
+        if name == "grpo":
+            return [(clean, alone)]
+        if name == "two-pass":
+            return [(clean, alone), (UpdateStep(policy, replace(config, main=None)), batch)]
+        return [(UpdateStep(policy, config), batch)]
+
+    def _hold(self, policy: Any, run: Run) -> None:
+        grads = []
+        for one in (self.run(OURS), run):
+            one()
+            grads.append([x.grad.clone() for x in policy.parameters() if x.grad is not None])
+        for number, (joint, split) in enumerate(zip(*grads, strict=True)):
+            if not float((joint - split).norm()) <= APART * float(joint.norm()) + 1e-9:
+                raise Wrong(f"the gradient of weight {number} is not that of one pass")
+
+    def _model(self) -> tuple[Any, Any]:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def _make(self) -> tuple[Any, Any]:
+        try:
+            import numpy as np
+
+            from roma.data import DIGIT_WORDS
+            from roma.policy import Policy
+            from roma.small_vlm import build_small_vlm
+            from roma.step import UpdateBatch
+        except ImportError as missing:
+            raise Unavailable(f"pip install 'roma[train,views]' ({missing})") from missing
+        with tempfile.TemporaryDirectory() as folder:
+            build_small_vlm(Path(folder), words=DIGIT_WORDS)
+            policy = Policy.load(Path(folder)).to(self.device).eval()
+        drawn = np.random.default_rng(0)
+        images = [drawn.integers(0, 256, (1, 32, 64, 3), dtype=np.uint8) for _ in range(PROMPTS)]
+        prompts = policy.encode_prompts(["<image> sum ?"] * PROMPTS, [list(x) for x in images])
+        views = [
+            policy.view_pixels(
+                prompts, [[image // (2 + k) for image in own] for own in prompts.images]
+            )
+            for k in range(self.variant.views)
+        ]
+        generator = torch.Generator().manual_seed(0)
+        rows = PROMPTS * ROLLOUTS
+        size = (rows, self.variant.tokens // rows)
+        numbers = torch.arange(rows)
+        batch = UpdateBatch(
+            prompts=prompts,
+            view_pixels=views,
+            rows=numbers // ROLLOUTS,
+            tokens=torch.randint(5, 30, size, generator=generator),
+            mask=torch.ones(size, dtype=torch.bool),
+            advantages=torch.randn(rows, generator=generator),
+            correct=numbers < self.variant.right * rows,
+            aux_view=torch.randint(max(self.variant.views, 1), (rows,), generator=generator),
+            old_logp=torch.full(size, -6.0),
+            total_sequences=rows,
+            total_tokens=size[0] * size[1],
+            total_correct=int(self.variant.right * rows),
+        )
+        return policy, batch

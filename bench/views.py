@@ -1,0 +1,161 @@
+"""Images per second: views at model resolution, DALI against loops over OpenCV and Pillow.
+
+One call degrades every image once. "mix" is what training draws: four corruptions, one image in
+four each, at level 2. A provider is held to ours by how far it moves the pixels: the mean absolute
+change of each corruption must agree within a quarter.
+"""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.gate import Wrong
+from bench.measure import Run
+from bench.providers import OURS, Unavailable
+from bench.variants import Variant
+
+Pixels = NDArray[np.uint8]
+MIX = ("gaussian_noise", "gaussian_blur", "jpeg", "downscale")
+LEVEL = 2
+APART = 0.25
+
+
+class ViewsBench:
+    """Images of one size under one corruption, or the training mix."""
+
+    flop = 0.0
+    names = (OURS, "opencv", "pillow")
+
+    def __init__(self, variant: Variant) -> None:
+        """`variant`: tokens images of depth × depth pixels; `what`, a corruption or "mix"."""
+        self.variant = variant
+        self.errors: dict[str, Any] = {}
+        y, x = np.indices((variant.depth, variant.depth))
+        waves = [
+            np.sin(x / (5 + c)) * np.cos(y / 7) + 0.3 * np.sin(1.3 * x + c * y) for c in range(3)
+        ]
+        smooth = np.rint(127.5 + 95 * np.stack(waves, 2)).clip(0, 255).astype(np.uint8)
+        self.images = [np.roll(smooth, 3 * i, axis=1).copy() for i in range(variant.tokens)]
+        chosen = MIX if variant.what == "mix" else (variant.what,)
+        self.corruptions = [chosen[i % len(chosen)] for i in range(variant.tokens)]
+
+    @property
+    def yardstick(self) -> Run:
+        """A copy of every image."""
+        return lambda: ([image.copy() for image in self.images], None)[1]
+
+    def run(self, name: str) -> Run:
+        """One call of a provider; raises Unavailable or Wrong."""
+        make = {OURS: self._dali, "opencv": self._opencv, "pillow": self._pillow}[name]()
+        if name != OURS:
+            self._hold(make(), self._dali()())
+        return lambda: (make(), None)[1]
+
+    def executed(self) -> float:
+        """No products."""
+        return 0.0
+
+    def describe(self) -> dict[str, float]:
+        """Nothing is drawn."""
+        return {}
+
+    def _hold(self, got: list[Pixels], ours: list[Pixels]) -> None:
+        for corruption in dict.fromkeys(self.corruptions):
+            moved = []
+            for found in (got, ours):
+                pairs = zip(found, self.images, self.corruptions, strict=True)
+                moved.append(
+                    np.mean([abs(a.astype(int) - b).mean() for a, b, c in pairs if c == corruption])
+                )
+            if not abs(moved[0] / moved[1] - 1) <= APART:
+                raise Wrong(f"{corruption} moves pixels by {moved[0]:.2f}, ours by {moved[1]:.2f}")
+
+    def _parameter(self, corruption: str) -> Any:
+        from roma.views import CORRUPTIONS
+
+        return CORRUPTIONS[corruption].parameter(LEVEL)
+
+    def _in_pixels(self, corruption: str) -> Any:
+        """A blur's σ is given for images of a reference size."""
+        from roma.views import CORRUPTIONS
+
+        parameter, reference = self._parameter(corruption), CORRUPTIONS[corruption].reference_size
+        return parameter if reference is None else parameter * self.variant.depth / reference
+
+    def _dali(self) -> Callable[[], list[Pixels]]:
+        from roma.views import ViewSpec, degrade_batch, seed_for
+
+        specs = [ViewSpec(name, self._parameter(name)) for name in self.corruptions]
+        seeds = [seed_for(0, 0, i, 0) for i in range(len(specs))]
+        return lambda: degrade_batch(self.images, specs, seeds)
+
+    def _opencv(self) -> Callable[[], list[Pixels]]:
+        try:
+            import cv2
+        except ImportError as missing:
+            raise Unavailable(f"pip install opencv-python-headless ({missing})") from missing
+
+        def shrink(image: Pixels, factor: float) -> Pixels:
+            size = [max(round(n * factor), 1) for n in image.shape[1::-1]]
+            small = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+            return cv2.resize(small, image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+
+        def encode(image: Pixels, quality: float) -> Pixels:
+            _, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, int(quality)])
+            return cv2.imdecode(data, cv2.IMREAD_COLOR)
+
+        return self._loop(
+            {
+                "gaussian_noise": _noise,
+                "gaussian_blur": lambda image, sigma: cv2.GaussianBlur(image, (0, 0), sigma),
+                "jpeg": encode,
+                "downscale": shrink,
+            }
+        )
+
+    def _pillow(self) -> Callable[[], list[Pixels]]:
+        try:
+            from PIL import Image, ImageFilter
+        except ImportError as missing:
+            raise Unavailable(f"pip install pillow ({missing})") from missing
+
+        def blur(image: Pixels, sigma: float) -> Pixels:
+            return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma)))
+
+        def encode(image: Pixels, quality: float) -> Pixels:
+            file = io.BytesIO()
+            Image.fromarray(image).save(file, "JPEG", quality=int(quality))
+            return np.asarray(Image.open(file).convert("RGB"))
+
+        def shrink(image: Pixels, factor: float) -> Pixels:
+            full = Image.fromarray(image)
+            size = [max(round(n * factor), 1) for n in full.size]
+            small = full.resize(tuple(size), Image.Resampling.BILINEAR)
+            return np.asarray(small.resize(full.size, Image.Resampling.BILINEAR))
+
+        return self._loop(
+            {"gaussian_noise": _noise, "gaussian_blur": blur, "jpeg": encode, "downscale": shrink}
+        )
+
+    def _loop(
+        self, forms: dict[str, Callable[[Pixels, Any], Pixels]]
+    ) -> Callable[[], list[Pixels]]:
+        missing = set(self.corruptions) - set(forms)
+        if missing:
+            raise Unavailable(f"no {', '.join(sorted(missing))}")
+        parameters = {name: self._in_pixels(name) for name in self.corruptions}
+
+        def run() -> list[Pixels]:
+            pairs = zip(self.images, self.corruptions, strict=True)
+            return [forms[name](image, parameters[name]) for image, name in pairs]
+
+        return run
+
+
+def _noise(image: Pixels, sigma: float) -> Pixels:
+    """σ in parts of the range 0 to 1."""
+    drawn = np.random.default_rng(0).standard_normal(image.shape, dtype=np.float32)
+    return np.rint(image + 255 * sigma * drawn).clip(0, 255).astype(np.uint8)
