@@ -37,6 +37,7 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, metavar="CSV", help="default: results/DEVICE-PRESET.csv"
     )
+    parser.add_argument("--resume", action="store_true", help="keep what the CSV holds already")
     parser.add_argument("--no-memory", action="store_true", help="skip the processes for memory")
     parser.add_argument("--report", type=Path, metavar="CSV", help="plots and table only")
     parser.add_argument("--against", type=Path, metavar="CSV", help="compare with an earlier run")
@@ -56,6 +57,7 @@ def main() -> int:
         providers=names,
         states=options.states,
         with_memory=not options.no_memory,
+        resume=options.resume,
     )
     print(f"\nwritten: {out}")
     if earlier is not None:

@@ -17,6 +17,7 @@ from bench.gate import Errors
 from bench.measure import Clock, Times
 from bench.ops import ACTIVE, Bench, provider_of
 from bench.providers import OURS
+from bench.variants import Variant
 
 FOLDER = Path(__file__).parent / "results"
 Row = dict[str, str]
@@ -71,9 +72,9 @@ def _read(path: str) -> str:
     return Path(path).read_text() if Path(path).exists() else ""
 
 
-def variant_columns(bench: Bench) -> dict[str, str]:
+def variant_columns(variant: Variant) -> dict[str, str]:
     """What was measured."""
-    found = asdict(bench.variant)
+    found = asdict(variant)
     del found["everyone"]
     return {name: f"{x:g}" if isinstance(x, float) else str(x) for name, x in found.items()}
 

@@ -41,16 +41,21 @@ def run(
     providers: list[str] | None = None,
     states: str | None = None,
     with_memory: bool = True,
+    resume: bool = False,
 ) -> list[Row]:
-    """Measures the variants and writes `out` after each."""
-    live, clock, rows = Live(), Clock(device), []
+    """Measures the variants and writes `out` after each; resumed, without those it holds."""
+    live, clock = Live(), Clock(device)
+    rows = results.read(out) if resume and out.exists() else []
     where = results.machine(device)
     live.line(f"{where['machine']}, torch {where['torch']}, commit {where['commit']}")
     for variant in variants:
+        columns = results.variant_columns(variant)
+        if any(row.get("ms_p50") and columns.items() <= row.items() for row in rows):
+            continue
         live.line(f"\n{variant}")
         live.doing("data and float64")
         bench = bench_of(variant, device, states=states)
-        shared = where | results.variant_columns(bench)
+        shared = where | columns
         candidates, refused = _candidates(bench, providers, live)
         rows += [shared | {"provider": name, "reason": why} for name, why in refused.items()]
         if OURS not in candidates:

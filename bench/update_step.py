@@ -125,11 +125,14 @@ class UpdateStepBench:
         rows = PROMPTS * ROLLOUTS
         size = (rows, self.variant.tokens // rows)
         numbers = torch.arange(rows)
+        # Words only: an image's placeholder among the tokens would ask for an image.
+        words = policy.processor.tokenizer.convert_tokens_to_ids(list(DIGIT_WORDS))
+        drawn_words = torch.randint(len(words), size, generator=generator)
         batch = UpdateBatch(
             prompts=prompts,
             view_pixels=views,
             rows=numbers // ROLLOUTS,
-            tokens=torch.randint(5, 30, size, generator=generator),
+            tokens=torch.tensor(words)[drawn_words],
             mask=torch.ones(size, dtype=torch.bool),
             advantages=torch.randn(rows, generator=generator),
             correct=numbers < self.variant.right * rows,
