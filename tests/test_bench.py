@@ -77,6 +77,18 @@ def test_planted_providers(op: str, planted: None, tmp_path: Path) -> None:
     assert float(rows["roma"]["logp_max"]) < 1e-5 and rows["roma"]["worst_view"] == "1.00e+00"
 
 
+def test_a_run_goes_on(planted: None, tmp_path: Path) -> None:
+    """What the CSV holds is kept as it is; what it lacks is measured."""
+    out = tmp_path / "run.csv"
+    runner.run([SMALL], "cpu", out, preset="smoke", with_memory=False)
+    before = results.read(out)
+    more = [SMALL, Variant("view_loss", "both", tokens=16, views=2, depth=64, vocab=1000)]
+    runner.run(more, "cpu", out, preset="smoke", with_memory=False, resume=True)
+    after = results.read(out)
+    assert [row["ms_p50"] for row in after[: len(before)]] == [row["ms_p50"] for row in before]
+    assert {row["op"] for row in after[len(before) :]} == {"view_loss"}
+
+
 def test_the_command(tmp_path: Path) -> None:
     """The smoke plan as a user runs it, and the plots and the table from its CSV."""
     out = tmp_path / "smoke.csv"
