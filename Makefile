@@ -59,8 +59,7 @@ $(PEERS): $(STAMP)
 
 bench: $(PEERS)
 	@echo "bench: about ten minutes on two cores"
-	@$(BIN)/python -m bench --preset quick
-	@$(BIN)/python -m bench --report bench/results/cpu-quick.csv
+	@$(BIN)/python -m bench --preset quick --report
 
 kernels: $(STAMP)
 	@echo "kernels: compiling for sm_80, sm_90, sm_100, sm_120 and gfx942; no GPU takes part"

@@ -3,6 +3,7 @@
     python -m bench                          times everything, writes a CSV to bench/results/
     python -m bench --preset full|paper      longer; paper: the sizes of a 4B policy on a GPU
     python -m bench --op roma_loss --providers "naive fp32,liger"
+    python -m bench --report                 plots and README table too, when it is done
     python -m bench --report CSV             plots and README table of an earlier run
     python -m bench --against CSV            what moved since an earlier run, beyond its noise
 
@@ -11,14 +12,15 @@ columns: bench/README.md.
 """
 
 import argparse
+import pickle
 import sys
 from pathlib import Path
 
 import torch
 
-from bench import against, report, results
+from bench import against, data, report, results
 from bench.run import BUDGET, run
-from bench.variants import plan
+from bench.variants import on_states, plan
 
 OPS = ["linear_logprob", "view_loss", "roma_loss", "update_step", "views"]
 
@@ -39,14 +41,22 @@ def main() -> int:
     )
     parser.add_argument("--resume", action="store_true", help="keep what the CSV holds already")
     parser.add_argument("--no-memory", action="store_true", help="skip the processes for memory")
-    parser.add_argument("--report", type=Path, metavar="CSV", help="plots and table only")
+    parser.add_argument(
+        "--report", nargs="?", type=Path, const=True, metavar="CSV", help="plots and README table"
+    )
     parser.add_argument("--against", type=Path, metavar="CSV", help="compare with an earlier run")
     options = parser.parse_args()
-    if options.report:
+    if isinstance(options.report, Path):
         report.write(options.report)
         return 0
     earlier = results.read(options.against) if options.against else None
     variants = [v for v in plan(options.preset, options.device) if options.op in (None, v.op)]
+    if options.states:
+        try:
+            hidden, weight = data.load(options.states)
+        except (OSError, ValueError, pickle.UnpicklingError) as wrong:
+            parser.error(f"--states: {wrong}")
+        variants = on_states(variants, options.states, *hidden.shape, len(weight))
     out = options.out or results.FOLDER / f"{options.device}-{options.preset}.csv"
     names = options.providers.split(",") if options.providers else None
     rows = run(
@@ -55,11 +65,12 @@ def main() -> int:
         out,
         preset=options.preset,
         providers=names,
-        states=options.states,
         with_memory=not options.no_memory,
         resume=options.resume,
     )
     print(f"\nwritten: {out}")
+    if options.report:
+        report.write(out)
     if earlier is not None:
         return against.compare(earlier, rows)
     return 0

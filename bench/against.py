@@ -19,8 +19,8 @@ KEY = (
     "active",
     "right",
     "what",
+    "states",
 )
-LEAST = 0.03  # of the time; smaller shifts are a compiler's mood
 
 
 def moved(earlier: list[Row], now: list[Row]) -> list[tuple[Row, float]]:
@@ -35,7 +35,7 @@ def moved(earlier: list[Row], now: list[Row]) -> list[tuple[Row, float]]:
         apart = float(row["yardsticks_low"]) > float(old["yardsticks_high"]) or float(
             row["yardsticks_high"]
         ) < float(old["yardsticks_low"])
-        if apart and abs(factor - 1) > LEAST:
+        if apart:
             found.append((row, factor))
     return found
 
@@ -50,7 +50,7 @@ def compare(earlier: list[Row], now: list[Row]) -> int:
             f"{what}: {row['provider']} × {factor:.2f} in {row['op']} {row['phase']}, {_size(row)}"
         )
     common = {_key(row) for row in earlier} & {_key(row) for row in now}
-    print(f"compared {len(common)} timings; a shift counts beyond both intervals and {LEAST:.0%}")
+    print(f"compared {len(common)} timings; a shift counts where the two intervals do not meet")
     return int(worse)
 
 

@@ -11,7 +11,7 @@ hardly shows and a filter of small probabilities finds nothing. Here
 * a view's states are the clean ones, each moved by one part in a hundred.
 
 `describe` says what came out; the table of a run shows it. States of a real model can take their
-place: `--states file.pt`, a dict of "hidden" [N, D] and "weight" [V, D].
+place: `--states file.pt`, a dict of "hidden" [N, D] and "weight" [V, D] as torch.save writes it.
 """
 
 import math
@@ -59,18 +59,34 @@ class Case:
         return self.tokens.repeat(self.shape.views + 1)
 
 
-def make(shape: Shape, device: str, *, seed: int = 0, states: str | None = None) -> Case:
+def load(file: str, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """States [N, D] and head [V, D] of a file.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    found = torch.load(file, map_location=device, weights_only=True)
+    if not isinstance(found, dict) or not {"hidden", "weight"} <= set(found):
+        raise ValueError(f'{file}: expected a dict of "hidden" [N, D] and "weight" [V, D]')
+    hidden, weight = found["hidden"], found["weight"]
+    if not (hidden.ndim == weight.ndim == 2 and hidden.shape[1] == weight.shape[1]):
+        sizes = f"hidden {list(hidden.shape)}, weight {list(weight.shape)}"
+        raise ValueError(f"{file}: expected hidden [N, D] and weight [V, D], got {sizes}")
+    return hidden, weight
+
+
+def make(shape: Shape, device: str, *, seed: int = 0, states: str = "") -> Case:
     """The case of a shape; with `states`, a file's rows and head in the place of drawn ones."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, device=device)
 
-    if states is None:
-        clean, weight = _draw(shape, normal, generator)
+    if states:
+        clean, weight = load(states, device)
+        clean = clean[: shape.tokens].float()
     else:
-        found = torch.load(states, map_location=device, weights_only=True)
-        clean, weight = found["hidden"][: shape.tokens].float(), found["weight"]
+        clean, weight = _draw(shape, normal, generator)
     moved = [clean * (1 + SHIFT * normal(*clean.shape)) for _ in range(shape.views)]
     every = torch.stack([clean, *moved]).to(shape.dtype)
     weight = weight.to(shape.dtype)

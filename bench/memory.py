@@ -21,12 +21,19 @@ _ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65
 
 
 def extra_mib(line: str, name: str, device: str) -> float:
-    """Measured in a new process; NaN where it ended badly."""
+    """Measured in a new process.
+
+    Raises:
+        RuntimeError: it ended badly; the last line that it wrote.
+    """
     command = [sys.executable, "-m", "bench.memory", line, name, device]
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | _ENVIRONMENT, check=False
     )
-    return float(done.stdout.split()[-1]) if done.returncode == 0 else float("nan")
+    if done.returncode != 0:
+        last = done.stderr.strip().rpartition("\n")[2] or "nothing"
+        raise RuntimeError(f"its process ended with {done.returncode} and said {last}")
+    return float(done.stdout.split()[-1])
 
 
 def _resident(field: str) -> float:

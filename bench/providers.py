@@ -30,13 +30,13 @@ class Provider:
     load: Callable[[str], Score]
     """The function on a device type; raises Unavailable."""
 
-    @property
-    def version(self) -> str:
-        """The package's version, or "-" where it is not installed."""
-        try:
-            return version(self.package)
-        except PackageNotFoundError:
-            return "-"
+
+def version_of(package: str) -> str:
+    """An installed package's version; "-" where it is not installed, as ours in a bare checkout."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "-"
 
 
 def _roma(backend: str) -> Callable[[str], Score]:
@@ -165,7 +165,7 @@ PROVIDERS = [
         "the same without its filter",
         _cce("cce", filter_eps=None),
     ),
-    Provider("cce compile", "cut-cross-entropy", "its torch.compile form", _cce("torch_compile")),
+    Provider("cce compile", "cut-cross-entropy", "Cut Cross-Entropy's torch.compile form", _cce("torch_compile")),
     Provider("trl", "trl", "the chunked head of TRL's trainers", _trl),
     Provider("verl", "verl", "FusedLinearForPPO", _verl),
     Provider("quack", "quack-kernels", "linear_cross_entropy", _quack),

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.ops import ACTIVE
-from bench.providers import OURS
-from bench.results import Row, read
+from bench.providers import OURS, PROVIDERS
+from bench.results import FOLDER, Row, read
 
 ROOT = Path(__file__).parents[1]
 HEAD = ("linear_logprob", "roma_loss")
@@ -18,6 +18,12 @@ def write(path: Path) -> None:
     rows = read(path)
     for plot in plots(rows, path):
         print(f"written: {plot}")
+    if not set(HEAD) <= {row["op"] for row in rows if row.get("ms_p50")}:
+        print("no tables: they need " + " and ".join(HEAD))
+        return
+    if path.resolve().parent != FOLDER:
+        print(f"no tables: they link to CSVs in {FOLDER.relative_to(ROOT)}")
+        return
     for name, made in {"README.md": table(rows, path), "docs/COST.md": costs(rows, path)}.items():
         text = (ROOT / name).read_text()
         between = f"{re.escape(BEGIN)}.*?{re.escape(END)}"
@@ -52,7 +58,23 @@ def costs(rows: list[Row], path: Path) -> str:
         f"One rate for all, that of the whole loss at its first size: {rate * 1e3:.0f} GFLOP/s. "
         f"{base['machine']}, {base['dtype']}; source: [{path.name}](../bench/results/{path.name}).",
     ]
-    return "\n".join(lines)
+    scaling = plot_of(path, "scaling")
+    if scaling.exists():
+        lines += [
+            "",
+            "Along each axis, the floor being the useful products at the yardstick's rate, that of "
+            "one product in the inputs' dtype whose result is rounded:",
+        ]
+    return "\n".join(lines + _image("cost along each axis", scaling, "../"))
+
+
+def plot_of(path: Path, name: str) -> Path:
+    """A plot beside its CSV."""
+    return path.with_name(f"{path.stem}-{name}.png")
+
+
+def _image(said: str, plot: Path, up: str = "") -> list[str]:
+    return ["", f"![{said}]({up}bench/results/{plot.name})"] if plot.exists() else []
 
 
 def table(rows: list[Row], path: Path) -> str:
@@ -97,9 +119,12 @@ def table(rows: list[Row], path: Path) -> str:
         f"95 % interval contains 1. Entropy of the drawn soft-max: {drawn}. Source: "
         f"[{path.name}](bench/results/{path.name})."
     )
+    known = {p.name: p.what for p in PROVIDERS}
+    said = "; ".join(f"{n}: {known[n]}" for n in names if n in known)
+    lines += ["", f"Who is who. {said}."]
     if absent:
         lines += ["", "Not timed: " + "; ".join(f"{n} ({why})" for n, why in absent.items()) + "."]
-    return "\n".join(lines)
+    return "\n".join(lines + _image("time of the whole loss over ours", plot_of(path, "loss")))
 
 
 def _both(row: Row, active: str) -> bool:
@@ -157,7 +182,7 @@ def plots(rows: list[Row], path: Path) -> list[Path]:
         axes.set_title(
             "blue: fp32 logits; red: rounded logits, whose worst view is near chance", fontsize=9
         )
-        made.append(path.with_name(path.stem + "-loss.png"))
+        made.append(plot_of(path, "loss"))
         figure.savefig(made[-1], dpi=120)
         plt.close(figure)
     made += _scaling(timed, path)
@@ -197,7 +222,7 @@ def _scaling(timed: list[Row], path: Path) -> list[Path]:
         panel.set_xlabel(axes_of[axis])
     panels[0][0].set_ylabel("ms, forward + backward")
     panels[0][0].legend(fontsize=7)
-    made = path.with_name(path.stem + "-scaling.png")
+    made = plot_of(path, "scaling")
     figure.savefig(made, dpi=120)
     plt.close(figure)
     return [made]

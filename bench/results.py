@@ -1,34 +1,25 @@
 """The tidy CSV: one row per candidate and variant, with all that is needed to read it."""
 
 import csv
-import math
 import os
 import platform
 import re
 import subprocess
 from dataclasses import asdict
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from bench.gate import Errors
 from bench.measure import Clock, Times
-from bench.ops import ACTIVE, Bench, provider_of
-from bench.providers import OURS
+from bench.ops import Bench
+from bench.providers import OURS, version_of
 from bench.variants import Variant
 
 FOLDER = Path(__file__).parent / "results"
 Row = dict[str, str]
 YARDSTICK = "yardstick"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "-"
 
 
 def _git(*words: str) -> str:
@@ -55,7 +46,7 @@ def machine(device: str) -> dict[str, str]:
         "machine": name,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version_of("triton"),
         "copy_gb_s": f"{copy_rate(device):.3g}",
     }
 
@@ -95,7 +86,7 @@ def measured(
     seconds = mine.quantile(0.5) / 1e3
     row = {
         "provider": name,
-        "version": _version(provider_of(name).package) if name in _known() else _version("torch"),
+        "version": version_of(bench.package(name)),
         "rounds": str(len(mine.ms)),
         **{f"ms_p{p}": f"{mine.quantile(p / 100):.4g}" for p in (20, 50, 80)},
         "ratio": f"{ratio:.4g}",
@@ -107,7 +98,7 @@ def measured(
         "useful_gflop": f"{bench.flop / 1e9:.4g}",
         "executed_gflop": "" if executed is None else f"{executed / 1e9:.4g}",
         "tflops": f"{bench.flop / seconds / 1e12:.4g}",
-        "extra_mib": "" if extra_mib is None or math.isnan(extra_mib) else f"{extra_mib:.1f}",
+        "extra_mib": "" if extra_mib is None else f"{extra_mib:.1f}",
     }
     if bench.flop:
         what = bench.variant
@@ -119,13 +110,6 @@ def measured(
     if isinstance(errors, Errors):
         row |= {key: f"{value:.2e}" for key, value in asdict(errors).items()}
     return row | {key: f"{value:.3g}" for key, value in data.items()}
-
-
-def _known() -> set[str]:
-    from bench.providers import PROVIDERS
-
-    names = {p.name for p in PROVIDERS}
-    return names | {name + ACTIVE for name in names}
 
 
 def write(path: Path, rows: list[Row]) -> None:

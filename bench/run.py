@@ -39,7 +39,6 @@ def run(
     *,
     preset: str,
     providers: list[str] | None = None,
-    states: str | None = None,
     with_memory: bool = True,
     resume: bool = False,
 ) -> list[Row]:
@@ -54,34 +53,48 @@ def run(
             continue
         live.line(f"\n{variant}")
         live.doing("data and float64")
-        bench = bench_of(variant, device, states=states)
+        bench = bench_of(variant, device)
         shared = where | columns
         candidates, refused = _candidates(bench, providers, live)
         rows += [shared | {"provider": name, "reason": why} for name, why in refused.items()]
-        if OURS not in candidates:
-            continue
-        rounds, seconds = BUDGET[preset]
-        timed = candidates | {results.YARDSTICK: bench.yardstick}
-        times = interleave(timed, clock, rounds=rounds, seconds=seconds, tell=live.doing)
-        data = bench.describe()
-        live.line(HEADER)
-        for name in sorted(candidates, key=lambda n: times[n].quantile(0.5)):
-            extra = None
-            if with_memory and variant.memory:
-                live.doing(f"memory of {name}")
-                extra = memory.extra_mib(variant.line, name, device)
-            executed = bench.executed() if name == OURS else None
-            row = results.measured(
-                bench, name, times, executed=executed, extra_mib=extra, data=data
-            )
-            rows.append(shared | row)
-            live.line(_line(row))
+        if OURS in candidates:
+            made = _measure(bench, candidates, clock, live, preset, with_memory)
+            rows += [shared | row for row in made]
         for name, why in refused.items():
-            if name.endswith(ACTIVE) and name.removesuffix(ACTIVE) in refused:
-                continue
-            live.line(f"  {name:22} {why}")
+            if not (name.endswith(ACTIVE) and name.removesuffix(ACTIVE) in refused):
+                live.line(f"  {name:22} {why}")
         results.write(out, rows)
     return rows
+
+
+def _measure(
+    bench: Bench,
+    candidates: dict[str, Run],
+    clock: Clock,
+    live: Live,
+    preset: str,
+    with_memory: bool,
+) -> list[Row]:
+    """Times and memory of the candidates, fastest first."""
+    rounds, seconds = BUDGET[preset]
+    timed = candidates | {results.YARDSTICK: bench.yardstick}
+    times = interleave(timed, clock, rounds=rounds, seconds=seconds, tell=live.doing)
+    data = bench.describe()
+    live.line(HEADER)
+    made = []
+    for name in sorted(candidates, key=lambda n: times[n].quantile(0.5)):
+        extra = None
+        if with_memory and bench.variant.memory:
+            live.doing(f"memory of {name}")
+            try:
+                extra = memory.extra_mib(bench.variant.line, name, clock.device)
+            except RuntimeError as why:
+                live.line(f"  memory of {name}: {why}")
+        executed = bench.executed() if name == OURS else None
+        row = results.measured(bench, name, times, executed=executed, extra_mib=extra, data=data)
+        made.append(row)
+        live.line(_line(row))
+    return made
 
 
 def _candidates(
@@ -96,7 +109,7 @@ def _candidates(
         live.doing(f"{name}: held to float64")
         try:
             found[name] = bench.run(name)
-        except Unavailable as why:
+        except (Unavailable, ImportError) as why:
             refused[name] = f"not here: {why}"
         except Wrong as why:
             refused[name] = f"refused: {why}"

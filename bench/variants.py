@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -32,6 +32,8 @@ class Variant:
     worst_over: str = "sequence"
     what: str = ""
     """views: a corruption, or "mix"; there tokens are images, and depth their side in pixels."""
+    states: str = ""
+    """A file of states and a head (`data.load`) in the place of drawn ones."""
     everyone: bool = True
     """All providers, or `FEW` of them."""
 
@@ -62,7 +64,19 @@ class Variant:
             what += f", {self.active:.0%} of the rows active"
         if self.op != "linear_logprob":
             what += f", {self.right:.0%} right, worst over {self.worst_over}"
-        return f"{self.op}, {what}, {self.shape}"
+        return f"{self.op}, {what}, {self.shape}" + (f", {self.states}" if self.states else "")
+
+
+def on_states(
+    variants: list[Variant], file: str, rows: int, depth: int, vocab: int
+) -> list[Variant]:
+    """The variants of a head, on a file's states: its depth and vocabulary, at most its rows."""
+    found = [
+        replace(v, states=file, tokens=min(v.tokens, rows), depth=depth, vocab=vocab)
+        for v in variants
+        if v.op in ("linear_logprob", "roma_loss")
+    ]
+    return list(dict.fromkeys(found))
 
 
 def plan(preset: str, device: str) -> list[Variant]:

@@ -2,7 +2,8 @@
 
 One call degrades every image once. "mix" is what training draws: four corruptions, one image in
 four each, at level 2. A provider is held to ours by how far it moves the pixels: the mean absolute
-change of each corruption must agree within a quarter.
+change of each corruption must agree within a tenth (Pillow's blur of three boxes: 7.5 % at 64×64;
+all else is within 3 %).
 """
 
 import io
@@ -20,7 +21,7 @@ from bench.variants import Variant
 Pixels = NDArray[np.uint8]
 MIX = ("gaussian_noise", "gaussian_blur", "jpeg", "downscale")
 LEVEL = 2
-APART = 0.25
+APART = 0.1
 
 
 class ViewsBench:
@@ -47,11 +48,16 @@ class ViewsBench:
         """A copy of every image."""
         return lambda: ([image.copy() for image in self.images], None)[1]
 
+    def package(self, name: str) -> str:
+        """DALI's for ours: its operators are what is timed."""
+        return {OURS: "nvidia-dali-cuda130", "opencv": "opencv-python-headless"}.get(name, name)
+
     def run(self, name: str) -> Run:
-        """One call of a provider; raises Unavailable or Wrong."""
+        """One call of a provider; raises Unavailable, ImportError or Wrong."""
         make = {OURS: self._dali, "opencv": self._opencv, "pillow": self._pillow}[name]()
+        found = make()  # DALI is imported here, not in the clock's time
         if name != OURS:
-            self._hold(make(), self._dali()())
+            self._hold(found, self._dali()())
         return lambda: (make(), None)[1]
 
     def executed(self) -> float:
@@ -93,10 +99,7 @@ class ViewsBench:
         return lambda: degrade_batch(self.images, specs, seeds)
 
     def _opencv(self) -> Callable[[], list[Pixels]]:
-        try:
-            import cv2
-        except ImportError as missing:
-            raise Unavailable(f"pip install opencv-python-headless ({missing})") from missing
+        import cv2
 
         def shrink(image: Pixels, factor: float) -> Pixels:
             size = [max(round(n * factor), 1) for n in image.shape[1::-1]]
@@ -117,10 +120,7 @@ class ViewsBench:
         )
 
     def _pillow(self) -> Callable[[], list[Pixels]]:
-        try:
-            from PIL import Image, ImageFilter
-        except ImportError as missing:
-            raise Unavailable(f"pip install pillow ({missing})") from missing
+        from PIL import Image, ImageFilter
 
         def blur(image: Pixels, sigma: float) -> Pixels:
             return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma)))

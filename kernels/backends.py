@@ -8,6 +8,7 @@ import torch
 
 from roma.kernels.checks import fail
 
+LEAST_CAPABILITY = (8, 0)
 NAMES = ("auto", "triton", "native", "torch", "reference")
 
 
@@ -24,6 +25,10 @@ def _triton() -> Backend:
         return Backend("triton", False, "triton is not installed; torch's CUDA wheels bring it")
     if torch.cuda.is_available():
         chip = torch.cuda.get_device_name()
+        capability = torch.cuda.get_device_capability()
+        if capability < LEAST_CAPABILITY and not torch.version.hip:
+            said = f"{chip} has capability {capability[0]}.{capability[1]}"
+            return Backend("triton", False, f"{said}; the kernels need 8.0 (Ampere) for bf16")
         return Backend("triton", True, f"fused kernels, compiled when first called, on {chip}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         return Backend("triton", True, "in Triton's interpreter (TRITON_INTERPRET=1): for tests")

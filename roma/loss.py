@@ -99,7 +99,8 @@ def roma_loss(
         config: the options. With worst_over = "batch" the maximum is over
             this call's sequences.
         vocab_group: as in `linear_logprob`: the ranks that hold the head between them.
-        workspace: as in `linear_logprob`: bytes for the backward's tiles of logits.
+        workspace: as in `linear_logprob`: bytes for the backward's tiles of logits, and for chunks
+            of logits where worst_over is "token" or "mean" and 4096 rows of them fit.
         backend: "auto", "triton", "native", "torch" or "reference".
 
     Returns:

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import against, data, gate, ops, providers, report, results
+from bench import against, data, gate, memory, ops, providers, report, results
 from bench import run as runner
 from bench.__main__ import OPS
 from bench.measure import Times
-from bench.variants import Variant, plan
+from bench.variants import Variant, on_states, plan
 
 ROOT = Path(__file__).parents[1]
 SMALL = Variant("linear_logprob", "both", tokens=16, views=2, depth=64, vocab=1000)
@@ -112,10 +112,57 @@ def test_the_command(tmp_path: Path) -> None:
     assert "| **roma** |" in table and "| naive fp32 |" in table
 
 
-def test_wrong_input() -> None:
-    command = [sys.executable, "-m", "bench", "--preset", "nonsense"]
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--preset", "nonsense"], "invalid choice: 'nonsense'"),
+        (["--states", "gone.pt"], "--states: [Errno 2] No such file"),
+        (["--states", "README.md"], "--states: "),
+        (["--states", "{wrong}"], "got hidden [3, 8], weight [50, 9]"),
+    ],
+)
+def test_wrong_input(options: list[str], said: str, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.pt"
+    torch.save({"hidden": torch.ones(3, 8), "weight": torch.ones(50, 9)}, wrong)
+    command = [sys.executable, "-m", "bench", *(x.format(wrong=wrong) for x in options)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "invalid choice: 'nonsense'" in done.stderr
+    assert done.returncode == 2 and said in done.stderr
+
+
+def test_states_of_ones_own(tmp_path: Path) -> None:
+    """The file's sizes are the variant's, in the columns, the FLOP and the memory's process."""
+    file = str(tmp_path / "states.pt")
+    made = data.make(data.Shape(40, 0, 64, 1000), "cpu", seed=5)
+    torch.save({"hidden": made.states[0], "weight": made.weight}, file)
+    variants = on_states(plan("quick", "cpu"), file, *data.load(file)[0].shape, 1000)
+    assert {v.op for v in variants} == {"linear_logprob", "roma_loss"}
+    assert {(v.tokens, v.depth, v.vocab) for v in variants} == {(40, 64, 1000)}
+    bench = ops.bench_of(variants[0], "cpu")
+    assert bench.flop == 2.0 * 64 * 1000 * 40 * (variants[0].views + 1)
+    case = bench.case  # type: ignore[attr-defined]
+    assert torch.equal(case.states[0], made.states[0]) and torch.equal(case.weight, made.weight)
+    assert memory.extra_mib(variants[0].line, "naive", "cpu") >= 0
+
+
+def test_memory_of_what_ends_badly() -> None:
+    with pytest.raises(RuntimeError, match="said StopIteration"):
+        memory.extra_mib(SMALL.line, "nobody", "cpu")
+
+
+def test_absent_packages_are_listed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever is missing, ours too, has its reason on the screen and in the CSV."""
+    views = Variant("views", "both", 2, 1, 32, 0, what="jpeg")
+    for module in ("cv2", "nvidia.dali"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for name in [name for name in sys.modules if name.startswith("roma.views")]:
+        monkeypatch.delitem(sys.modules, name)
+    runner.run([views], "cpu", tmp_path / "run.csv", preset="smoke")
+    rows = results.read(tmp_path / "run.csv")
+    assert {row["provider"] for row in rows} == {"roma", "opencv", "pillow"}
+    assert all(row["reason"].startswith("not here: ") for row in rows)
+    assert "cv2" in capsys.readouterr().out
 
 
 def test_an_interval_with_one_in_it_is_level() -> None:

@@ -14,6 +14,7 @@ from counting import Watch
 from refusals import DTYPE_ERRORS, SPEC, B, D, K, T, V, head_call, logp_call, refuse, whole_call
 
 from roma import RomaConfig
+from roma.kernels import backends
 from roma.testing import compare_logp, compare_whole
 from roma.testing.strategies import LossSpec
 
@@ -252,3 +253,15 @@ def test_inputs_are_not_modified(backend: str) -> None:
         for name, value in case.items():
             if isinstance(value, torch.Tensor):
                 assert torch.equal(value.nan_to_num(7.5), again[name].nan_to_num(7.5)), name
+
+
+def test_an_old_gpu_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Ampere there are no bf16 products: "auto" takes torch, and says why."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "T4")
+    for capability, expected in (((7, 5), "torch"), ((8, 0), "triton"), ((9, 0), "triton")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, c=capability: c)
+        assert backends.choose("cuda")[0] == expected
+        if expected == "torch":
+            said = next(b.reason for b in backends.backends() if b.name == "triton")
+            assert said == "T4 has capability 7.5; the kernels need 8.0 (Ampere) for bf16"

@@ -57,7 +57,7 @@ def linear_logprob(
             the same on every rank, and so are the results. One all-gather of three numbers a row
             forward (four with the entropy), one all-reduce of dh backward.
         workspace: bytes that the backward may use for its tiles of logits; None: 512 MiB on a GPU,
-            16 MiB on a CPU.
+            16 MiB on a CPU. A tile has 1024 rows and 2048 columns at least, whatever is asked for.
         backend: "auto", "triton", "native", "torch" or "reference"; `roma info` shows which can run
             here.
 

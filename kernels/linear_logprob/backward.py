@@ -144,7 +144,11 @@ def boost_for(dlogp: Tensor, dentropy: Tensor | None, scale: Tensor | float) -> 
 def _walk(
     kernels: Kernels, workspace: int, rows: int, weight: Tensor, dtype: torch.dtype
 ) -> Iterator[tuple[slice, list[slice]]]:
-    """Tiles of the vocabulary, each with its blocks of rows, so that a tile fits the workspace."""
+    """Tiles of the vocabulary, each with its blocks of rows, so that a tile fits the workspace.
+
+    Below `least_columns` columns or 1024 rows a tile would not pay for its launches: a workspace
+    too small for those is exceeded.
+    """
     if not rows:
         return
     vocab, depth = weight.shape

@@ -23,7 +23,7 @@ from roma.kernels.linear_logprob.rows import Head, Rows
 from roma.kernels.linear_logprob.tile import _LOWEST, _logits, _product, _tile_at
 from roma.kernels.products import listening, report
 
-# Rows swept per launch: bounds the partial sums (78 MiB at V = 152k) and the gathered hidden
+# Rows swept per launch: bounds the partial sums (74 MiB at V = 152k) and the gathered hidden
 # states (128 MiB at D = 4096), and still reads W only once per 26 ms of products on an H200.
 SWEEP_ROWS = 16384
 
