@@ -165,7 +165,12 @@ PROVIDERS = [
         "the same without its filter",
         _cce("cce", filter_eps=None),
     ),
-    Provider("cce compile", "cut-cross-entropy", "Cut Cross-Entropy's torch.compile form", _cce("torch_compile")),
+    Provider(
+        "cce compile",
+        "cut-cross-entropy",
+        "Cut Cross-Entropy's torch.compile form",
+        _cce("torch_compile"),
+    ),
     Provider("trl", "trl", "the chunked head of TRL's trainers", _trl),
     Provider("verl", "verl", "FusedLinearForPPO", _verl),
     Provider("quack", "quack-kernels", "linear_cross_entropy", _quack),

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from roma.kernels.checks import fail
+from roma.kernels.native import LEVELS, level, native
 
 LEAST_CAPABILITY = (8, 0)
 NAMES = ("auto", "triton", "native", "torch", "reference")
@@ -35,16 +36,24 @@ def _triton() -> Backend:
     return Backend("triton", False, "no CUDA or ROCm device; TRITON_INTERPRET=1 runs it for tests")
 
 
+def _native() -> Backend:
+    try:
+        found = native()
+    except ImportError as error:
+        return Backend("native", False, str(error))
+    return Backend("native", True, f"compiled CPU kernels for {LEVELS[level()]}, {found.compiler}")
+
+
 def backends() -> list[Backend]:
     """All back ends, each with whether it can run here and why.
 
     Example:
-        >>> [backend.name for backend in backends() if backend.available]
+        >>> [backend.name for backend in backends() if backend.available][-2:]
         ['torch', 'reference']
     """
     return [
         _triton(),
-        Backend("native", False, "the compiled CPU kernels are not written yet"),
+        _native(),
         Backend(
             "torch",
             True,
@@ -67,18 +76,21 @@ def choose(device_type: str) -> tuple[str, str]:
     raise RuntimeError("the torch back end is always available")  # guaranteed by the table above
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a graph looks at nothing
+def _choice(device_type: str) -> str:
+    return choose(device_type)[0]
+
+
 def resolve(backend: str, device_type: str, *, float64: bool = False) -> str:
     """The back end to run for the argument `backend`, on a device type, perhaps in float64.
 
     Raises:
         ValueError: `backend` is no known name, or it cannot run here or on these tensors.
     """
-    if torch.compiler.is_compiling():  # a graph cannot look around; its compiler needs Triton too
-        chosen = "triton" if device_type == "cuda" and not float64 else "torch"
-        return chosen if backend == "auto" else backend
     if backend == "auto":
-        chosen = choose(device_type)[0]
-        return "torch" if float64 and chosen == "triton" else chosen
+        return "torch" if float64 else _choice(device_type)
+    if torch.compiler.is_compiling():  # a graph cannot look around
+        return backend
     for known in backends():
         if known.name == backend:
             reason = known.reason if not known.available else _unfit(backend, device_type, float64)
@@ -95,8 +107,10 @@ def resolve(backend: str, device_type: str, *, float64: bool = False) -> str:
 
 def _unfit(backend: str, device_type: str, float64: bool) -> str:
     """Why an available back end cannot take such tensors; "" if it can."""
-    if backend != "triton":
+    if backend not in ("triton", "native"):
         return ""
-    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if backend == "native" and device_type != "cpu":
+        return "the tensors are not on the CPU"
+    if backend == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "the tensors are on the CPU"
-    return "triton has no float64 products" if float64 else ""
+    return f"{backend} has no float64 products" if float64 else ""

@@ -1,12 +1,16 @@
-"""A count of the matrix products that an op really did, so that skipped rows can be proved.
+"""Torch's matrix products with fp32 sums, and a count of all that an op really did.
 
-The launchers report here; `roma.testing.count_products` listens.
+The launchers report here, so that skipped rows can be proved; `roma.testing.count_products`
+listens.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 
 class Products(NamedTuple):
@@ -49,3 +53,22 @@ def report(purpose: str, rows: int, columns: int, depth: int) -> None:
     reports = _LISTENER.get()
     if reports is not None:
         reports.append(Products(purpose, rows, columns, depth))
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left·right in `dtype`, to which the sums are kept."""
+    if left.dtype == dtype:
+        return torch.mm(left, right)
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.mm(left.to(dtype), right.to(dtype))
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds left·right to an fp32 (or float64) total, in whose precision the sum is kept."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:  # only CUDA's and ROCm's libraries have a product that widens
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 import roma
-from roma._native import native
 from roma.kernels.backends import backends, choose
+from roma.kernels.native import LEVELS, level, native
 
 # Package -> the distributions that may bring it, and what to install when none has.
 _PACKAGES = {
@@ -133,4 +133,6 @@ def _native() -> dict[str, Any]:
     except ImportError as error:
         return {"available": False, "description": str(error)}
     said = f"built by {found.compiler}; this CPU allows {found.cpu_level}"
+    if LEVELS[level()] != found.cpu_level:
+        said += f", ROMA_CPU_LEVEL asks for {LEVELS[level()]}"
     return {"available": True, "description": said}

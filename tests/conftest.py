@@ -34,7 +34,7 @@ pytest.register_assert_rewrite(
 )
 
 # The back ends held to the oracle. A new one is added here and nowhere else.
-KERNELS = ("torch", "triton")
+KERNELS = ("torch", "native", "triton")
 BACKENDS = (*KERNELS, "reference")
 
 

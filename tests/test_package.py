@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 import roma
-from roma._native import FILE, native, open_native
 from roma.info import info, text
 from roma.kernels.backends import NAMES
+from roma.kernels.native import FILE, native, open_native
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a foreign trainer that imports the loss need not have, and should not wait for.
@@ -121,7 +121,7 @@ def test_the_sdist_holds_the_sources_and_no_leftovers(tmp_path: Path) -> None:
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert sources() <= names
-    assert {"CMakeLists.txt", "csrc/cpu_features.cpp", "csrc/native.h", "LICENSE"} <= names
+    assert {"CMakeLists.txt", "csrc/level.cpp", "csrc/native.h", "LICENSE"} <= names
     assert not [name for name in names if re.search(r"\.so$|\.pyc$|^runs/|^\.venv", name)]
 
 

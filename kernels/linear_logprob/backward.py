@@ -59,13 +59,12 @@ def linear_logprob_bwd(
         dtile_bias = lse.new_zeros(width)
         for block in blocks:
             piece = active.part(block)
-            dz = piece.states.new_empty(len(piece.chosen), width)
-            kernels.dlogits(piece, part, dz)
+            dz = kernels.dlogits(piece, part)
             if need_states:
-                add_product(dstates[block], dz, part.weight)
+                kernels.add_product(dstates[block], dz, part.weight)
                 report("dhidden", len(dz), width, depth)
             if need_weight:
-                add_product(dtile, dz.T, piece.states)
+                kernels.add_product(dtile, dz.T, piece.states)
                 report("dweight", len(dz), width, depth)
             if dbias is not None:
                 dtile_bias += dz.sum(0, dtype=lse.dtype)
@@ -160,22 +159,3 @@ def _walk(
     blocks = [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
     for start in range(0, vocab, width):
         yield slice(start, min(start + width, vocab)), blocks
-
-
-def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left·right in `dtype`, to which the sums are kept."""
-    if left.dtype == dtype:
-        return torch.mm(left, right)
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=dtype)
-    return torch.mm(left.to(dtype), right.to(dtype))
-
-
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds left·right to an fp32 (or float64) total, in whose precision the sum is kept."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    elif total.is_cuda:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:  # only CUDA's and ROCm's libraries have a product that widens
-        total.addmm_(left.to(total.dtype), right.to(total.dtype))

@@ -84,9 +84,10 @@ def _dlogits_kernel(
         tl.store(dz_ptr + places, dz.to(dz_ptr.dtype.element_ty), inside)
 
 
-def dlogits(active: Active, head: Head, dz: Tensor) -> None:
-    """Fills `dz` [A, V] for a head, or a slice of one, of V entries."""
-    (count, vocab), depth = dz.shape, head.weight.shape[1]
+def dlogits(active: Active, head: Head) -> Tensor:
+    """The gradient dz [A, V] for a head, or a slice of one, of V entries."""
+    count, (vocab, depth) = len(active.states), head.weight.shape
+    dz = active.states.new_empty(count, vocab)
     dtype = promoted(active.states, head.weight)
     options = head.softcap is not None or active.dentropy is not None
     tile = tile_for(dz.device, dtype, count, options=options)
@@ -101,3 +102,4 @@ def dlogits(active: Active, head: Head, dz: Tensor) -> None:
         FLATTEN=tile.persistent, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     report("recompute", triton.cdiv(count, tile.block_r) * tile.block_r, vocab, depth)
+    return dz

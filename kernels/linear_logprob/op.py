@@ -23,7 +23,7 @@ from roma.kernels.linear_logprob.backward import linear_logprob_bwd
 from roma.kernels.linear_logprob.rows import Head, Kernels, Rows
 from roma.kernels.once import refuse
 
-_MODULES = {"torch": "torch_backend", "triton": "triton_backend"}
+_MODULES = {"native": "native_backend", "torch": "torch_backend", "triton": "triton_backend"}
 
 
 def kernels_of(backend: str) -> Kernels:
@@ -90,7 +90,7 @@ def linear_logprob_op(
         scale: 1/τ of every row, unless row_scale is given.
         softcap: s or None.
         entropy: whether to return the entropy; if not, [0] comes in its place.
-        backend: "triton" or "torch".
+        backend: "triton", "native" or "torch".
         group: name of the process group over which the vocabulary is split.
         workspace: bytes for the backward's tiles; None: the back end's own choice.
     """

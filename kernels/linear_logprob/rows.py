@@ -83,8 +83,10 @@ class Kernels(NamedTuple):
     """Hidden states [A, D] of the chosen rows."""
     give: Callable[[Rows, Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor | None]]
     """Gradients by hidden and view_hidden from those of the chosen rows."""
-    dlogits: Callable[[Active, Head, Tensor], None]
-    """Fills dz [A, V] for a head of V entries."""
+    dlogits: Callable[[Active, Head], Tensor]
+    """dz [A, V] for a head of V entries, in the dtype of the rows' states."""
+    add_product: Callable[[Tensor, Tensor, Tensor], None]
+    """Adds left·right to an fp32 (or float64) total, in whose precision the sum is kept."""
     dtype: Callable[[Tensor, Tensor], torch.dtype]
     """The dtype that states, weights and dlogits are multiplied in, of (hidden, weight)."""
     workspace: int

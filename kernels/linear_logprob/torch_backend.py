@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from roma.kernels.linear_logprob.rows import Active, Head, Kernels, Rows
-from roma.kernels.products import report
+from roma.kernels.products import add_product, report
 
 # 1024 rows × 2048 entries, twice, in fp32: within 4 % of the fastest of the sizes tried on a CPU
 # (4 to 128 MiB).
@@ -107,13 +107,13 @@ def give(
     return dhidden, dviews
 
 
-def dlogits(active: Active, head: Head, dz: Tensor) -> None:
-    """Fills `dz` [A, V] for a head, or a slice of one, of V entries."""
+def dlogits(active: Active, head: Head) -> Tensor:
+    """The gradient dz [A, V] for a head, or a slice of one, of V entries."""
     scale = head.scale if active.row_scale is None else active.row_scale[:, None]
     logits = _logits(active.states, head.weight, head.bias, scale, head.softcap)
     # dz = −p·g + 1[v=y]·g − p·e·(log p + H), written in place over p.
     log_p = logits - active.lse[:, None]
-    torch.exp(log_p, out=dz)
+    dz = torch.exp(log_p)
     g = active.dlogp[:, None]
     if active.dentropy is None or active.entropy is None:
         dz.mul_(-g)
@@ -128,6 +128,7 @@ def dlogits(active: Active, head: Head, dz: Tensor) -> None:
         dz.mul_(1 - logits.div_(scale).div_(head.softcap).square_())
     dz.mul_(scale)
     report("recompute", len(dz), dz.shape[1], active.states.shape[1])
+    return dz
 
 
 def accumulation(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -140,6 +141,7 @@ KERNELS = Kernels(
     take=take,
     give=give,
     dlogits=dlogits,
+    add_product=add_product,
     dtype=accumulation,
     workspace=WORKSPACE_BYTES,
     least_columns=VOCAB_TILE,

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from roma.kernels.linear_logprob.backward import add_product, product
 from roma.kernels.linear_logprob.gather import put_rows, take_rows, zero_gradients
 from roma.kernels.linear_logprob.rows import Rows
-from roma.kernels.products import report
+from roma.kernels.products import add_product, product, report
 from roma.kernels.token_local.kernels import _row_dlogits_kernel, _row_sums_kernel
 from roma.kernels.token_local.op import rows_per_chunk
 from roma.kernels.view_loss.config import RomaConfig

@@ -16,7 +16,8 @@ from roma.kernels.once import scaled
 from roma.kernels.view_loss.config import RomaConfig
 from roma.kernels.view_loss.packed import METRICS, PackedBatch
 
-_MODULES = {"torch": "torch_backend", "triton": "triton_backend"}
+# The compiled CPU kernels are the head's; a few numbers a token are torch's.
+_MODULES = {"native": "torch_backend", "torch": "torch_backend", "triton": "triton_backend"}
 
 
 @functools.lru_cache

@@ -7,22 +7,20 @@ while installing makes that an error and shows what the compiler said.
 
 import ctypes
 import functools
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import roma
-
 FILE = "libroma_native.so"
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
+"""Instruction sets that the kernels are compiled for, as csrc/native.h numbers them."""
 _NAME = "native library"
 _REBUILD = "`ROMA_REQUIRE_NATIVE=1 pip install .` in a checkout builds it or shows why it cannot"
 
 
 class Native(NamedTuple):
-    """The opened library, who compiled it, and the instruction set of the CPU at hand.
-
-    `cpu_level` is "avx512_bf16", "avx512", "avx2" or "portable".
-    """
+    """The opened library, who compiled it, and the highest of `LEVELS` that this CPU allows."""
 
     library: ctypes.CDLL
     compiler: str
@@ -36,8 +34,29 @@ def native() -> Native:
     Raises:
         ImportError: it was not built, cannot be opened here, or belongs to another version.
     """
+    import roma
+
+    own = os.environ.get("ROMA_NATIVE_FOLDER")  # a build of one's own, as for sanitizers
     # An editable installation has two folders: the sources, and what was compiled from them.
-    return open_native(map(Path, roma.__path__), roma.__version__)
+    return open_native([Path(own)] if own else map(Path, roma.__path__), roma.__version__)
+
+
+def level() -> int:
+    """The place in `LEVELS` of the kernels that run: this CPU's, or ROMA_CPU_LEVEL if it is lower.
+
+    Raises:
+        ValueError: ROMA_CPU_LEVEL names no level, or one that this CPU does not have.
+    """
+    own = LEVELS.index(native().cpu_level)
+    wanted = os.environ.get("ROMA_CPU_LEVEL")
+    if wanted is None:
+        return own
+    if wanted not in LEVELS[: own + 1]:
+        raise ValueError(
+            f"ROMA_CPU_LEVEL: expected one of {', '.join(LEVELS[: own + 1])} on this CPU, got "
+            f"{wanted!r}; unset it to take the highest"
+        )
+    return LEVELS.index(wanted)
 
 
 def open_native(folders: Iterable[Path], version: str) -> Native:
@@ -63,7 +82,7 @@ def open_native(folders: Iterable[Path], version: str) -> Native:
         raise ImportError(
             f"{_NAME}: expected one of roma {version}, got one of {built_from}; {_REBUILD}"
         )
-    return Native(library, _text(library, "roma_compiler"), _text(library, "roma_cpu_level"))
+    return Native(library, _text(library, "roma_compiler"), LEVELS[library.roma_cpu_level()])
 
 
 def _text(library: ctypes.CDLL, name: str) -> str:
