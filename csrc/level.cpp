@@ -180,7 +180,7 @@ int32_t sweep(int threads, const RomaRows& rows, const RomaHead& head, float* su
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         for (int64_t v = 0; v < count; v += kRows) {
           Tile tile;
-          multiply<Step>(packed.steps, weights + v * packed.steps, packed.states(panel), tile);
+          multiply_panels<Step>(packed.steps, weights + v * packed.steps, packed.states(panel), tile);
           for (int n = 0; n < kVecs; ++n) {
             const int64_t row = panel * kColumns + n * kLanes;
             mine.add(tile, first + v, static_cast<int>(least(kRows, count - v)), head, row,
@@ -291,7 +291,7 @@ int32_t dlogits(int threads, const RomaRows& rows, const RomaHead& head,
     for (int64_t panel = 0; panel < packed.panels; ++panel) {
       for (int64_t v = 0; v < count; v += kRows) {
         Tile tile;
-        multiply<Step>(packed.steps, weights + v * packed.steps, packed.states(panel), tile);
+        multiply_panels<Step>(packed.steps, weights + v * packed.steps, packed.states(panel), tile);
         const int entries = static_cast<int>(least(kRows, count - v));
         for (int n = 0; n < kVecs; ++n) {
           const int64_t row = panel * kColumns + n * kLanes;
@@ -301,12 +301,7 @@ int32_t dlogits(int threads, const RomaRows& rows, const RomaHead& head,
             const int64_t entry = first + v + i, place = entry * stride + row;
             const Vec z = logit(tile.at[i][n], head, entry, scale);
             const Vec found = dlogit(z, entry, head, row, scale, label, upstream);
-            if (dtype == ROMA_BFLOAT16) {
-              const HalfVec rounded = to_bfloat16(found);
-              std::memcpy(static_cast<uint16_t*>(dz) + place, &rounded, sizeof rounded);
-            } else {
-              store(static_cast<float*>(dz) + place, found);
-            }
+            store_as(dtype, dz, place, found, kLanes);
           }
         }
       }
@@ -318,16 +313,23 @@ int32_t dlogits(int threads, const RomaRows& rows, const RomaHead& head,
 
 // --------------------------------------------------------------------------------------- product
 
+constexpr int64_t kSide = 8;  // panels: what a block of 8 × 8 reads in kBlock steps stays in L2
+
+struct Block {
+  Vec at[kSide * kRows][kSide * kVecs];
+};
+
 template <class Step>
-int32_t add_product(int threads, int64_t m, int64_t n, int64_t k, const RomaMatrix& left,
-                    const RomaMatrix& right, float* total, int64_t stride) {
+int32_t multiply(int threads, int64_t m, int64_t n, int64_t k, const RomaMatrix& left,
+                 const RomaMatrix& right, void* out, int64_t stride, int32_t dtype, bool add) {
   const Operand a{left.data, left.row_stride, left.column_stride, left.dtype};
   const Operand b{right.data, right.column_stride, right.row_stride, right.dtype};
   const int64_t steps = steps_of<Step>(k);
   const int64_t narrow = divide(m, kRows), wide = divide(n, kColumns);
   Buffer lefts(bytes_of(narrow * kRows * steps)), rights(bytes_of(wide * kColumns * steps));
   Buffer space(bytes_of(threads * 4 * steps));
-  if (!lefts.data() || !rights.data() || !space.data()) return 1;
+  Buffer blocks(sizeof(Block) * static_cast<size_t>(threads));
+  if (!lefts.data() || !rights.data() || !space.data() || !blocks.data()) return 1;
   uint32_t* const packed_left = static_cast<uint32_t*>(lefts.data());
   uint32_t* const packed_right = static_cast<uint32_t*>(rights.data());
 
@@ -345,30 +347,40 @@ int32_t add_product(int threads, int64_t m, int64_t n, int64_t k, const RomaMatr
   };
   parallel(threads, wide + narrow, pack_both);
 
-  // Blocks of 8 × 8 panels: what a block reads in kBlock steps stays in L2.
-  const int64_t side = 8, across = divide(wide, side);
-  auto compute = [&](int64_t task, int) {
-    const int64_t first_left = task / across * side, first_right = task % across * side;
-    const int64_t last_left = least(first_left + side, narrow);
-    const int64_t last_right = least(first_right + side, wide);
+  const int64_t across = divide(wide, kSide);
+  auto compute = [&](int64_t task, int thread) {
+    Block& block = static_cast<Block*>(blocks.data())[thread];
+    const int64_t first_left = task / across * kSide, first_right = task % across * kSide;
+    const int64_t lefts_here = least(kSide, narrow - first_left);
+    const int64_t rights_here = least(kSide, wide - first_right);
     for (int64_t s = 0; s < steps; s += kBlock) {
-      const int64_t some = least(kBlock, steps - s);
-      for (int64_t j = first_right; j < last_right; ++j) {
-        const int64_t columns = least(kColumns, n - j * kColumns);
-        for (int64_t i = first_left; i < last_left; ++i) {
+      for (int64_t j = 0; j < rights_here; ++j) {
+        for (int64_t i = 0; i < lefts_here; ++i) {
           Tile tile;
-          multiply<Step>(some, packed_left + (i * steps + s) * kRows,
-                         packed_right + (j * steps + s) * kColumns, tile);
-          for (int64_t r = 0; r < least(kRows, m - i * kRows); ++r) {
-            float* const to = total + (i * kRows + r) * stride + j * kColumns;
-            const float* const from = reinterpret_cast<const float*>(tile.at[r]);
-            for (int64_t c = 0; c < columns; ++c) to[c] += from[c];
+          multiply_panels<Step>(least(kBlock, steps - s),
+                                packed_left + ((first_left + i) * steps + s) * kRows,
+                                packed_right + ((first_right + j) * steps + s) * kColumns, tile);
+          for (int r = 0; r < kRows; ++r) {
+            for (int c = 0; c < kVecs; ++c) {
+              Vec& sum = block.at[i * kRows + r][j * kVecs + c];
+              sum = s == 0 ? tile.at[r][c] : sum + tile.at[r][c];
+            }
           }
         }
       }
     }
+    const int64_t row = first_left * kRows, column = first_right * kColumns;
+    const int64_t columns = least(kSide * kColumns, n - column);
+    for (int64_t r = 0; r < least(kSide * kRows, m - row); ++r) {
+      for (int64_t c = 0; c < columns; c += kLanes) {
+        const int64_t place = (row + r) * stride + column + c;
+        Vec sum = block.at[r][c / kLanes];
+        if (add) sum += load_as(dtype, out, place, least(kLanes, columns - c));
+        store_as(dtype, out, place, sum, least(kLanes, columns - c));
+      }
+    }
   };
-  parallel(threads, divide(narrow, side) * across, compute);
+  parallel(threads, divide(narrow, kSide) * across, compute);
   return 0;
 }
 
@@ -397,14 +409,14 @@ int32_t dlogits_any(int threads, const RomaRows& rows, const RomaHead& head,
                       upstream, dz, stride, dtype);
 }
 
-int32_t add_product_any(int threads, int64_t m, int64_t n, int64_t k, const RomaMatrix& left,
-                        const RomaMatrix& right, float* total, int64_t stride) {
-  return ROMA_BY_STEP(both_bfloat16(left, right), add_product, threads, m, n, k, left, right,
-                      total, stride);
+int32_t multiply_any(int threads, int64_t m, int64_t n, int64_t k, const RomaMatrix& left,
+                     const RomaMatrix& right, void* out, int64_t stride, int32_t dtype, bool add) {
+  return ROMA_BY_STEP(both_bfloat16(left, right), multiply, threads, m, n, k, left, right, out,
+                      stride, dtype, add);
 }
 
 }  // namespace
 
-const Kernels ROMA_KERNELS{sweep_any, dlogits_any, add_product_any, kColumns};
+const Kernels ROMA_KERNELS{sweep_any, dlogits_any, multiply_any, kColumns};
 
 }  // namespace roma

@@ -9,8 +9,8 @@ struct Kernels {
   int32_t (*sweep)(int, const RomaRows&, const RomaHead&, float*, int64_t, bool);
   int32_t (*dlogits)(int, const RomaRows&, const RomaHead&, const RomaUpstream&, void*, int64_t,
                      int32_t);
-  int32_t (*add_product)(int, int64_t, int64_t, int64_t, const RomaMatrix&, const RomaMatrix&,
-                         float*, int64_t);
+  int32_t (*multiply)(int, int64_t, int64_t, int64_t, const RomaMatrix&, const RomaMatrix&, void*,
+                      int64_t, int32_t, bool);
   int64_t row_block;
 };
 

@@ -66,8 +66,8 @@ int32_t roma_dlogits(int32_t level, int32_t threads, const RomaRows* rows, const
   return kernels_of(level).dlogits(threads, *rows, *head, *upstream, dz, stride, dtype);
 }
 
-int32_t roma_add_product(int32_t level, int32_t threads, int64_t m, int64_t n, int64_t k,
-                         const RomaMatrix* left, const RomaMatrix* right, float* total,
-                         int64_t stride) noexcept {
-  return kernels_of(level).add_product(threads, m, n, k, *left, *right, total, stride);
+int32_t roma_multiply(int32_t level, int32_t threads, int64_t m, int64_t n, int64_t k,
+                      const RomaMatrix* left, const RomaMatrix* right, void* out, int64_t stride,
+                      int32_t dtype, int32_t add) noexcept {
+  return kernels_of(level).multiply(threads, m, n, k, *left, *right, out, stride, dtype, add != 0);
 }

@@ -75,9 +75,10 @@ ROMA_API int32_t roma_dlogits(int32_t level, int32_t threads, const RomaRows* ro
                               const RomaHead* head, const RomaUpstream* upstream, void* dz,
                               int64_t stride, int32_t dtype) noexcept;
 
-// total[M, N] += left[M, K]·right[K, N]; the rows of total are contiguous, `stride` apart.
-ROMA_API int32_t roma_add_product(int32_t level, int32_t threads, int64_t m, int64_t n, int64_t k,
-                                  const RomaMatrix* left, const RomaMatrix* right, float* total,
-                                  int64_t stride) noexcept;
+// out[M, N] = left[M, K]·right[K, N], or is added to if `add`; summed in fp32 and rounded once. The
+// rows of out are contiguous, `stride` apart.
+ROMA_API int32_t roma_multiply(int32_t level, int32_t threads, int64_t m, int64_t n, int64_t k,
+                               const RomaMatrix* left, const RomaMatrix* right, void* out,
+                               int64_t stride, int32_t dtype, int32_t add) noexcept;
 
 }  // extern "C"

@@ -6,7 +6,6 @@
 // wide one (kColumns wide, vectors) is a tile [kRows][kColumns], kept in registers over all steps.
 #pragma once
 
-#include "native.h"
 #include "vector.h"
 
 #if defined(__AVX512BF16__)
@@ -161,21 +160,34 @@ void pack(uint32_t* panel, int width, const Operand& x, int64_t first, int lanes
   }
 }
 
+// Steps after which sums go to memory and start anew. One chain of 512 additions left log-probs off by
+// 4.9e-6 nats (rms, logits up to 30), four chains of 128 by 1.1e-6; the time is the same.
+constexpr int64_t kChain = 128;
+
 // The tile of two panels, over all steps.
 template <class Step>
-__attribute__((noinline)) void multiply(int64_t steps, const uint32_t* narrow, const uint32_t* wide,
-                                        Tile& tile) {
-  Vec sums[kRows][kVecs] = {};
-  for (int64_t s = 0; s < steps; ++s, narrow += kRows, wide += kColumns) {
+__attribute__((noinline)) void multiply_panels(int64_t steps, const uint32_t* narrow,
+                                               const uint32_t* wide, Tile& tile) {
+  for (int64_t done = 0; done < steps; done += kChain) {
+    const int64_t some = steps - done < kChain ? steps - done : kChain;
+    Vec sums[kRows][kVecs] = {};
+    for (int64_t s = 0; s < some; ++s, narrow += kRows, wide += kColumns) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+        for (int n = 0; n < kVecs; ++n) {
+          sums[i][n] = Step::multiply_add(sums[i][n], narrow[i], wide + n * kLanes);
+        }
+      }
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
       for (int n = 0; n < kVecs; ++n) {
-        sums[i][n] = Step::multiply_add(sums[i][n], narrow[i], wide + n * kLanes);
+        tile.at[i][n] = done == 0 ? sums[i][n] : tile.at[i][n] + sums[i][n];
       }
     }
   }
-  std::memcpy(&tile, &sums, sizeof tile);
 }
 
 }  // namespace

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "native.h"
+
 namespace roma {
 namespace {  // each instruction set has its own
 
@@ -87,6 +89,27 @@ ROMA_INLINE float from_float16(uint16_t x) {
   const uint32_t special = size >= 0x7c00u ? 0x7f800000u | (size & 0x3ffu) << 13 : 0u;
   const float found = bits<float>(size << 13) * 5.192296858534828e33f;  // 2¹¹²
   return bits<float>((special ? special : bits<uint32_t>(found)) | sign);
+}
+
+// `lanes` elements of a matrix in fp32 or bf16.
+ROMA_INLINE Vec load_as(int32_t dtype, const void* from, int64_t place, int64_t lanes) {
+  Vec found{};
+  if (dtype == ROMA_BFLOAT16) {
+    HalfVec half{};
+    std::memcpy(&half, static_cast<const uint16_t*>(from) + place, 2 * static_cast<size_t>(lanes));
+    return bits<Vec>(__builtin_convertvector(half, BitVec) << 16);
+  }
+  std::memcpy(&found, static_cast<const float*>(from) + place, 4 * static_cast<size_t>(lanes));
+  return found;
+}
+
+ROMA_INLINE void store_as(int32_t dtype, void* to, int64_t place, Vec x, int64_t lanes) {
+  if (dtype == ROMA_BFLOAT16) {
+    const HalfVec half = to_bfloat16(x);
+    std::memcpy(static_cast<uint16_t*>(to) + place, &half, 2 * static_cast<size_t>(lanes));
+  } else {
+    std::memcpy(static_cast<float*>(to) + place, &x, 4 * static_cast<size_t>(lanes));
+  }
 }
 
 }  // namespace

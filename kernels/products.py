@@ -64,6 +64,17 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(left.to(dtype), right.to(dtype))
 
 
+def multiply(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
+    """Writes left·right to out, or adds it; summed in fp32 (or float64), rounded to out once.
+
+    What is added to is fp32 (or float64).
+    """
+    if add:
+        add_product(out, left, right)
+    else:
+        out.copy_(product(left, right, torch.promote_types(out.dtype, torch.float32)))
+
+
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Adds left·right to an fp32 (or float64) total, in whose precision the sum is kept."""
     if left.dtype == total.dtype:

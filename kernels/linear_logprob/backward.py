@@ -47,31 +47,36 @@ def linear_logprob_bwd(
     need_states, need_weight, need_bias = needs
     count, depth = active.states.shape
     dstates = lse.new_zeros(count if need_states else 0, depth)
-    dweight = torch.zeros_like(head.weight) if need_weight else None
-    dbias = torch.zeros_like(head.bias) if need_bias and head.bias is not None else None
+    blank = torch.empty_like if count else torch.zeros_like
+    dweight = blank(head.weight) if need_weight else None
+    dbias = blank(head.bias) if need_bias and head.bias is not None else None
     for vocab, blocks in _walk(kernels, workspace, count, head.weight, dtype):
         part = Head(
             head.weight[vocab].to(dtype), None if head.bias is None else head.bias[vocab],
             head.scale, head.softcap, head.start + vocab.start,
         )  # fmt: skip
         width = len(part.weight)
-        dtile = lse.new_zeros(width if need_weight else 0, depth)
-        dtile_bias = lse.new_zeros(width)
+        # A tile of dW that has one block is summed and rounded in its place.
+        in_place = len(blocks) == 1 and active.boost is None
+        dtile = None
+        if dweight is not None:
+            dtile = dweight[vocab] if in_place else lse.new_empty(width, depth)
+        dtile_bias = lse.new_zeros(0 if dbias is None else width)
         for block in blocks:
             piece = active.part(block)
             dz = kernels.dlogits(piece, part)
             if need_states:
-                kernels.add_product(dstates[block], dz, part.weight)
+                kernels.multiply(dstates[block], dz, part.weight, True)
                 report("dhidden", len(dz), width, depth)
-            if need_weight:
-                kernels.add_product(dtile, dz.T, piece.states)
+            if dtile is not None:
+                kernels.multiply(dtile, dz.T, piece.states, block.start > 0)
                 report("dweight", len(dz), width, depth)
             if dbias is not None:
                 dtile_bias += dz.sum(0, dtype=lse.dtype)
         if active.boost is not None:
-            dtile /= active.boost
+            dtile = None if dtile is None else dtile.div_(active.boost)
             dtile_bias /= active.boost
-        if dweight is not None:
+        if dweight is not None and dtile is not None and not in_place:
             dweight[vocab] = dtile
         if dbias is not None:
             dbias[vocab] = dtile_bias

@@ -82,6 +82,12 @@ def _call(name: str, flop: int, *arguments: object) -> None:
         raise MemoryError(f"{name}: no memory for packed operands; use fewer rows")
 
 
+def _filled(rows: int) -> int:
+    """As many rows as are computed: vectors are filled."""
+    block = native().library.roma_row_block(level())
+    return -(-rows // block) * block
+
+
 def sweep(rows: Rows, head: Head, sums: Tensor) -> None:
     """Fills `sums` [3 or 4, R] with peak, total, target and (if four) moment of each row."""
     vocab, depth = head.weight.shape
@@ -105,15 +111,14 @@ def sweep(rows: Rows, head: Head, sums: Tensor) -> None:
             "roma_sweep", 2 * len(block) * vocab * depth, ctypes.byref(asked), ctypes.byref(of),
             _pointer(part.data_ptr()), _int64(sums.stride(0)), ctypes.c_int32(len(sums) == 4),
         )  # fmt: skip
-    report("forward", rows.count, vocab, depth)
+    report("forward", _filled(rows.count), vocab, depth)
 
 
 def dlogits(active: Active, head: Head) -> Tensor:
     """The gradient dz [A, V] for a head, or a slice of one, of V entries."""
     count, (vocab, depth) = len(active.states), head.weight.shape
-    block = native().library.roma_row_block(level())
     # Column by column, as the kernel walks; padded, so that it writes whole vectors.
-    dz = active.states.new_empty(vocab, -(-count // block) * block)
+    dz = active.states.new_empty(vocab, _filled(count))
     scale, bias = active.row_scale, _plain(head.bias)
     if scale is None:
         scale = torch.full((count,), head.scale)
@@ -126,17 +131,23 @@ def dlogits(active: Active, head: Head) -> Tensor:
         ctypes.byref(upstream), _pointer(dz.data_ptr()), _int64(dz.stride(0)),
         ctypes.c_int32(_DTYPES[dz.dtype]),
     )  # fmt: skip
-    report("recompute", count, vocab, depth)
+    report("recompute", _filled(count), vocab, depth)
     return dz[:, :count].T
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds left·right to an fp32 total, in whose precision the sum is kept."""
+def multiply(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
+    """Writes left·right to out, or adds it; summed in fp32, rounded to out once."""
     (m, k), n = left.shape, right.shape[1]
+    if out.dtype not in (torch.float32, torch.bfloat16) or out.stride(1) != 1:
+        exact = torch.empty(m, n)
+        multiply(exact, left, right, False)
+        out.add_(exact) if add else out.copy_(exact)
+        return
     one, other = _matrix(left), _matrix(right)
     _call(
-        "roma_add_product", 2 * m * n * k, _int64(m), _int64(n), _int64(k), ctypes.byref(one),
-        ctypes.byref(other), _pointer(total.data_ptr()), _int64(total.stride(0)),
+        "roma_multiply", 2 * m * n * k, _int64(m), _int64(n), _int64(k), ctypes.byref(one),
+        ctypes.byref(other), _pointer(out.data_ptr()), _int64(out.stride(0)),
+        ctypes.c_int32(_DTYPES[out.dtype]), ctypes.c_int32(add),
     )  # fmt: skip
 
 
@@ -151,7 +162,7 @@ KERNELS = Kernels(
     take=torch_backend.take,
     give=torch_backend.give,
     dlogits=dlogits,
-    add_product=add_product,
+    multiply=multiply,
     dtype=product_dtype,
     workspace=torch_backend.WORKSPACE_BYTES,
     least_columns=torch_backend.VOCAB_TILE,

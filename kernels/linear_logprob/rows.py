@@ -85,8 +85,8 @@ class Kernels(NamedTuple):
     """Gradients by hidden and view_hidden from those of the chosen rows."""
     dlogits: Callable[[Active, Head], Tensor]
     """dz [A, V] for a head of V entries, in the dtype of the rows' states."""
-    add_product: Callable[[Tensor, Tensor, Tensor], None]
-    """Adds left·right to an fp32 (or float64) total, in whose precision the sum is kept."""
+    multiply: Callable[[Tensor, Tensor, Tensor, bool], None]
+    """Writes left·right to the first, or adds it if the last is true; summed in fp32 (or float64)."""
     dtype: Callable[[Tensor, Tensor], torch.dtype]
     """The dtype that states, weights and dlogits are multiplied in, of (hidden, weight)."""
     workspace: int

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from roma.kernels.linear_logprob.rows import Active, Head, Kernels, Rows
-from roma.kernels.products import add_product, report
+from roma.kernels.products import multiply, report
 
 # 1024 rows × 2048 entries, twice, in fp32: within 4 % of the fastest of the sizes tried on a CPU
 # (4 to 128 MiB).
@@ -141,7 +141,7 @@ KERNELS = Kernels(
     take=take,
     give=give,
     dlogits=dlogits,
-    add_product=add_product,
+    multiply=multiply,
     dtype=accumulation,
     workspace=WORKSPACE_BYTES,
     least_columns=VOCAB_TILE,
