@@ -6,7 +6,6 @@ import math
 from dataclasses import replace
 
 import torch
-
 from hypothesis import given
 
 import roma

@@ -86,7 +86,7 @@ class Kernels(NamedTuple):
     dlogits: Callable[[Active, Head], Tensor]
     """dz [A, V] for a head of V entries, in the dtype of the rows' states."""
     multiply: Callable[[Tensor, Tensor, Tensor, bool], None]
-    """Writes left·right to the first, or adds it if the last is true; summed in fp32 (or float64)."""
+    """Writes left·right to the first, or adds it if the last is true; sums in fp32 (or float64)."""
     dtype: Callable[[Tensor, Tensor], torch.dtype]
     """The dtype that states, weights and dlogits are multiplied in, of (hidden, weight)."""
     workspace: int
