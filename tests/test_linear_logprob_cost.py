@@ -16,6 +16,8 @@ ROWS, D, V = 256, 16, 1024
 PRODUCT = 2 * ROWS * D * V
 # A product may be done in chunks of any size; nothing but whole products is counted.
 SLACK = 1.05
+# Rows of zeros that a kernel may add to fill its vectors (12 to 32, by instruction set).
+FILL = {"torch": 0, "triton": 0, "native": 32}
 
 
 def count_flops(
@@ -67,14 +69,14 @@ def test_the_count_is_honest(kernel: str) -> None:
         "native": (),
     }[kernel]
     assert watch.products == sum(PRODUCT * count.rows(p, V) / ROWS for p in purposes)
-    assert count.flop == 4 * PRODUCT
+    assert 0 <= count.flop - 4 * PRODUCT <= 2 * FILL[kernel] * PRODUCT / ROWS
 
 
 def test_backward_costs_active_rows_only(kernel: str) -> None:
     """With an eighth of the rows active the backward costs an eighth."""
     _, dense = count_flops(kernel)
     _, sparse = count_flops(kernel, active=ROWS // 8)
-    assert 0 < sparse <= SLACK * dense / 8
+    assert 0 < sparse <= SLACK * dense / 8 + FILL[kernel] * PRODUCT / ROWS
 
 
 @pytest.mark.parametrize("frozen", ["weight", "hidden"])
