@@ -37,6 +37,7 @@ def costs(rows: list[Row], path: Path) -> str:
     """Our times as the cost model has them: products that were executed, at one rate for all."""
     ours = [r for r in rows if r["provider"] == OURS and r.get("executed_gflop")]
     ours = [r for r in ours if r["op"] in HEAD and r["phase"] == "both"]
+    ours = [r for r in ours if r["dtype"] == ours[0]["dtype"]]
     base = next(r for r in ours if r["op"] == "roma_loss" and _base(r, rows))
     rate = float(base["executed_gflop"]) / float(base["ms_p50"])
     lines = [
@@ -230,7 +231,7 @@ def _scaling(timed: list[Row], path: Path) -> list[Path]:
 
 def _plain(row: Row, timed: list[Row]) -> bool:
     first = next(r for r in timed if r["op"] == "roma_loss")
-    return row["right"] == first["right"] and row["worst_over"] == first["worst_over"]
+    return all(row[key] == first[key] for key in ("right", "worst_over", "dtype"))
 
 
 def _along(rows: list[Row], axis: str) -> list[Row]:

@@ -66,7 +66,7 @@ def _read(path: str) -> str:
 def variant_columns(variant: Variant) -> dict[str, str]:
     """What was measured."""
     found = asdict(variant)
-    del found["everyone"]
+    del found["among"]
     return {name: f"{x:g}" if isinstance(x, float) else str(x) for name, x in found.items()}
 
 

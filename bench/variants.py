@@ -34,14 +34,14 @@ class Variant:
     """views: a corruption, or "mix"; there tokens are images, and depth their side in pixels."""
     states: str = ""
     """A file of states and a head (`data.load`) in the place of drawn ones."""
-    everyone: bool = True
-    """All providers, or `FEW` of them."""
+    among: str = "all"
+    """"all" providers, "few" or the "core" of them (ops.AMONG)."""
 
     @property
     def memory(self) -> bool:
         """Whether its memory is measured too: each candidate takes a process of its own."""
         dense = self.phase == "both" and self.active == 1
-        return self.everyone and self.op in ("linear_logprob", "roma_loss") and dense
+        return self.among == "all" and self.op in ("linear_logprob", "roma_loss") and dense
 
     @property
     def shape(self) -> Shape:
@@ -105,6 +105,16 @@ def plan(preset: str, device: str) -> list[Variant]:
     ]
     if preset == "full":
         found += _scaling(base, tokens=(32, 64, 256, 512), vocab=(8_192, 65_536, 151_936))
+        found += [
+            Variant("linear_logprob", "forward", **base, dtype="fp32", among="few"),
+            Variant("linear_logprob", "both", **base, dtype="fp32", active=0.5, among="few"),
+            Variant("roma_loss", "both", **base, dtype="fp32", among="few"),
+        ]
+        large = {"tokens": 512, "views": 4, "depth": 1024, "vocab": 151_936}
+        found += [
+            Variant("linear_logprob", "forward", **large, among="core"),
+            Variant("roma_loss", "both", **large, among="core"),
+        ]
     return found
 
 
@@ -122,7 +132,7 @@ def _on_gpu(preset: str) -> list[Variant]:
     if preset in ("paper", "full"):
         sizes = itertools.product((1024, 4096, 16_384), (2, 4, 8))
         found += [
-            Variant("roma_loss", "both", **base | {"tokens": n, "views": k}, everyone=False)
+            Variant("roma_loss", "both", **base | {"tokens": n, "views": k}, among="few")
             for n, k in sizes
         ]
     if preset == "full":
@@ -134,9 +144,9 @@ def _on_gpu(preset: str) -> list[Variant]:
 def _around(base: dict[str, int]) -> list[Variant]:
     """One option changed at a time; fewer providers."""
     return [
-        *(Variant("roma_loss", "both", **base | {"views": k}, everyone=False) for k in (1, 2, 8)),
-        *(Variant("roma_loss", "both", **base, right=r, everyone=False) for r in (0.0, 1.0)),
-        Variant("roma_loss", "both", **base, worst_over="token", everyone=False),
+        *(Variant("roma_loss", "both", **base | {"views": k}, among="few") for k in (1, 2, 8)),
+        *(Variant("roma_loss", "both", **base, right=r, among="few") for r in (0.0, 1.0)),
+        Variant("roma_loss", "both", **base, worst_over="token", among="few"),
     ]
 
 
@@ -147,7 +157,7 @@ def _scaling(
     depth = (base["depth"] // 2, base["depth"] * 2)
     changes = [("tokens", tokens), ("vocab", vocab), ("depth", depth)]
     return [
-        Variant("roma_loss", "both", **base | {axis: size}, everyone=False)
+        Variant("roma_loss", "both", **base | {axis: size}, among="few")
         for axis, sizes in changes
         for size in sizes
     ]
