@@ -107,9 +107,19 @@ ROMA_INLINE Vec masked_share(Vec weight, Vec z) {  // of an entry of −∞: 0, 
 
 // --------------------------------------------------------------------------------------- forward
 
-// Peak, total, target and moment of kColumns rows.
+// A sum, and what rounding took from it (Kahan): one probability near 1 and thousands of small ones
+// would else leave the sum off by one rounding each.
+ROMA_INLINE void add_compensated(Vec& sum, Vec& lost, Vec value) {
+  const Vec corrected = value - lost, grown = sum + corrected;
+  lost = (grown - sum) - corrected;
+  sum = grown;
+}
+
+// What is kept of kColumns rows while the vocabulary goes by.
 struct Sums {
-  float* at;        // [3 or 4][padded rows]
+  enum Line : int64_t { kPeak, kTotal, kLost, kTarget, kMoment };
+
+  float* at;  // [4 or 5][padded rows]
   int64_t stride;
   bool moment;
 
@@ -117,8 +127,8 @@ struct Sums {
   void add(const Tile& tile, int64_t entry, int count, const RomaHead& head, int64_t row, Vec scale,
            IntVec label, int n) const {
     float* const place = at + row;
-    const Vec before = load(place);
-    Vec z[kRows], peak = before, target = load(place + 2 * stride);
+    const Vec before = load(place + kPeak * stride);
+    Vec z[kRows], peak = before, target = load(place + kTarget * stride);
     for (int i = 0; i < count; ++i) {
       z[i] = logit(tile.at[i][n], head, entry + i, scale);
       peak = larger(peak, z[i]);
@@ -131,10 +141,16 @@ struct Sums {
       if (moment) share += masked_share(weight, z[i]);
     }
     const Vec shrink = exponential(before - peak);
-    store(place, peak);
-    store(place + stride, load(place + stride) * shrink + total);
-    store(place + 2 * stride, target);
-    if (moment) store(place + 3 * stride, load(place + 3 * stride) * shrink + share);
+    Vec sum = load(place + kTotal * stride) * shrink, lost = load(place + kLost * stride) * shrink;
+    add_compensated(sum, lost, total);
+    store(place + kPeak * stride, peak);
+    store(place + kTotal * stride, sum);
+    store(place + kLost * stride, lost);
+    store(place + kTarget * stride, target);
+    if (moment) {
+      float* const sums = place + kMoment * stride;
+      store(sums, load(sums) * shrink + share);
+    }
   }
 };
 
@@ -142,7 +158,7 @@ template <class Step>
 int32_t sweep(int threads, const RomaRows& rows, const RomaHead& head, float* sums, int64_t stride,
               bool moment) {
   PackedRows<Step> packed(rows, head.vocab, head.start);
-  const int64_t padded = packed.panels * kColumns, lines = moment ? 4 : 3;
+  const int64_t padded = packed.panels * kColumns, lines = moment ? 5 : 4;
   const int64_t chunks = divide(head.vocab, kChunk);
   const int64_t step_bytes = 4 * packed.steps;
   const int64_t at_once = kRows * (kCache / (step_bytes * kRows) > 0 ? kCache / (step_bytes * kRows) : 1);
@@ -169,8 +185,9 @@ int32_t sweep(int threads, const RomaRows& rows, const RomaHead& head, float* su
     const int64_t last_panel = least(first_panel + group, packed.panels);
     const Sums mine = sums_of(chunk);
     for (int64_t row = first_panel * kColumns; row < last_panel * kColumns; row += kLanes) {
-      store(mine.at + row, all(kLowest));
-      for (int64_t line = 1; line < lines; ++line) store(mine.at + line * padded + row, Vec{});
+      for (int64_t line = 0; line < lines; ++line) {
+        store(mine.at + line * padded + row, line == Sums::kPeak ? all(kLowest) : Vec{});
+      }
     }
     uint32_t* const weights = scratch(thread);
     const int64_t end = least((chunk + 1) * kChunk, head.vocab);
@@ -194,21 +211,22 @@ int32_t sweep(int threads, const RomaRows& rows, const RomaHead& head, float* su
 
   auto merge = [&](int64_t panel, int) {
     for (int64_t row = panel * kColumns; row < (panel + 1) * kColumns; row += kLanes) {
-      Vec folded[4] = {all(kLowest), Vec{}, Vec{}, Vec{}};
+      Vec peak = all(kLowest), total{}, lost{}, target{}, share{};
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        folded[0] = larger(folded[0], load(sums_of(chunk).at + row));
+        peak = larger(peak, load(sums_of(chunk).at + row));
       }
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const float* const at = sums_of(chunk).at + row;
-        const Vec shrink = exponential(load(at) - folded[0]);
-        folded[1] += shrink * load(at + padded);
-        folded[2] += load(at + 2 * padded);
-        if (moment) folded[3] += shrink * load(at + 3 * padded);
+        const float* const from = sums_of(chunk).at + row;
+        const Vec shrink = exponential(load(from + Sums::kPeak * padded) - peak);
+        add_compensated(total, lost, load(from + Sums::kTotal * padded) * shrink);
+        lost += load(from + Sums::kLost * padded) * shrink;
+        target += load(from + Sums::kTarget * padded);
+        if (moment) share += load(from + Sums::kMoment * padded) * shrink;
       }
-      const int lanes = static_cast<int>(least(kLanes, rows.count - row));
-      for (int64_t line = 0; line < lines; ++line) {
-        if (lanes <= 0) break;
-        std::memcpy(sums + line * stride + row, &folded[line], bytes_of(lanes));
+      const Vec found[4] = {peak, total - lost, target, share};
+      const int64_t lanes = least(kLanes, rows.count - row);
+      for (int64_t line = 0; lanes > 0 && line < (moment ? 4 : 3); ++line) {
+        std::memcpy(sums + line * stride + row, &found[line], bytes_of(lanes));
       }
     }
   };
