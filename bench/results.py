@@ -35,13 +35,13 @@ def machine(device: str) -> dict[str, str]:
     else:
         found = re.search(r"model name\s*: (.+)", _read("/proc/cpuinfo"))
         name = f"{found[1] if found else platform.processor()}, {torch.get_num_threads()} threads"
-    changed = (
-        "-" if not _git("rev-parse", "HEAD") else str(bool(_git("status", "--porcelain", "-uno")))
-    )
+    # What a run writes itself is no change.
+    changed = _git("-C", "..", "status", "--porcelain", "-uno", "--", ".", ":!bench/results")
+    dirty = str(bool(changed)) if _git("rev-parse", "HEAD") else "-"
     return {
         "date": date.today().isoformat(),
         "commit": os.environ.get("ROMA_COMMIT") or _git("rev-parse", "--short", "HEAD") or "-",
-        "dirty": changed,
+        "dirty": dirty,
         "device": device,
         "machine": name,
         "python": platform.python_version(),
