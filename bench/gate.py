@@ -88,8 +88,8 @@ def hold(score: Score, want: Truth) -> Errors:
         logp_rms=float(off.square().mean().sqrt()),
         logp_max=float(off.max()),
         worst_view=agreement(got.detach().double().view_as(want.logp), want.logp),
-        dhidden=_relative(rows.grad, want.dstates),
-        dweight=_relative(weight.grad, want.dweight),
+        dhidden=relative(rows.grad, want.dstates),
+        dweight=relative(weight.grad, want.dweight),
     )
     limits = {"logp_max": want.limit, "dhidden": GRADIENT, "dweight": GRADIENT}
     for field in fields(errors):
@@ -110,5 +110,6 @@ def agreement(got: Tensor, want: Tensor) -> float:
     return float((choices[0] == choices[1]).double().mean())
 
 
-def _relative(got: Tensor, want: Tensor) -> float:
+def relative(got: Tensor, want: Tensor) -> float:
+    """‖got − want‖ / ‖want‖."""
     return float((got.double() - want).norm() / want.norm())

@@ -29,6 +29,7 @@ AMONG = {
     "core": (OURS, "roma torch", "naive fp32", "torch fused"),
 }
 ACTIVE = " active"
+LIGER_GRPO = "liger grpo"  # a whole loss of its own, but of one image
 
 
 class Bench(Protocol):
@@ -159,34 +160,35 @@ class LossBench(HeadBench):
     def names(self) -> Sequence[str]:
         """Each peer dense and active; a back end of ours skips rows by itself."""
         found = list(super().names)
-        return found + [name + ACTIVE for name in found if not name.startswith(OURS)]
+        found += [name + ACTIVE for name in found if not name.startswith(OURS)]
+        return found if self.variant.views else [*found, LIGER_GRPO]
 
     @property
     def active_rows(self) -> int:
         """Rows whose coefficient is not 0."""
         return int((coefficients(self.logp, self.options) != 0).sum())
 
+    def package(self, name: str) -> str:
+        """Its provider's."""
+        return "liger-kernel" if name == LIGER_GRPO else super().package(name)
+
     def run(self, name: str) -> Run:
-        """Ours, or a peer's log-probs completed."""
+        """Ours, a peer's log-probs completed, or a peer's own loss."""
+        if name == LIGER_GRPO:
+            return self._liger_grpo()
+        if name == OURS:
+            self._held(name)
+            return lambda: self._ours(*self._leaves())
         score, case, options = self._held(name), self.case, self.options
         batch = options["mask"].shape
 
-        def leaves() -> tuple[Tensor, Tensor]:
-            return case.states.detach().requires_grad_(), case.weight.detach().requires_grad_()
-
-        def ours() -> None:
-            states, weight = leaves()
-            padded = states.view(len(states), *batch, -1)
-            tokens = case.tokens.view(batch)
-            roma.roma_loss(padded[0], padded[1:], weight, tokens, **options).loss.backward()
-
         def dense() -> None:
-            states, weight = leaves()
+            states, weight = self._leaves()
             logp = score(states.flatten(0, 1), weight, case.labels).view(len(states), *batch)
             roma.roma_loss_from_logp(logp[0], logp[1:], **options).loss.backward()
 
         def active() -> None:
-            states, weight = leaves()
+            states, weight = self._leaves()
             rows = states.flatten(0, 1)
             with torch.no_grad():
                 logp = score(rows, weight, case.labels)
@@ -196,7 +198,55 @@ class LossBench(HeadBench):
                 again = score(rows[chosen], weight, case.labels[chosen])
                 again.backward(g[chosen].to(again.dtype))
 
-        return ours if name == OURS else active if name.endswith(ACTIVE) else dense
+        return active if name.endswith(ACTIVE) else dense
+
+    def _leaves(self) -> tuple[Tensor, Tensor]:
+        return tuple(x.detach().requires_grad_() for x in (self.case.states, self.case.weight))
+
+    def _ours(self, states: Tensor, weight: Tensor) -> Tensor:
+        batch = self.options["mask"].shape
+        padded = states.view(len(states), *batch, -1)
+        tokens = self.case.tokens.view(batch)
+        loss = roma.roma_loss(padded[0], padded[1:], weight, tokens, **self.options).loss
+        loss.backward()
+        return loss.detach()
+
+    def _liger_grpo(self) -> Run:
+        """GRPO's loss on the clean image; held to ours, which is held to float64."""
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+        options, config = self.options, self.options["config"]
+        batch = options["mask"].shape
+        form = LigerFusedLinearGRPOLoss(
+            beta=0.0,
+            use_ref_model=False,
+            epsilon_low=config.clip_low,
+            epsilon_high=config.clip_high,
+            loss_type="grpo",
+        )
+
+        def call(states: Tensor, weight: Tensor) -> Tensor:
+            loss: Tensor = form(
+                states[0].view(*batch, -1),
+                weight,
+                self.case.tokens.view(batch),
+                options["mask"].float(),
+                options["advantages"],
+                old_per_token_logps=options["old_logp"],
+            )[0]
+            loss.backward()
+            return loss.detach()
+
+        if self.want is not None:
+            mine, theirs = self._leaves(), self._leaves()
+            off = float((call(*theirs) - self._ours(*mine)).abs())
+            if not off <= self.want.limit:
+                raise gate.Wrong(f"its loss is off by {off:.2e}")
+            for a, b in zip(theirs, mine, strict=True):
+                off = gate.relative(a.grad, b.grad.double())
+                if not off <= gate.GRADIENT:
+                    raise gate.Wrong(f"its gradient is off by {off:.2e}")
+        return lambda: (call(*self._leaves()), None)[1]
 
 
 class ViewLossBench:
@@ -319,7 +369,7 @@ def loss_case(variant: Variant, case: data.Case) -> tuple[Tensor, dict[str, Any]
         "advantages": torch.where(numbers % 2 == 0, 1.0, -1.0),
         "correct": numbers < variant.right * sequences,
         "old_logp": logp[0] + 0.02 * noise,
-        "aux_view": sampled,
+        "aux_view": sampled if variant.views else None,
         "config": roma.RomaConfig(worst_over=variant.worst_over),
     }
 

@@ -144,7 +144,7 @@ def _on_gpu(preset: str) -> list[Variant]:
 def _around(base: dict[str, int]) -> list[Variant]:
     """One option changed at a time; fewer providers."""
     return [
-        *(Variant("roma_loss", "both", **base | {"views": k}, among="few") for k in (1, 2, 8)),
+        *(Variant("roma_loss", "both", **base | {"views": k}, among="few") for k in (0, 1, 2, 8)),
         *(Variant("roma_loss", "both", **base, right=r, among="few") for r in (0.0, 1.0)),
         Variant("roma_loss", "both", **base, worst_over="token", among="few"),
     ]

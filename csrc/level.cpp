@@ -30,6 +30,12 @@ void parallel(int threads, int64_t tasks, Work& work) {
       &work);
 }
 
+// How many panels of packed weights stay in a core's L2.
+int64_t panels_in_cache(int64_t steps) {
+  const int64_t fit = kCache / (4 * kRows * (steps > 0 ? steps : 1));
+  return fit > 0 ? fit : 1;
+}
+
 size_t bytes_of(int64_t floats) { return 4 * static_cast<size_t>(floats); }
 
 // Rows in wide panels, with what belongs to each of them, padded to whole panels.
@@ -160,8 +166,7 @@ int32_t sweep(int threads, const RomaRows& rows, const RomaHead& head, float* su
   PackedRows<Step> packed(rows, head.vocab, head.start);
   const int64_t padded = packed.panels * kColumns, lines = moment ? 5 : 4;
   const int64_t chunks = divide(head.vocab, kChunk);
-  const int64_t step_bytes = 4 * packed.steps;
-  const int64_t at_once = kRows * (kCache / (step_bytes * kRows) > 0 ? kCache / (step_bytes * kRows) : 1);
+  const int64_t at_once = kRows * panels_in_cache(packed.steps);
   // Rows are divided too where there are too few chunks to keep every thread busy.
   const int64_t wanted = chunks < 4 * threads ? divide(4 * threads, chunks) : 1;
   const int64_t group = divide(packed.panels, least(wanted, packed.panels));
@@ -287,11 +292,9 @@ int32_t dlogits(int threads, const RomaRows& rows, const RomaHead& head,
                 const RomaUpstream& given, void* dz, int64_t stride, int32_t dtype) {
   PackedRows<Step> packed(rows, head.vocab, head.start);
   const PaddedUpstream upstream(given, rows.count, packed.panels * kColumns);
-  const int64_t step_bytes = 4 * packed.steps;
-  const int64_t fit = kCache / (step_bytes * kRows) > 0 ? kCache / (step_bytes * kRows) : 1;
   // At least two tasks a thread, if there are so many panels.
   const int64_t share = divide(divide(head.vocab, kRows), 2 * threads);
-  const int64_t at_once = kRows * least(fit, share > 0 ? share : 1);
+  const int64_t at_once = kRows * least(panels_in_cache(packed.steps), share);
   const int64_t own = at_once * packed.steps + 4 * packed.steps;
   Buffer space(bytes_of(threads * own));
   if (!packed.ready() || !upstream.ready() || !space.data()) return 1;

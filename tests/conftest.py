@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from roma.kernels.backends import backends
+
 # "ci" finds the same things every time; "deep" is for a night: HYPOTHESIS_PROFILE=deep pytest
 # tests.
 settings.register_profile(
@@ -62,13 +64,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture(scope="session")
+def compiled() -> None:
+    """The compiled part; without a C++ compiler there is none (CI sets ROMA_REQUIRE_NATIVE)."""
+    (found,) = (found for found in backends() if found.name == "native")
+    if not found.available:
+        pytest.skip(found.reason)
+
+
+def _one(request: pytest.FixtureRequest) -> str:
+    if request.param == "native":
+        request.getfixturevalue("compiled")
+    return request.param
+
+
 @pytest.fixture(scope="session", params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """Each back end under test.
 
     Session scope, because Hypothesis draws many examples inside one test.
     """
-    return request.param
+    return _one(request)
 
 
 @pytest.fixture(scope="session", params=KERNELS)
@@ -77,4 +93,4 @@ def kernel(request: pytest.FixtureRequest) -> str:
 
     The reference computes every row and keeps its logits.
     """
-    return request.param
+    return _one(request)

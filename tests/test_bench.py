@@ -112,6 +112,16 @@ def test_the_command(tmp_path: Path) -> None:
     assert "| **roma** |" in table and "| naive fp32 |" in table
 
 
+def test_ligers_own_loss_is_ours_of_one_image(tmp_path: Path) -> None:
+    """The same number and the same gradients, or it would be refused."""
+    pytest.importorskip("liger_kernel", reason="make bench installs it")
+    variant = Variant("roma_loss", "both", tokens=32, views=0, depth=64, vocab=1000)
+    run = ["roma", "naive fp32", "liger grpo"]
+    runner.run([variant], "cpu", tmp_path / "x.csv", preset="smoke", providers=run)
+    times = {row["provider"]: row["ms_p50"] for row in results.read(tmp_path / "x.csv")}
+    assert set(times) == set(run) and all(times.values())
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -211,7 +221,7 @@ def test_plans_hold_what_they_promise() -> None:
     assert {v.op for v in quick} == set(OPS)
     assert {v.active for v in quick} == {1.0, 0.5, 0.25, 0.1}
     loss = [v for v in quick if v.op == "roma_loss"]
-    assert {v.views for v in loss} == {1, 2, 4, 8} and {v.right for v in loss} == {0.0, 0.5, 1.0}
+    assert {v.views for v in loss} == {0, 1, 2, 4, 8} and {v.right for v in loss} == {0.0, 0.5, 1.0}
     assert {v.worst_over for v in loss} == {"sequence", "token"}
     paper = [v for v in plan("paper", "cuda") if v.op == "roma_loss"]
     assert {(v.tokens, v.views) for v in paper} >= {

@@ -15,18 +15,17 @@ from torch import Tensor
 
 import roma
 from roma.info import info
-from roma.kernels.backends import backends, choose
+from roma.kernels.backends import choose
 from roma.kernels.linear_logprob import native_backend
 from roma.kernels.native import LEVELS, native
 from roma.testing import compare_head
 from roma.testing.strategies import HeadSpec, head_specs
 
-BUILT = any(found.name == "native" and found.available for found in backends())
-pytestmark = pytest.mark.skipif(not BUILT, reason="the compiled part is not built: `roma info`")
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 @pytest.fixture(scope="module", params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
+def level(request: pytest.FixtureRequest, compiled: None) -> Iterator[str]:
     """Each instruction set that this CPU has, asked for as a user would."""
     if LEVELS.index(request.param) > LEVELS.index(native().cpu_level):
         pytest.skip(f"this CPU has no {request.param}")
