@@ -29,6 +29,7 @@ AMONG = {
     "core": (OURS, "roma torch", "naive fp32", "torch fused"),
 }
 ACTIVE = " active"
+GRPO = roma.RomaConfig(lambda_inv=0.0)
 LIGER_GRPO = "liger grpo"  # a whole loss of its own, but of one image
 
 
@@ -370,7 +371,7 @@ def loss_case(variant: Variant, case: data.Case) -> tuple[Tensor, dict[str, Any]
         "correct": numbers < variant.right * sequences,
         "old_logp": logp[0] + 0.02 * noise,
         "aux_view": sampled if variant.views else None,
-        "config": roma.RomaConfig(worst_over=variant.worst_over),
+        "config": roma.RomaConfig(worst_over=variant.worst_over) if variant.views else GRPO,
     }
 
 
