@@ -239,4 +239,5 @@ def _along(rows: list[Row], axis: str) -> list[Row]:
     if not rows:
         return []
     others = [a for a in ("tokens", "views", "vocab", "depth") if a != axis]
-    return [r for r in rows if all(r[a] == rows[0][a] for a in others)]
+    found = [r for r in rows if all(r[a] == rows[0][a] for a in others)]
+    return [r for r in found if float(r[axis]) > 0]  # the axis is logarithmic
