@@ -76,21 +76,20 @@ def choose(device_type: str) -> tuple[str, str]:
     raise RuntimeError("the torch back end is always available")  # guaranteed by the table above
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a graph looks at nothing
-def _choice(device_type: str) -> str:
-    return choose(device_type)[0]
-
-
 def resolve(backend: str, device_type: str, *, float64: bool = False) -> str:
     """The back end to run for the argument `backend`, on a device type, perhaps in float64.
+
+    While torch.compile traces a call on a CPU, "auto" stays "auto": an operator looks when it runs.
 
     Raises:
         ValueError: `backend` is no known name, or it cannot run here or on these tensors.
     """
+    if torch.compiler.is_compiling():  # a graph cannot look around; its compiler needs Triton too
+        if backend == "auto" and float64:
+            return "torch"
+        return "triton" if backend == "auto" and device_type == "cuda" else backend
     if backend == "auto":
-        return "torch" if float64 else _choice(device_type)
-    if torch.compiler.is_compiling():  # a graph cannot look around
-        return backend
+        return "torch" if float64 else choose(device_type)[0]
     for known in backends():
         if known.name == backend:
             reason = known.reason if not known.available else _unfit(backend, device_type, float64)

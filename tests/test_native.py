@@ -177,3 +177,21 @@ def test_an_instruction_set_that_the_cpu_lacks(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("ROMA_CPU_LEVEL", "avx512")
     with pytest.raises(ValueError, match=r"expected one of portable, avx2 on this CPU, got 'avx51"):
         roma.linear_logprob(torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0]), backend="native")
+
+
+def test_auto_takes_it_in_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator looks when it runs; both ways give the same bits."""
+    calls = []
+    sweep = native_backend.KERNELS.sweep
+    watched = native_backend.KERNELS._replace(sweep=lambda *x: (calls.append(1), sweep(*x))[1])
+    monkeypatch.setattr(native_backend, "KERNELS", watched)
+    hidden = torch.randn(5, 8, requires_grad=True)
+    weight, tokens = torch.randn(9, 8), torch.arange(5)
+
+    def logp() -> Tensor:
+        return roma.linear_logprob(hidden, weight, tokens).logp
+
+    compiled_logp = torch.compile(logp, backend="aot_eager", fullgraph=True)()
+    (by_graph,) = torch.autograd.grad(compiled_logp.sum(), hidden)
+    (by_hand,) = torch.autograd.grad(logp().sum(), hidden)
+    assert len(calls) == 2 and torch.equal(compiled_logp, logp()) and torch.equal(by_graph, by_hand)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from roma.kernels.backends import choose
 from roma.kernels.checks import check_values
 from roma.kernels.linear_logprob.backward import linear_logprob_bwd
 from roma.kernels.linear_logprob.rows import Head, Kernels, Rows
@@ -27,7 +28,9 @@ _MODULES = {"native": "native_backend", "torch": "torch_backend", "triton": "tri
 
 
 def kernels_of(backend: str) -> Kernels:
-    """What a back end provides."""
+    """What a back end provides; of "auto", from a compiled graph, the one that this CPU has."""
+    if backend == "auto":
+        backend = choose("cpu")[0]
     # Imported when used: Triton is not there on every machine.
     return importlib.import_module(f"roma.kernels.linear_logprob.{_MODULES[backend]}").KERNELS
 
@@ -90,7 +93,7 @@ def linear_logprob_op(
         scale: 1/τ of every row, unless row_scale is given.
         softcap: s or None.
         entropy: whether to return the entropy; if not, [0] comes in its place.
-        backend: "triton", "native" or "torch".
+        backend: "triton", "native" or "torch"; "auto" in a compiled graph on a CPU.
         group: name of the process group over which the vocabulary is split.
         workspace: bytes for the backward's tiles; None: the back end's own choice.
     """

@@ -16,9 +16,6 @@ from roma.kernels.once import scaled
 from roma.kernels.view_loss.config import RomaConfig
 from roma.kernels.view_loss.packed import METRICS, PackedBatch
 
-# The compiled CPU kernels are the head's; a few numbers a token are torch's.
-_MODULES = {"native": "torch_backend", "torch": "torch_backend", "triton": "triton_backend"}
-
 
 @functools.lru_cache
 def config_of(line: str) -> RomaConfig:
@@ -49,7 +46,9 @@ def view_loss_op(
         logp, view_logp, old_logp, ref_logp, view_old_logp, advantages, sequence, lengths, correct,
         aux_view, total_sequences, total_tokens, total_correct,
     )  # fmt: skip
-    module = importlib.import_module(f"roma.kernels.view_loss.{_MODULES[backend]}")
+    # On a CPU a few numbers a token are torch's; what is compiled there is the head.
+    name = "triton_backend" if backend == "triton" else "torch_backend"
+    module = importlib.import_module(f"roma.kernels.view_loss.{name}")
     with torch.autocast(logp.device.type, enabled=False):
         return module.view_loss_fwd(batch, config_of(options))
 
