@@ -1,6 +1,7 @@
 // The C functions: which instruction set, and on to its kernels.
 
 #include "level.h"
+#include "noise.h"
 
 namespace {
 
@@ -26,11 +27,22 @@ const roma::Kernels& kernels_of(int32_t level) noexcept {
   }
 }
 
+const roma::Noise& noise_of(int32_t level) noexcept {
+  switch (level) {
+    case ROMA_AVX512_BF16:  // nothing in it is bf16
+    case ROMA_AVX512: return roma::avx512_noise;
+    case ROMA_AVX2: return roma::avx2_noise;
+    default: return roma::portable_noise;
+  }
+}
+
 #else
 
 RomaLevel detect() noexcept { return ROMA_PORTABLE; }
 
 const roma::Kernels& kernels_of(int32_t) noexcept { return roma::portable_kernels; }
+
+const roma::Noise& noise_of(int32_t) noexcept { return roma::portable_noise; }
 
 #endif
 
@@ -70,4 +82,13 @@ int32_t roma_multiply(int32_t level, int32_t threads, int64_t m, int64_t n, int6
                       const RomaMatrix* left, const RomaMatrix* right, void* out, int64_t stride,
                       int32_t dtype, int32_t add) noexcept {
   return kernels_of(level).multiply(threads, m, n, k, *left, *right, out, stride, dtype, add != 0);
+}
+
+void roma_random_words(int32_t level, uint64_t key, uint32_t* out, int64_t count) noexcept {
+  noise_of(level).random_words(key, out, count);
+}
+
+void roma_add_noise(int32_t level, uint64_t key, float scale, int32_t proportional,
+                    const uint8_t* in, uint8_t* out, int64_t count) noexcept {
+  noise_of(level).add_noise(key, scale, proportional != 0, in, out, count);
 }

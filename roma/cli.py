@@ -9,9 +9,12 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:  # importing it takes numpy and torch
+    from roma.views import Corruption
 
 T = TypeVar("T")
 
@@ -53,6 +56,8 @@ examples:
   roma views --list                               every corruption, its pool and levels
   roma views photo.png --out views.png            one row per corruption, one column per level
   roma views a.jpg b.jpg --out views.png          views-a.png, views-b.png
+  roma views photo.png --pools extra              shot_noise, defocus_blur, fog and more
+  roma views photo.png --window 150               the middle at full resolution, 1000 px wide
 """
 _DATA = """\
 examples:
@@ -140,6 +145,10 @@ def parser() -> argparse.ArgumentParser:
     views.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
     views.add_argument("--out", default="views.png", help="PNG file to write (views.png)")
     views.add_argument("--list", action="store_true", help="list corruptions, pools and levels")
+    views.add_argument(
+        "--pools", type=_listed(str), default=["seen", "unseen"], help="pools drawn (seen,unseen)"
+    )
+    views.add_argument("--window", type=int, help="show the middle, so many px wide and high")
     views.add_argument("--level-table", help="YAML with other levels, for small images")
     views.add_argument("--seed", type=int, default=0, help="seed of the noise (0)")
 
@@ -210,13 +219,11 @@ def _eval(options: argparse.Namespace) -> None:
 
 def _views(options: argparse.Namespace) -> None:
     from roma.kernels.checks import fail
-    from roma.views import CORRUPTIONS, load_levels
+    from roma.views.corruptions import CORRUPTIONS, in_pools, load_levels
 
     table = load_levels(options.level_table) if options.level_table else CORRUPTIONS
     if options.list:
-        for name, corruption in table.items():
-            levels = "  ".join(map(corruption.describe, corruption.levels))
-            print(f"{corruption.pool:8}{name:17}{levels:28}{corruption.full_unit}")
+        print(_corruptions(table))
         return
     if not options.images:
         fail(
@@ -224,11 +231,31 @@ def _views(options: argparse.Namespace) -> None:
         )
     from roma.views.gallery import write_gallery
 
+    table = in_pools(options.pools, table)
     for image in map(Path, options.images):
         out = Path(options.out)
         if len(options.images) > 1:
             out = out.with_stem(f"{out.stem}-{image.stem}")
-        print(write_gallery(image, out, corruptions=table, seed=options.seed))
+        print(
+            write_gallery(image, out, corruptions=table, window=options.window, seed=options.seed)
+        )
+
+
+def _corruptions(table: "Mapping[str, Corruption]") -> str:
+    """The table of corruptions as text, a row for each."""
+    most = max(len(row.levels) for row in table.values())
+    lines = [["pool", "corruption", *(f"L{i + 1}" for i in range(most)), "training", "unit"]]
+    for row in table.values():
+        levels = [row.describe(level) for level in row.levels]
+        ends = " to ".join(map(row.describe, row.training_range))
+        lines.append(
+            [row.pool, row.name, *levels, *[""] * (most - len(levels)), ends, row.full_unit]
+        )
+    widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
 
 
 def _data(options: argparse.Namespace) -> None:

@@ -65,6 +65,12 @@ class ViewsConfig:
     """Level = max_level·u or max_level·√u, u uniform in 0..1."""
     level_table: str | None = None
     """YAML file with other levels, for images far from 224 pixels; null: the own ones."""
+    ramp_steps: Natural = 0
+    """Curriculum (ours): over so many steps max_level is reached linearly, from nearly 0; 0: from
+    the first step on."""
+    candidates: Count | None = None
+    """Adversarial choice (ours): so many views are drawn, scored without a graph, and of each
+    prompt the K kept on which the policy diverges most over right rollouts; null: K are drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,6 +263,10 @@ def _check_together(config: Config) -> None:
     if prompts % mini:
         expected = f"a divisor of data.rollout_batch_size = {prompts}"
         fail("worker.actor.mini_batch_size", expected, str(mini), "correct one of the two")
+    views = config.algorithm.views
+    if views.candidates is not None and views.candidates < views.k:
+        got, remedy = str(views.candidates), "draw at least as many as are kept"
+        fail("algorithm.views.candidates", f"at least algorithm.views.k = {views.k}", got, remedy)
     rollout, roma = config.worker.rollout, config.algorithm.roma
     if config.algorithm.adv_estimator == "rloo" and rollout.n == 1:
         remedy = "it averages a prompt's other rollouts"

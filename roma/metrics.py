@@ -9,10 +9,14 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+import resource
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from rich.console import Console
 from rich.text import Text
 
@@ -35,7 +39,10 @@ METRICS: dict[str, str] = {
     "rollout/distinct_share": "distinct (prompt, completion) rows / rows, 0..1",
     "val/accuracy": "share of validation rows answered rightly, greedy, clean images, 0..1",
     "val/{part}": "mean over the validation rows of that key of the reward",
+    "views/level_mean": "mean level of the step's views, 0 to algorithm.views.max_level",
     "timing_s/{stage}": "wall time of a stage of the step; timing_s/step is the whole, s",
+    "timing_s/views": "wall time that the step waits for its views, s",
+    "timing_s/make_views": "wall time of the thread that makes them, mostly while sampling, s",
     "perf/tokens_per_second": "completion tokens of the step / timing_s/step",
     "perf/peak_memory_mib": "peak memory since the start: device's, or the process's on a CPU, MiB",
 }
@@ -181,14 +188,11 @@ class ConsoleLogger:
         """Nothing is held back."""
 
 
-class FileLogger:
-    """metrics.jsonl: one JSON object a step, on disk when `log` returns.
-
-    JSON has no NaN and no infinity: such a value is written as null.
-    """
+class JsonLines:
+    """A file of JSON objects, one a line, each with its step; on disk when `write` returns."""
 
     def __init__(self, path: str | Path, *, resumed_at: int | None = None) -> None:
-        """Opens `path`; of an older log only the lines up to step `resumed_at` are kept."""
+        """Opens `path`; of an older file only the lines up to step `resumed_at` are kept."""
         path = Path(path)
         kept = []
         if resumed_at is not None and path.exists():
@@ -200,15 +204,27 @@ class FileLogger:
         os.replace(partial, path)
         self._file = path.open("a", encoding="utf-8")
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends a line."""
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+    def write(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Appends a line for each row."""
+        lines = (json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
+        self._file.write("".join(lines))
         self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+class FileLogger(JsonLines):
+    """metrics.jsonl: one line a step.
+
+    JSON has no NaN and no infinity: such a value is written as null.
+    """
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends the line."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.write(step, [finite])
 
 
 class TensorBoardLogger:
@@ -266,6 +282,21 @@ class WandbLogger:
     def close(self) -> None:
         """Ends the run."""
         self._run.finish()
+
+
+@contextmanager
+def timed(metrics: dict[str, float], stage: str) -> Iterator[None]:
+    """Adds timing_s/<stage>, the wall time of what is done meanwhile."""
+    start = time.perf_counter()
+    yield
+    metrics[f"timing_s/{stage}"] = time.perf_counter() - start
+
+
+def peak_memory(device: torch.device) -> float:
+    """MiB: of the device, or of the process on a CPU (Linux counts that in KiB)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _pattern(name: str) -> str:

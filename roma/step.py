@@ -4,14 +4,15 @@ Everything that reads a weight happens in `UpdateStep.forward`, the head include
 wraps the module (DDP, FSDP, ZeRO-3) sees each use of each parameter.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from roma.kernels.linear_logprob.api import linear_logprob
 from roma.kernels.view_loss.config import RomaConfig
-from roma.loss import RomaLoss, roma_loss
+from roma.loss import RomaLoss, roma_loss, view_divergence
 from roma.policy import Policy, PromptBatch
 
 
@@ -54,22 +55,13 @@ class UpdateStep(nn.Module):
         hidden states are computed per distinct (prompt, completion) and handed to every such row,
         which sums their gradients. Exact.
         """
-        rows, tokens, mask, inverse = distinct_rows(batch.rows, batch.tokens, batch.mask)
-        images, views = len(batch.prompts.grids), len(batch.view_pixels)
-        pixels = torch.cat([batch.prompts.pixel_values, *batch.view_pixels])
-        features = self.policy.image_features(pixels, batch.prompts.grids.repeat(views + 1, 1))
-        hidden, *view_hidden = (
-            self.policy.completion_hidden(
-                batch.prompts, features.part(view * images, images), rows, tokens, mask
-            )[inverse]
-            for view in range(views + 1)
-        )
+        hidden, *view_hidden = self._hidden(batch)
         old_logp = batch.old_logp
         if old_logp is None:
             old_logp = self._logp(hidden.detach(), batch)
         return roma_loss(
             hidden,
-            torch.stack(view_hidden) if views else None,
+            torch.stack(view_hidden) if view_hidden else None,
             self.policy.head_weight,
             batch.tokens,
             mask=batch.mask,
@@ -83,13 +75,26 @@ class UpdateStep(nn.Module):
             config=self.config,
         )
 
+    def _hidden(self, batch: UpdateBatch) -> Iterator[Tensor]:
+        """Hidden states [B, T, D] on the clean images, then on each view."""
+        rows, tokens, mask, inverse = distinct_rows(batch.rows, batch.tokens, batch.mask)
+        images, views = len(batch.prompts.grids), len(batch.view_pixels)
+        pixels = torch.cat([batch.prompts.pixel_values, *batch.view_pixels])
+        features = self.policy.image_features(pixels, batch.prompts.grids.repeat(views + 1, 1))
+        for view in range(views + 1):
+            own = features.part(view * images, images)
+            yield self.policy.completion_hidden(batch.prompts, own, rows, tokens, mask)[inverse]
+
     @torch.no_grad()
     def old_logp(self, batch: UpdateBatch) -> Tensor:
         """Log-probs [B, T] of the rollouts on their clean images, 0 on masked positions."""
-        rows, tokens, mask, inverse = distinct_rows(batch.rows, batch.tokens, batch.mask)
-        features = self.policy.image_features(batch.prompts.pixel_values, batch.prompts.grids)
-        hidden = self.policy.completion_hidden(batch.prompts, features, rows, tokens, mask)
-        return self._logp(hidden[inverse], batch)
+        return self._logp(next(self._hidden(replace(batch, view_pixels=[]))), batch)
+
+    @torch.no_grad()
+    def divergence(self, batch: UpdateBatch) -> Tensor:
+        """Divergence [K, B] of each view from the clean image, nats (`roma.view_divergence`)."""
+        logp, *view_logp = (self._logp(hidden, batch) for hidden in self._hidden(batch))
+        return view_divergence(logp, torch.stack(view_logp), batch.mask, config=self.config)
 
     @torch.no_grad()
     def _logp(self, hidden: Tensor, batch: UpdateBatch) -> Tensor:

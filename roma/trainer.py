@@ -5,12 +5,11 @@ degrade each image K times → clean and view passes, loss, backward → optimiz
 draw is a function of (run seed, step, row id): a resumed run goes on as if it had never stopped.
 """
 
-import resource
 import sys
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,8 +24,8 @@ from roma.advantages import ESTIMATORS
 from roma.config import Config, RewardConfig, dump, to_dict
 from roma.data import Columns, Example, RomaDataset, load_dataset_rows
 from roma.loss import view_divergence
-from roma.metrics import open_log
-from roma.online_views import OnlineViews, Views, by_corruption
+from roma.metrics import JsonLines, open_log, peak_memory, timed
+from roma.online_views import OnlineViews, Views, by_corruption, hardest, record
 from roma.policy import Policy, PromptBatch
 from roma.reward import RewardFunction, compute_score, load_reward
 from roma.rollout.hf import Rollouts, generate
@@ -59,6 +58,7 @@ class Experience:
     rows: Tensor  # [B] the prompt of each rollout
     rewards: dict[str, Tensor]  # each [B]
     advantages: Tensor  # [B]
+    views: "Future[Views]"  # that a thread may still be making
 
 
 class Trainer:
@@ -87,7 +87,8 @@ class Trainer:
         if algorithm.view_mode != "roma":
             loss = replace(loss, lambda_inv=0.0, lambda_aux=0.0)
         self.update_step = UpdateStep(self.policy, loss)
-        self.views = OnlineViews(algorithm.views, trainer.seed)
+        self.views = OnlineViews(algorithm, trainer.seed)
+        self.view_log: JsonLines | None = None
         self.score = _reward_of(config.worker.reward)
         trained = [weight for weight in self.policy.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -154,14 +155,18 @@ class Trainer:
             config=to_dict(self.config),
         )
         (out / "config.yaml").write_text(dump(self.config), encoding="utf-8")
-        with log:
+        with ExitStack() as files:
+            files.enter_context(log)
+            if "file" in trainer.logger and self.config.algorithm.view_mode != "none":
+                self.view_log = JsonLines(out / "views.jsonl", resumed_at=resumed)
+                files.enter_context(closing(self.view_log))
             while self.step < last:
                 self.step += 1
                 metrics = self.train_step()
                 if trainer.val_freq and self.step % trainer.val_freq == 0:
                     metrics |= self.validate()
                 if self.step == last or (trainer.save_freq and self.step % trainer.save_freq == 0):
-                    with _timed(metrics, "save"):
+                    with timed(metrics, "save"):
                         self._save()
                 log.log(self.step, metrics)
                 if progress:
@@ -182,16 +187,23 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One step: experience, views, updates; returns its metrics."""
         metrics: dict[str, float] = {}
-        with _timed(metrics, "step"):
-            with _timed(metrics, "gen"):
+        with timed(metrics, "step"):
+            with timed(metrics, "gen"):
                 experience = self.collect(metrics)
-            with _timed(metrics, "views"):
-                views = self.make_views(experience)
-            with _timed(metrics, "update_actor"):
+            with timed(metrics, "views"):
+                views = experience.views.result()
+            if self.config.algorithm.view_mode != "roma":
+                views = Views.none()
+            elif self.config.algorithm.views.candidates:
+                with timed(metrics, "choose_views"):
+                    views = self._chosen(experience, views)
+            if views.specs:
+                metrics |= record(views, experience.examples, self.step, self.view_log)
+            with timed(metrics, "update_actor"):
                 self.update(experience, views, metrics)
         tokens = int(experience.rollouts.mask.sum())
         metrics["perf/tokens_per_second"] = tokens / metrics["timing_s/step"]
-        metrics["perf/peak_memory_mib"] = _peak_memory(self.policy.device)
+        metrics["perf/peak_memory_mib"] = peak_memory(self.policy.device)
         return metrics
 
     def draw(self) -> list[Example]:
@@ -210,9 +222,11 @@ class Trainer:
         """Samples completions and scores them."""
         config, examples = self.config, self.draw()
         prompts = self._encode(examples)
+        views = self.views.start(self.policy, prompts, examples, self.step)
         if config.algorithm.view_mode == "rollout":
-            views = self.views.make(self.policy, prompts, examples, self.step, 1)
-            prompts = replace(prompts, pixel_values=views.pixels[0])
+            degraded = views.result()
+            metrics |= record(degraded, examples, self.step, self.view_log)
+            prompts = replace(prompts, pixel_values=degraded.pixels[0])
         group = config.worker.rollout.n
         with self._precision():
             rollouts = generate(
@@ -234,7 +248,7 @@ class Trainer:
         metrics["response_length/clip_ratio"] = float((~rollouts.finished).float().mean())
         distinct = distinct_rows(rows, rollouts.tokens, rollouts.mask)[0]
         metrics["rollout/distinct_share"] = len(distinct) / len(rows)
-        return Experience(examples, prompts, rollouts, rows, rewards, advantages)
+        return Experience(examples, prompts, rollouts, rows, rewards, advantages, views)
 
     def _encode(self, examples: list[Example]) -> PromptBatch:
         images = [example.load_images() for example in examples]
@@ -255,14 +269,15 @@ class Trainer:
             for part in scores[0]
         }
 
-    def make_views(self, experience: Experience) -> Views:
-        """K views of every prompt; none unless the mode is "roma"."""
+    def _chosen(self, experience: Experience, views: Views) -> Views:
+        """Of the candidates those that are kept, on which the policy diverges most."""
         algorithm = self.config.algorithm
-        if algorithm.view_mode != "roma":
-            return Views.none()
-        return self.views.make(
-            self.policy, experience.prompts, experience.examples, self.step, algorithm.views.k
-        )
+        parts = self._micro(slice(0, len(experience.examples)))
+        batches = (self._batch(experience, views, part) for part in parts)
+        with self._precision():
+            scored = torch.cat([self.update_step.divergence(batch) for batch in batches], dim=1)
+        right = experience.rewards["accuracy"].view(len(experience.examples), -1) >= 0.5
+        return views.of_prompts(experience.prompts, hardest(scored, right, algorithm.views.k))
 
     def _batch(self, experience: Experience, views: Views, chosen: slice) -> UpdateBatch:
         """The prompts of a slice, with normalisers as if it were an optimizer step by itself."""
@@ -359,7 +374,7 @@ class Trainer:
         batches = config.trainer.val_batches
         count = len(self.val) if batches is None else min(batches * size, len(self.val))
         scores: dict[str, list[Tensor]] = {}
-        with _timed(metrics, "testing"):
+        with timed(metrics, "testing"):
             for start in range(0, count, size):
                 examples = [self.val[i] for i in range(start, min(start + size, count))]
                 length = config.data.max_response_length
@@ -376,17 +391,3 @@ def _reward_of(config: RewardConfig) -> RewardFunction:
     if config.function != "builtin":
         return load_reward(config.function)
     return partial(compute_score, format_weight=config.format_weight, strict_end=config.strict_end)
-
-
-@contextmanager
-def _timed(metrics: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    metrics[f"timing_s/{stage}"] = time.perf_counter() - start
-
-
-def _peak_memory(device: torch.device) -> float:
-    """MiB: of the device, or of the process on a CPU (Linux counts that in KiB)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -126,7 +126,7 @@ def test_autocast_keeps_fp32_weights(tmp_path: Path) -> None:
 def test_views_do_not_depend_on_the_batch() -> None:
     policy, rows = small_model.policy(), load_dataset_rows(small_model.folder() / "data@train")
     examples = [rows[i] for i in range(4)]
-    views = OnlineViews(load_config(None, NEEDED).algorithm.views, seed=5)
+    views = OnlineViews(load_config(None, NEEDED).algorithm, seed=5)
 
     def made(some):
         prompts = policy.encode_prompts([e.problem for e in some], [e.load_images() for e in some])

@@ -18,8 +18,8 @@ from roma.views import (
     ViewSpec,
     degrade,
     degrade_batch,
-    engine,
     load_levels,
+    operators,
     sample,
     seed_for,
 )
@@ -63,16 +63,27 @@ def test_filters_equal_their_definitions(size: tuple[int, int]) -> None:
         found = degrade(image, name, parameter=parameter, seed=5, corruptions=UNSCALED)
         return float(np.abs(found - expected).max())
 
-    degrees = engine.generator(5).uniform(-45, 45)
-    for sigma in (0.3, 1.0, 3.7):
+    degrees = operators.generator(5).uniform(-45, 45)
+    for sigma in (0.3, 1.0, 2.4, 3.7):
         expected = reference.gaussian_blur(image, sigma)
-        assert error("gaussian_blur", sigma, expected) <= ROUNDED_ONCE
+        roundings = 1 if sigma < operators._SEPARABLE else 2
+        assert error("gaussian_blur", sigma, expected) <= roundings * ROUNDED_ONCE
         expected = reference.motion_blur(image, 2.5 * sigma, sigma, degrees)
         assert error("motion_blur", (2.5 * sigma, sigma), expected) <= ROUNDED_ONCE
     for factor in (0.01, 0.15, 0.33, 0.8):
         assert error("pixelate", factor, reference.pixelate(image, factor)) <= ROUNDED_ONCE
         # the small image is rounded too, and the way up averages it
         assert error("downscale", factor, reference.downscale(image, factor)) <= 2 * ROUNDED_ONCE
+
+
+@pytest.mark.parametrize("sigma", (2.5, 4.0, 9.0))
+def test_two_roundings_of_a_wide_blur_move_little(sigma: float) -> None:
+    """Values between passes are off by 0.29 (rms) each, and the second pass averages them: 0.8·0.29
+    ·√Σw² levels are moved in the mean, which is 0.08 at sigma 2.5 and less above."""
+    image = smooth(96, 128)
+    found = degrade(image, "gaussian_blur", parameter=sigma, seed=0, corruptions=UNSCALED)
+    away = np.abs(found - np.rint(reference.gaussian_blur(image, sigma)))
+    assert away.max() <= 1 and away.mean() <= 0.1
 
 
 @pytest.mark.parametrize("factor", (0.5, 0.25))
@@ -250,7 +261,7 @@ def test_long_lists_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     images = [picture(17, 31, seed=i) for i in range(7)]
     specs = [ViewSpec("gaussian_noise", 0.1)] * 7
     whole = degrade_batch(images, specs, range(7))
-    monkeypatch.setattr("roma.views.batch._CHUNK", 2 * 17 * 31 * 3)
+    monkeypatch.setattr("roma.views.batch._JOB", 2 * 17 * 31 * 3)
     np.testing.assert_array_equal(whole, degrade_batch(images, specs, range(7)))
 
 
@@ -279,24 +290,30 @@ def test_level_0_is_the_image(name: str) -> None:
 
 @pytest.mark.parametrize("table", (CORRUPTIONS, load_levels(DEMO_LEVELS)), ids=("own", "demo"))
 def test_stronger_levels_change_more(table: dict) -> None:
-    """The mean over seeds of the mean absolute change grows from level to level."""
+    """The mean over seeds of the mean absolute change grows from level to level.
+
+    Posterize has the same parameter at L4 and L5.
+    """
     image = smooth(112, 160) if table is CORRUPTIONS else smooth(32, 64)
     for corruption in table.values():
+        if table is not CORRUPTIONS and corruption.pool == "extra":
+            continue  # levels for images of 224 pixels
         changes = []
         for level in range(1 + len(corruption.levels)):
             spec = ViewSpec(corruption.name, corruption.parameter(level), float(level))
             views = degrade_batch([image] * 8, [spec] * 8, range(8), corruptions=table)
             changes.append(np.abs(np.stack(views) - image.astype(float)).mean())
-        assert changes[0] == 0 and (np.diff(changes) > 0).all(), (corruption.name, changes)
+        assert changes[0] == 0 and (np.diff(changes) >= 0).all(), (corruption.name, changes)
+        assert len(set(changes)) == 1 + len(set(corruption.levels)), (corruption.name, changes)
 
 
 def test_parameter_is_linear_between_levels() -> None:
     """And exact at them."""
     noise, blur = CORRUPTIONS["gaussian_noise"], CORRUPTIONS["motion_blur"]
-    assert [noise.parameter(level) for level in range(4)] == [0.0, *noise.levels]
+    assert [noise.parameter(level) for level in range(6)] == [0.0, *noise.levels]
     assert noise.parameter(0.5) == 0.04 and noise.parameter(1.25) == 0.09
     assert CORRUPTIONS["jpeg"].parameter(0.2) == 85.0
-    assert blur.parameter(1.5) == (12.5, 4.0) and blur.parameter(3) == blur.levels[2]
+    assert blur.parameter(1.5) == (12.5, 4.0) and blur.parameter(5) == blur.levels[4]
     assert noise.training_range == (0.0, 0.12)
 
 

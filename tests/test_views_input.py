@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from views_reference import smooth
 
-from roma.views import CORRUPTIONS, ViewSpec, degrade, degrade_batch, engine, load_levels, sample
+from roma.views import CORRUPTIONS, ViewSpec, dali, degrade, degrade_batch, load_levels, sample
 from roma.views.gallery import draw_gallery, write_gallery
 
 DEMO_LEVELS = Path(__file__).parent.parent / "configs" / "demo_levels.yaml"
@@ -21,14 +21,16 @@ GOOD = np.zeros((4, 6, 3), np.uint8)
 @pytest.mark.parametrize(
     "image, error, message",
     (
-        (np.zeros((4, 6, 3)), TypeError, "dtype uint8, got float64; scale it"),
-        (torch.zeros(4, 6, 3), TypeError, "dtype uint8, got float32; scale it"),
+        (np.zeros((4, 6, 3)), ValueError, "dtype uint8, got float64; scale it"),
+        (torch.zeros(4, 6, 3), ValueError, "dtype uint8, got float32; scale it"),
+        (np.full((4, 6, 3), np.nan), ValueError, "dtype uint8, got float64 with NaN; scale it"),
+        (np.zeros((4, 6, 3), np.uint16), ValueError, "dtype uint8, got uint16; scale it"),
         (Image.new("RGB", (6, 4)), TypeError, "array or tensor, got Image; convert it with np.as"),
         (np.zeros((4, 6), np.uint8), ValueError, r"got \[4, 6\]; convert it to RGB"),
         (np.zeros((4, 6, 4), np.uint8), ValueError, r"got \[4, 6, 4\]; convert it to RGB"),
         (torch.zeros(3, 4, 6, dtype=torch.uint8), ValueError, "transpose it: channels come last"),
         (np.zeros((0, 6, 3), np.uint8), ValueError, r"got \[0, 6, 3\]; an empty image"),
-        (torch.zeros(4, 6, 3, dtype=torch.uint8, device="meta"), ValueError, "on the CPU"),
+        (torch.zeros(4, 6, 3, dtype=torch.uint8, device="meta"), ValueError, "a CUDA device, got"),
     ),
 )
 def test_bad_images_are_named_by_index(image: object, error: type, message: str) -> None:
@@ -41,9 +43,9 @@ def test_bad_images_are_named_by_index(image: object, error: type, message: str)
     "arguments, error, message",
     (
         ({"corruption": "gausian_blur", "level": 1}, ValueError, "did you mean 'gaussian_blur'"),
-        ({"level": 4}, ValueError, "^level: expected 0 to 3, the levels of jpeg, got 4; "),
-        ({"level": -0.1}, ValueError, "^level: expected 0 to 3"),
-        ({"level": math.nan}, ValueError, "^level: expected 0 to 3"),
+        ({"level": 6}, ValueError, "^level: expected 0 to 5, the levels of jpeg, got 6; "),
+        ({"level": -0.1}, ValueError, "^level: expected 0 to 5"),
+        ({"level": math.nan}, ValueError, "^level: expected 0 to 5"),
         ({"level": "2"}, TypeError, "^level: expected a number, got '2'"),
         ({}, ValueError, "exactly one of the two, got neither"),
         ({"level": 1, "parameter": 20.0}, ValueError, "exactly one of the two, got both"),
@@ -79,10 +81,10 @@ def test_bad_lists() -> None:
 @pytest.mark.parametrize(
     "arguments, error, message",
     (
-        ({"pool": "sen"}, ValueError, "^pool: expected one of seen, unseen, got 'sen'"),
+        ({"pool": "sen"}, ValueError, "^pool: expected one of seen, unseen, extra, got 'sen'"),
         ({"k": 5}, ValueError, "^k: expected 1 to 4, .* got 5; .*draw fewer"),
         ({"k": 0}, ValueError, "^k: expected 1 to 4"),
-        ({"max_level": 3.5}, ValueError, "^max_level: expected above 0 and at most 3, .* got 3.5"),
+        ({"max_level": 5.5}, ValueError, "^max_level: expected above 0 and at most 5, .* got 5.5"),
         ({"max_level": 0.0}, ValueError, "^max_level: "),
         ({"strength": "weak"}, ValueError, "^strength: expected 'uniform' or 'strong'"),
         ({"key": (0, 1.5)}, TypeError, "^key: expected integers and strings, got float"),
@@ -148,7 +150,7 @@ def test_dali_is_loaded_by_the_first_image_only() -> None:
 
 def test_missing_dali_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     """The extra's name, not a traceback into nowhere."""
-    engine.dali.cache_clear()
+    dali.dali.cache_clear()
     for name in ("nvidia.dali", "nvidia.dali.experimental.dynamic"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r"pip install 'roma\[views\]'"):
@@ -175,9 +177,15 @@ def test_gallery_refuses_what_is_no_image(tmp_path: Path) -> None:
     """And a name that is no PNG, before any work is done."""
     text = tmp_path / "text.jpg"
     text.write_text("no image")
-    with pytest.raises(ValueError, match=r"text\.jpg: expected an image, got "):
+    with pytest.raises(ValueError, match=r"IMAGE: expected an image .*text\.jpg"):
         write_gallery(text, tmp_path / "views.png")
     with pytest.raises(ValueError, match=r"^out: expected a name .*; call it v\.png"):
         write_gallery(text, tmp_path / "v.jpg")
-    with pytest.raises(FileNotFoundError):
+    Image.fromarray(smooth(30, 40)).save(text)
+    text.write_bytes(text.read_bytes()[:-300])
+    with pytest.raises(ValueError, match=r"text\.jpg \(image file is truncated"):
+        write_gallery(text, tmp_path / "views.png")
+    with pytest.raises(ValueError, match=r"no file at .*none\.jpg"):
         write_gallery(tmp_path / "none.jpg", tmp_path / "views.png")
+    with pytest.raises(ValueError, match="window: expected at least one pixel, got 0"):
+        draw_gallery(smooth(30, 40), window=0)

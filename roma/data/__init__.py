@@ -9,9 +9,10 @@ Needs numpy, Pillow and pyarrow; `datasets` for its own form, scikit-learn for t
 
 from roma.data.charts import write_charts
 from roma.data.digits import DIGIT_WORDS, write_digits
-from roma.data.example import Example, RowError, decode_image
+from roma.data.example import Example, RowError
 from roma.data.loader import Columns, RomaDataset, load_dataset_rows
 from roma.data.writer import FORMATS
+from roma.images import decode_image
 
 __all__ = [
     "DIGIT_WORDS",

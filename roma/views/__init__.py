@@ -1,10 +1,9 @@
-"""Degraded views of images, by NVIDIA DALI on the CPU: same size, same type, stateless noise.
+"""Degraded views of images, by NVIDIA DALI: same size, same type, noise without a state.
 
     spec, = sample("seen", 1, key=(0, step, row_id))
     view, = degrade_batch([image], [spec], [seed_for(0, step, row_id, 0)])
 
-Importing this loads no DALI: the first image degraded does. A process forked after that hangs in
-its first DALI call; `roma.views.engine` says what to do instead.
+Importing this loads no DALI: the first image degraded does.
 """
 
 from roma.views.batch import degrade, degrade_batch

@@ -1,22 +1,25 @@
-"""`degrade` and `degrade_batch`: checks, grouping by corruption and size, and the way back."""
+"""`degrade` and `degrade_batch`: checks, jobs of one corruption, and the way back."""
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from roma.kernels.checks import fail
-from roma.views import engine
 from roma.views.corruptions import CORRUPTIONS, Corruption, Parameter, find
+from roma.views.dali import run
+from roma.views.operators import IN_PYTORCH, OPERATORS
 from roma.views.sample import ViewSpec
 
 Image = TypeVar("Image", NDArray[np.uint8], torch.Tensor)
 
-# Values of one DALI call: what bounds the memory of noise (fp32: 32 MiB) on a long list of images.
-_CHUNK = 2**23
+# Values of one job: two images of 448×448. A job costs 0.3 ms of Python, and its fp32 images should
+# stay in a core's cache.
+_JOB = 5 * 2**18
 
 
 def degrade(
@@ -31,16 +34,16 @@ def degrade(
     """One image, degraded: same height and width, same type; level 0 is the image itself.
 
     Args:
-        image: [H, W, 3] uint8, RGB, 0..255: a NumPy array or a torch tensor on the CPU.
+        image: [H, W, 3] uint8, RGB, 0..255: a NumPy array, or a torch tensor on the CPU or a GPU.
         corruption: a name in `corruptions`.
         level: 0 to the last level of the table, whole or not; or else
         parameter: the corruption's parameter, in the unit of the table.
-        seed: of the noise and of motion_blur's angle, 0..2⁶⁴-1; see `seed_for`.
+        seed: of what is random in it (noise, motion_blur's angle, fog), 0..2⁶⁴-1; see `seed_for`.
         corruptions: the table of levels.
 
     Raises:
         ValueError: an unknown corruption, a level or parameter outside the table's range, not
-            exactly one of the two, or another shape or dtype of the image.
+            exactly one of the two, or another shape or dtype of the image (NaN is named).
         TypeError: the image is neither an array nor a tensor, or the seed no integer.
         ImportError: DALI is not installed.
 
@@ -70,8 +73,10 @@ def degrade_batch(
     """Image i, degraded as specs[i] says with the noise of seeds[i].
 
     The result for an image depends on the image, its spec and its seed alone: not on the others,
-    their order or their number. Images that share a corruption and a size run together, so lists
-    are much faster than single images.
+    their order or number, nor on threads or processes. Images that share a corruption run together,
+    and on a CPU torch.get_num_threads() such groups side by side: lists are much faster than single
+    images. Noise has the same bytes on every CPU and GPU; a GPU's JPEG is another program than a
+    CPU's, and its filters sum in another order.
 
     Args:
         images: n images [H, W, 3] uint8, as in `degrade`, of any sizes.
@@ -80,7 +85,7 @@ def degrade_batch(
         corruptions: the table of levels that the specs were made with.
 
     Returns:
-        n new images; none shares memory with its original.
+        n new images, each where its original was; none shares memory with it.
 
     Raises:
         ValueError: lists of different lengths, or as in `degrade`, with the image's index; or a
@@ -100,38 +105,62 @@ def degrade_batch(
     pixels = [_pixels(image, f"images[{i}]") for i, image in enumerate(images)]
     keys = [_seed(seed, f"seeds[{i}]") for i, seed in enumerate(seeds)]
     made = list(pixels)
-    groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    groups: dict[tuple[torch.device, str], list[int]] = {}
     parameters: list[Parameter] = []
     for i, spec in enumerate(specs):
         corruption = _corruption(spec, corruptions, f"specs[{i}]")
         parameters.append(_in_pixels(corruption, spec.parameter, pixels[i].shape))
         if spec.parameter == corruption.identity:
-            made[i] = pixels[i].copy()
+            made[i] = pixels[i].clone()
         else:
-            groups.setdefault((spec.corruption, pixels[i].shape), []).append(i)
-    for (name, shape), members in groups.items():
-        for part in _chunks(members, max(1, _CHUNK // int(np.prod(shape)))):
-            stacked = np.stack([pixels[i] for i in part])
-            own = [parameters[i] for i in part], [keys[i] for i in part]
-            for i, view in zip(part, engine.OPERATORS[name](stacked, *own), strict=True):
+            groups.setdefault((pixels[i].device, spec.corruption), []).append(i)
+    for device in dict.fromkeys(device for device, _ in groups):
+        parts = [
+            (name, part)
+            for (where, name), members in groups.items()
+            if where == device
+            for part in _parts(members, pixels)
+        ]
+        parts.sort(key=lambda part: part[0] in IN_PYTORCH)
+        jobs = [
+            partial(
+                OPERATORS[name],
+                [pixels[i] for i in part],
+                [parameters[i] for i in part],
+                [keys[i] for i in part],
+            )
+            for name, part in parts
+        ]
+        first = sum(name not in IN_PYTORCH for name, _ in parts)
+        made_here = run(jobs[:first], jobs[first:], device)
+        for (_, part), views in zip(parts, made_here, strict=True):
+            for i, view in zip(part, views, strict=True):
                 made[i] = view
     return [
-        torch.from_numpy(view) if isinstance(image, torch.Tensor) else view
+        view if isinstance(image, torch.Tensor) else view.numpy()
         for image, view in zip(images, made, strict=True)
     ]
 
 
-def _chunks(members: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """`members` in parts of at most `size`."""
-    for start in range(0, len(members), size):
-        yield members[start : start + size]
+def _parts(members: Sequence[int], pixels: Sequence[torch.Tensor]) -> Iterator[list[int]]:
+    """`members` in parts of at most _JOB values, or of one image."""
+    part: list[int] = []
+    values = 0
+    for i in members:
+        values += pixels[i].numel()
+        if part and values > _JOB:
+            yield part
+            part, values = [], pixels[i].numel()
+        part.append(i)
+    yield part
 
 
-def _pixels(image: object, name: str) -> NDArray[np.uint8]:
-    """The pixels of an image, after its checks, without a copy."""
+def _pixels(image: object, name: str) -> torch.Tensor:
+    """The pixels of an image, after its checks; without a copy where they are contiguous."""
     if isinstance(image, torch.Tensor):
-        if image.device.type != "cpu":
-            fail(name, "a tensor on the CPU", f"one on {image.device}", "call .cpu() on it")
+        if image.device.type not in ("cpu", "cuda"):
+            got = f"one on {image.device}"
+            fail(name, "a tensor on the CPU or a CUDA device", got, "call .cpu() on it")
         dtype, shape = str(image.dtype).removeprefix("torch."), tuple(image.shape)
     elif isinstance(image, np.ndarray):
         dtype, shape = str(image.dtype), image.shape
@@ -139,8 +168,10 @@ def _pixels(image: object, name: str) -> NDArray[np.uint8]:
         remedy = "convert it with np.asarray(image.convert('RGB'))"
         fail(name, "a NumPy array or tensor", type(image).__name__, remedy, error=TypeError)
     if dtype != "uint8":
-        remedy = "scale it to 0..255 and convert it to uint8"
-        fail(name, "dtype uint8", dtype, remedy, error=TypeError)
+        values: Any = image
+        broken = "float" in dtype and bool((values != values).any())
+        got = f"{dtype} with NaN" if broken else dtype
+        fail(name, "dtype uint8", got, "scale it to 0..255 and convert it to uint8")
     if len(shape) != 3 or shape[2] != 3 or 0 in shape:
         if len(shape) == 3 and shape[0] == 3:
             remedy = "transpose it: channels come last"
@@ -149,7 +180,10 @@ def _pixels(image: object, name: str) -> NDArray[np.uint8]:
         else:
             remedy = "convert it to RGB"
         fail(name, "[H, W, 3], H and W at least 1", str(list(shape)), remedy)
-    return image.detach().numpy() if isinstance(image, torch.Tensor) else image
+    if isinstance(image, torch.Tensor):
+        return image.detach().contiguous()
+    # PyTorch takes no read-only memory, which Pillow's arrays are.
+    return torch.from_numpy(np.require(image, requirements=("C", "W")))
 
 
 def _seed(seed: object, name: str) -> int:

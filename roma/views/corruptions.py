@@ -1,8 +1,9 @@
 """The table of corruptions: names, pools and the parameter at each level. No image is touched here.
 
-Levels 1 to 3 are MATH.md section 2: gaussian_noise, gaussian_blur, jpeg, motion_blur, speckle and
-pixelate have the parameters of ImageNet-C (arXiv 1903.12261) or stand close to them. Level 0 is the
-clean image, and between two levels parameters are interpolated linearly, so a level is any number.
+Levels 1 to 3 of the seen and unseen corruptions are MATH.md section 2. Where ImageNet-C (arXiv
+1903.12261) has a corruption, all five levels are its own, salt_and_pepper's those of its
+impulse_noise; downscale and posterize are ours. Level 0 is the clean image, and between two levels
+parameters are interpolated linearly, so a level is any number.
 """
 
 import difflib
@@ -123,52 +124,90 @@ def _parts(parameter: Parameter) -> tuple[float, ...]:
 
 
 def _table() -> dict[str, Corruption]:
-    """The nine corruptions, seen before unseen."""
+    """Seen before unseen before extra."""
     inf = math.inf
     rows = (
         Corruption(
-            name="gaussian_noise", pool="seen", levels=(0.08, 0.12, 0.18),
+            name="gaussian_noise", pool="seen", levels=(0.08, 0.12, 0.18, 0.26, 0.38),
             unit="sigma, pixels in 0..1", identity=0.0, limit=inf,
         ),
         Corruption(
-            name="gaussian_blur", pool="seen", levels=(1.0, 2.0, 3.0),
+            name="gaussian_blur", pool="seen", levels=(1.0, 2.0, 3.0, 4.0, 6.0),
             unit="sigma in px", identity=0.0, limit=inf, reference_size=224,
         ),
         Corruption(
-            name="jpeg", pool="seen", levels=(25.0, 18.0, 15.0),
+            name="jpeg", pool="seen", levels=(25.0, 18.0, 15.0, 10.0, 7.0),
             unit="quality", identity=100.0, limit=1.0,
         ),
         Corruption(
-            name="downscale", pool="seen", levels=(0.5, 0.33, 0.25),
+            name="downscale", pool="seen", levels=(0.5, 0.33, 0.25, 0.2, 0.15),
             unit="factor", identity=1.0, limit=0.0,
         ),
         Corruption(
-            name="motion_blur", pool="unseen", levels=((10.0, 3.0), (15.0, 5.0), (15.0, 8.0)),
+            name="motion_blur", pool="unseen",
+            levels=((10.0, 3.0), (15.0, 5.0), (15.0, 8.0), (15.0, 12.0), (20.0, 15.0)),
             unit="(radius, sigma) in px", identity=(0.0, 0.0), limit=(inf, inf),
             reference_size=224,
         ),
         Corruption(
-            name="salt_and_pepper", pool="unseen", levels=(0.03, 0.06, 0.09),
+            name="salt_and_pepper", pool="unseen", levels=(0.03, 0.06, 0.09, 0.17, 0.27),
             unit="share of pixels", identity=0.0, limit=1.0,
         ),
         Corruption(
-            name="speckle", pool="unseen", levels=(0.15, 0.2, 0.35),
+            name="speckle", pool="unseen", levels=(0.15, 0.2, 0.35, 0.45, 0.6),
             unit="sigma of x + x·n", identity=0.0, limit=inf,
         ),
-        Corruption(
-            name="posterize", pool="unseen", levels=(4.0, 3.0, 2.0),
+        Corruption(  # one bit is the least there is
+            name="posterize", pool="unseen", levels=(4.0, 3.0, 2.0, 1.0, 1.0),
             unit="bits", identity=8.0, limit=1.0,
         ),
         Corruption(
-            name="pixelate", pool="unseen", levels=(0.6, 0.5, 0.4),
+            name="pixelate", pool="unseen", levels=(0.6, 0.5, 0.4, 0.3, 0.25),
             unit="factor", identity=1.0, limit=0.0,
+        ),
+        Corruption(  # of 60, 25, 12, 5 and 3 photons
+            name="shot_noise", pool="extra", levels=(1 / 60, 1 / 25, 1 / 12, 1 / 5, 1 / 3),
+            unit="1/photons of white", identity=0.0, limit=inf,
+        ),
+        Corruption(
+            name="impulse_noise", pool="extra", levels=(0.03, 0.06, 0.09, 0.17, 0.27),
+            unit="share of values", identity=0.0, limit=1.0,
+        ),
+        Corruption(
+            name="defocus_blur", pool="extra",
+            levels=((3.0, 0.1), (4.0, 0.5), (6.0, 0.5), (8.0, 0.5), (10.0, 0.5)),
+            unit="(radius, sigma of its edge) in px", identity=(0.0, 0.0), limit=(inf, inf),
+            reference_size=224,
+        ),
+        Corruption(
+            name="zoom_blur", pool="extra",
+            levels=((1.1, 0.01), (1.15, 0.01), (1.2, 0.02), (1.24, 0.02), (1.3, 0.03)),
+            unit="(largest zoom, step)", identity=(1.0, 0.01), limit=(inf, 1.0),
+        ),
+        Corruption(
+            name="brightness", pool="extra", levels=(0.1, 0.2, 0.3, 0.4, 0.5),
+            unit="shift of HSV's value, 0..1", identity=0.0, limit=1.0,
+        ),
+        Corruption(
+            name="contrast", pool="extra", levels=(0.4, 0.3, 0.2, 0.1, 0.05),
+            unit="factor", identity=1.0, limit=0.0,
+        ),
+        Corruption(  # ImageNet-C's from L3 on; its first two take colour away
+            name="saturate", pool="extra",
+            levels=((1.3, 0.0), (1.6, 0.0), (2.0, 0.0), (5.0, 0.1), (20.0, 0.2)),
+            unit="(factor, shift) of HSV's saturation", identity=(1.0, 0.0), limit=(inf, 1.0),
+        ),
+        Corruption(
+            name="fog", pool="extra",
+            levels=((1.5, 2.0), (2.0, 2.0), (2.5, 1.7), (2.5, 1.5), (3.0, 1.4)),
+            unit="(amount, decay)", identity=(0.0, 2.0), limit=(inf, 1.0),
         ),
     )  # fmt: skip
     return {row.name: row for row in rows}
 
 
 CORRUPTIONS: Mapping[str, Corruption] = _table()
-"""Name → corruption: four seen, five unseen."""
+"""Name → corruption: four seen, five unseen, eight extra."""
 
 
 def find(name: str, corruptions: Mapping[str, Corruption], *, argument: str) -> Corruption:
@@ -182,6 +221,22 @@ def find(name: str, corruptions: Mapping[str, Corruption], *, argument: str) -> 
         remedy = f"did you mean {nearest[0]!r}?" if nearest else "the table is empty"
         fail(argument, "one of " + ", ".join(corruptions), repr(name), remedy)
     return corruptions[name]
+
+
+def in_pools(
+    pools: Sequence[str], corruptions: Mapping[str, Corruption], *, argument: str = "pools"
+) -> dict[str, Corruption]:
+    """The corruptions of some pools, in the order of the table.
+
+    Raises:
+        ValueError: no pool is named, or one that the table does not have.
+    """
+    known = list(dict.fromkeys(corruption.pool for corruption in corruptions.values()))
+    strange = [pool for pool in pools if pool not in known]
+    if strange or not pools:
+        got = repr(strange[0]) if strange else "none"
+        fail(argument, f"one of {', '.join(known)}", got, "choose one of them")
+    return {name: row for name, row in corruptions.items() if row.pool in pools}
 
 
 def load_levels(path: str | Path) -> dict[str, Corruption]:

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from roma.images import decode_image
 from roma.kernels.checks import fail
 from roma.views.batch import degrade_batch
 from roma.views.corruptions import CORRUPTIONS, Corruption
@@ -20,6 +21,7 @@ def draw_gallery(
     image: NDArray[np.uint8],
     *,
     corruptions: Mapping[str, Corruption] = CORRUPTIONS,
+    window: int | None = None,
     seed: int = 0,
 ) -> Image.Image:
     """A row per corruption, a column per level; column 0 is the clean image.
@@ -30,10 +32,12 @@ def draw_gallery(
     Args:
         image: [H, W, 3] uint8, RGB.
         corruptions: the table of levels.
+        window: show this many pixels of height and width in the image's middle, as they are; None:
+            the whole image.
         seed: of the noise.
 
     Raises:
-        ValueError: the table is empty, or as in `degrade`.
+        ValueError: the table is empty, a window below 1, or as in `degrade`.
         TypeError: as in `degrade`.
         ImportError: DALI is not installed.
 
@@ -50,7 +54,10 @@ def draw_gallery(
     ]
     seeds = [seed_for(seed, spec.corruption, str(spec.level)) for spec in specs]
     views = iter(degrade_batch([image] * len(specs), specs, seeds, corruptions=corruptions))
-    width, height = _tile_size(image.shape[1], image.shape[0])
+    shown = _middle(image.shape[1], image.shape[0], window)
+    width, height = _tile_size(
+        *(high - low for low, high in zip(shown[:2], shown[2:], strict=True))
+    )
     across = 1 + max(len(corruption.levels) for corruption in corruptions.values())
     row = height + 2 * _LINE + _GAP
     size = (_GAP + across * (width + _GAP), _GAP + len(corruptions) * row)
@@ -62,9 +69,11 @@ def draw_gallery(
         pen.text((_GAP, top), title, fill="black", font=font)
         for level in range(len(corruption.levels) + 1):
             left = _GAP + level * (width + _GAP)
-            tile = Image.fromarray(next(views))
+            tile = Image.fromarray(next(views)).crop(shown)
             shrink = width < tile.width
             method = Image.Resampling.BOX if shrink else Image.Resampling.NEAREST
+            frame = left - 1, top + _LINE - 1, left + width, top + _LINE + height
+            pen.rectangle(frame, outline="lightgray")
             sheet.paste(tile.resize((width, height), method), (left, top + _LINE))
             caption = f"L{level}: {corruption.describe(corruption.parameter(level))}"
             below = top + _LINE + height
@@ -77,28 +86,35 @@ def write_gallery(
     out: str | Path,
     *,
     corruptions: Mapping[str, Corruption] = CORRUPTIONS,
+    window: int | None = None,
     seed: int = 0,
 ) -> Path:
     """`roma views`: draws the gallery of an image file to a PNG file, and returns its path.
 
     Raises:
-        ValueError: the file is not an image, or `out` is not called .png.
-        OSError: a file cannot be read or written.
+        ValueError: there is no such file, it is not an image or a damaged one, or `out` is not
+            called .png.
+        OSError: the gallery cannot be written.
         ImportError: DALI is not installed.
     """
     out = Path(out)
     if out.suffix.lower() != ".png":
         fail("out", "a name that ends in .png", str(out), f"call it {out.stem}.png")
-    try:
-        with Image.open(image_path) as opened:
-            image = np.asarray(opened.convert("RGB"))
-    except OSError as error:
-        if error.errno is not None:  # not there, not readable: the system's own words
-            raise
-        fail(str(image_path), "an image", str(error), "give a PNG, JPEG, … file")
+    image = decode_image(Path(image_path), name="IMAGE")
     out.parent.mkdir(parents=True, exist_ok=True)
-    draw_gallery(image, corruptions=corruptions, seed=seed).save(out)
+    draw_gallery(image, corruptions=corruptions, window=window, seed=seed).save(out, optimize=True)
     return out
+
+
+def _middle(width: int, height: int, window: int | None) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of what is shown."""
+    if window is None:
+        return 0, 0, width, height
+    if window < 1:
+        fail("window", "at least one pixel", str(window), "leave it out for the whole image")
+    wide, high = min(window, width), min(window, height)
+    left, top = (width - wide) // 2, (height - high) // 2
+    return left, top, left + wide, top + high
 
 
 def _tile_size(width: int, height: int) -> tuple[int, int]:

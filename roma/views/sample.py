@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from roma.kernels.checks import fail
-from roma.views.corruptions import CORRUPTIONS, Corruption, Parameter
+from roma.views.corruptions import CORRUPTIONS, Corruption, Parameter, in_pools
 
 Key = int | str
 
@@ -77,10 +77,7 @@ def sample(
         >>> first.corruption != second.corruption and 0 < first.level <= 2
         True
     """
-    members = [corruption for corruption in corruptions.values() if corruption.pool == pool]
-    if not members:
-        known = ", ".join(dict.fromkeys(corruption.pool for corruption in corruptions.values()))
-        fail("pool", f"one of {known}", repr(pool), "choose one of them")
+    members = list(in_pools([pool], corruptions, argument="pool").values())
     if not 1 <= k <= len(members):
         expected = f"1 to {len(members)}, the corruptions of {pool!r}"
         fail("k", expected, str(k), "views of one prompt are of distinct corruptions: draw fewer")

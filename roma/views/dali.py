@@ -1,0 +1,87 @@
+"""NVIDIA DALI's eager mode: loading it, its threads, and the way of images in and out of it.
+
+Images go in and come out without a copy, of any sizes in one batch. On a CPU every job runs on a
+thread of this module's own, with a DALI context of one thread: some of DALI's operators (JPEG) work
+through a batch on one thread, and several jobs at once keep all of them busy.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+Job = Callable[[], Any]
+
+
+@lru_cache(maxsize=1)
+def dali() -> Any:
+    """DALI's eager mode, imported on first use (which takes some seconds).
+
+    Raises:
+        ImportError: DALI is not installed.
+    """
+    try:
+        import nvidia.dali.experimental.dynamic as ndd
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("nvidia"):
+            raise
+        remedy = "roma.views degrades images with NVIDIA DALI, which is not installed; "
+        raise ImportError(remedy + "pip install 'roma[views]'", name=error.name) from error
+    return ndd
+
+
+def run(jobs: Sequence[Job], others: Sequence[Job], device: torch.device) -> list[Any]:
+    """The results of `jobs`, then of `others`, each in order.
+
+    Args:
+        jobs: calls of DALI or of compiled code: side by side on a CPU, on the current stream of a
+            GPU.
+        others: calls of PyTorch, which has threads of its own: here, meanwhile.
+        device: of the images.
+    """
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device)
+        with dali().EvalContext(device_id=device.index, cuda_stream=stream):
+            return [job() for job in (*jobs, *others)]
+    if jobs:
+        dali()  # imported here: what is missing is an error of this thread
+    started = [_pool(torch.get_num_threads()).submit(job) for job in jobs]
+    made = [job() for job in others]
+    return [one.result() for one in started] + made
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "roma-views", initializer=_enter)
+
+
+def _enter() -> None:
+    """A context of its own for this thread, for as long as it lives."""
+    dali().EvalContext(num_threads=1).__enter__()
+
+
+# A forked process has none of these threads; it starts its own.
+os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def batch(images: Sequence[Tensor]) -> Any:
+    """A DALI batch of images [H, W, C], without a copy."""
+    return dali().as_batch(list(images), layout="HWC")
+
+
+def images_of(made: Any) -> list[Tensor]:
+    """The images of a DALI batch, without a copy; they keep its memory."""
+    return [from_dlpack(image) for image in made.evaluate().tensors]
+
+
+def per_image(values: ArrayLike, dtype: type) -> Any:
+    """An argument of a DALI operator that has a value for each image."""
+    import numpy as np
+
+    return dali().as_batch(np.asarray(values, dtype=dtype))

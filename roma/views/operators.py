@@ -1,0 +1,394 @@
+"""What each corruption does to images: DALI's operators, noise keyed by seeds, and some PyTorch.
+
+`OPERATORS` maps a name to a function of n images [H, W, 3] uint8 on one device, n parameters
+(already in pixels of their image) and n seeds, which returns n images of the same sizes. Images of
+any sizes run together, and what comes out for one depends on its own pixels, parameter and seed.
+
+DALI lacks three things, and they are made here. Noise that is independent of the batch:
+`roma.views.noise`. An area average, for pixelate. Arithmetic over an image's colours that takes
+more than a few calls: the extras whose docstrings say PyTorch.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from roma.views.dali import batch, dali, images_of, per_image
+from roma.views.noise import add_noise, random_words
+
+Images = list[Tensor]
+"""Of [H, W, 3] uint8, 0..255, contiguous."""
+Kernel = NDArray[np.float32]
+Operator = Callable[[Images, Sequence[Any], Sequence[int]], Images]
+_SEPARABLE = 2.5  # px: from this sigma on, Σ window² is below 0.12
+_LEAST = 1e-3  # px: a sigma whose nearest neighbour weighs exp(-5e5) = 0, and whose square is not 0
+
+
+def generator(seed: int) -> np.random.Generator:
+    """Random numbers of an image, where a few are needed: a function of its seed alone."""
+    return np.random.Generator(np.random.Philox(key=seed))
+
+
+# ------------------------------------------------------------------------------------------- noise
+
+
+def gaussian_noise(images: Images, sigmas: Sequence[float], seeds: Sequence[int]) -> Images:
+    """Adds sigma·n, n standard normal, drawn for each pixel and channel; rounds and clips."""
+    rows = zip(images, sigmas, seeds, strict=True)
+    return [add_noise(image, seed, 255 * sigma, proportional=False) for image, sigma, seed in rows]
+
+
+def speckle(images: Images, sigmas: Sequence[float], seeds: Sequence[int]) -> Images:
+    """Multiplies by 1 + sigma·n, n as in `gaussian_noise`; rounds and clips."""
+    rows = zip(images, sigmas, seeds, strict=True)
+    return [add_noise(image, seed, sigma, proportional=True) for image, sigma, seed in rows]
+
+
+def salt_and_pepper(images: Images, shares: Sequence[float], seeds: Sequence[int]) -> Images:
+    """A share of the pixels, drawn independently, becomes white or black with equal chance."""
+    rows = zip(images, shares, seeds, strict=True)
+    return [_impulses(image, share, seed, image.shape[:2]) for image, share, seed in rows]
+
+
+def impulse_noise(images: Images, shares: Sequence[float], seeds: Sequence[int]) -> Images:
+    """Like `salt_and_pepper`, drawn for each pixel and channel."""
+    rows = zip(images, shares, seeds, strict=True)
+    return [_impulses(image, share, seed, image.shape) for image, share, seed in rows]
+
+
+def _impulses(image: Tensor, share: float, seed: int, places: Sequence[int]) -> Tensor:
+    """A share of the places becomes 255 or 0."""
+    words = random_words(seed, math.prod(places), image.device).view(*places)
+    salt, hit = words < round(share * 2**31), words < round(share * 2**32)
+    salt, hit = (x.view(*places, *[1] * (3 - len(places))) for x in (salt, hit))
+    return image.masked_fill(hit, 0).masked_fill_(salt, 255)
+
+
+def shot_noise(images: Images, parts: Sequence[float], seeds: Sequence[int]) -> Images:
+    """Counts Poisson-distributed photons, 1/part of them where a value is white; PyTorch."""
+    made = []
+    for image, part, seed in zip(images, parts, seeds, strict=True):
+        words = random_words(seed, image.numel(), image.device).view(image.shape)
+        rows = image.to(torch.int64)
+        thresholds = _poisson_thresholds(part).to(image.device)
+        found = torch.searchsorted(thresholds, (rows << 32) + words, right=True) - 255 * rows
+        made.append(found.to(torch.uint8))
+    return made
+
+
+@lru_cache(maxsize=64)
+def _poisson_thresholds(part: float) -> Tensor:
+    """[256·255] int64, ascending: x·2³² + 2³²·P(result ≤ v | value x), for v in 0..254."""
+    most = torch.floor((torch.arange(255, dtype=torch.float64) + 0.5) / (255 * part))
+    mean = torch.arange(256, dtype=torch.float64)[:, None] / (255 * part)
+    # P(count ≤ k) of mean m is Q(k + 1, m), the regularised upper incomplete gamma function.
+    share = torch.special.gammaincc(most.add(1).expand(256, 255), mean.expand(256, 255))
+    rows = torch.arange(256)[:, None] << 32
+    return (rows + (share * 2**32).round().to(torch.int64)).reshape(-1)
+
+
+# -------------------------------------------------------------------------------------------- blur
+
+
+def gaussian_blur(images: Images, sigmas: Sequence[float], seeds: Sequence[int]) -> Images:
+    """Gaussian blur over a window of radius ⌈3·sigma⌉; the border is reflected (dcb|abcd|cba).
+
+    One of DALI's filters in two dimensions, or from a sigma of 2.5 px on two in one dimension with
+    uint8 in between: rounding there moves values by 0.08 levels on average and by 1 at most.
+    (DALI's own gaussian_blur takes six times as long; its filter with fp32 in between, four times.)
+    """
+    windows = [_window(sigma) for sigma in sigmas]
+    apart = [sigma >= _SEPARABLE for sigma in sigmas]
+    first = [w[:, None] if own else np.outer(w, w) for w, own in zip(windows, apart, strict=True)]
+    one = np.ones((1, 1), dtype=np.float32)
+    second = [w[None] if own else one for w, own in zip(windows, apart, strict=True)]
+    made = _filter(batch(images), first)
+    return images_of(_filter(made, second) if any(apart) else made)
+
+
+def motion_blur(
+    images: Images, parameters: Sequence[tuple[float, float]], seeds: Sequence[int]
+) -> Images:
+    """A trail along an angle uniform in ±45°: `trail` as a filter; the border is reflected."""
+    angles = [math.radians(generator(seed).uniform(-45, 45)) for seed in seeds]
+    trails = [trail(*own, angle) for own, angle in zip(parameters, angles, strict=True)]
+    anchors = per_image([anchor for _, anchor in trails], np.int32)
+    return images_of(_filter(batch(images), [kernel for kernel, _ in trails], anchor=anchors))
+
+
+def defocus_blur(
+    images: Images, parameters: Sequence[tuple[float, float]], seeds: Sequence[int]
+) -> Images:
+    """The mean over a disk of a radius, its edge blurred by a sigma; the border is reflected."""
+    return images_of(_filter(batch(images), [disk(*own) for own in parameters]))
+
+
+def zoom_blur(
+    images: Images, parameters: Sequence[tuple[float, float]], seeds: Sequence[int]
+) -> Images:
+    """The mean of an image and of its centre enlarged by 1, 1 + step, … up to a largest zoom."""
+    made = []
+    for image, (zoom, step) in zip(images, parameters, strict=True):
+        size = np.array(image.shape[:2], dtype=np.float32)
+        zooms = 1 + step * np.arange(math.floor((zoom - 1) / step + 1.5))
+        half = (size / 2 / zooms[:, None]).astype(np.float32)
+        enlarged = dali().resize(
+            batch([image] * len(zooms)),
+            size=size.tolist(),
+            roi_start=per_image(size / 2 - half, np.float32),
+            roi_end=per_image(size / 2 + half, np.float32),
+            antialias=False,
+            dtype=dali().float32,
+        )
+        total = image.float()
+        for one in images_of(enlarged):
+            total += one
+        made.append(_round(total / (len(zooms) + 1)))
+    return made
+
+
+def _filter(values: Any, kernels: Sequence[Kernel], **options: Any) -> Any:
+    """Each image with its own kernel, which DALI wants where the image is."""
+    own = dali().as_batch(list(kernels))
+    return dali().filter(
+        values, own.gpu() if values.device.device_type == "gpu" else own, **options
+    )
+
+
+def _window(sigma: float) -> Kernel:
+    """[2·⌈3·sigma⌉ + 1] fp32, of sum 1."""
+    sigma = max(sigma, _LEAST)
+    reach = np.arange(-math.ceil(3 * sigma), math.ceil(3 * sigma) + 1)
+    weight = np.exp(-((reach / sigma) ** 2) / 2)
+    return (weight / weight.sum()).astype(np.float32)
+
+
+def trail(radius: float, sigma: float, angle: float) -> tuple[Kernel, tuple[int, int]]:
+    """The kernel of a motion blur and where its origin lies in it.
+
+    As ImageMagick's (which ImageNet-C uses): 2·radius + 1 taps, one pixel apart on a ray; tap i
+    weighs exp(-i²/(2·sigma²)), i = 0, 1, …, so the trail lies on one side. Each tap is shared
+    bilinearly by four pixels, where ImageMagick rounds.
+
+    Args:
+        radius: half the trail's length, px.
+        sigma: its decay, px; 0 leaves the origin alone.
+        angle: of the ray, radians, from the x axis towards the image's bottom.
+
+    Returns:
+        kernel [h, w] fp32, of sum 1, and (row, column) of its origin.
+    """
+    i = np.arange(math.ceil(2 * radius) + 1)
+    i = i[i <= 5 * sigma + 1]  # what is left out weighs below 4e-6 of the whole
+    weight = np.exp(-((i / max(sigma, _LEAST)) ** 2) / 2)
+    y, x = i * math.sin(angle), i * math.cos(angle)
+    top, left = np.floor(y).astype(int), np.floor(x).astype(int)
+    origin = -top.min(), -left.min()
+    kernel = np.zeros((np.ptp(top) + 2, np.ptp(left) + 2))
+    for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        share = np.abs(1 - down - (y - top)) * np.abs(1 - right - (x - left))
+        np.add.at(kernel, (top + origin[0] + down, left + origin[1] + right), weight * share)
+    return (kernel / kernel.sum()).astype(np.float32), (int(origin[0]), int(origin[1]))
+
+
+def disk(radius: float, sigma: float) -> Kernel:
+    """[n, n] fp32, of sum 1: pixels whose centre lies in a disk, blurred by a Gaussian of sigma.
+
+    As in ImageNet-C the Gaussian has 3 × 3 taps, 5 × 5 from a radius above 8 on.
+    """
+    reach = math.floor(radius) + (1 if radius <= 8 else 2)
+    away = np.arange(-reach, reach + 1)
+    inside = (away[:, None] ** 2 + away**2 <= radius**2).astype(float)
+    blur = np.exp(-((away / max(sigma, _LEAST)) ** 2) / 2) * (
+        abs(away) <= reach - math.floor(radius)
+    )
+    spread = np.stack([np.convolve(row, blur, mode="same") for row in inside])
+    spread = np.stack([np.convolve(row, blur, mode="same") for row in spread.T])
+    return (spread / spread.sum()).astype(np.float32)
+
+
+# -------------------------------------------------------------------------- compression, resolution
+
+
+def jpeg(images: Images, qualities: Sequence[float], seeds: Sequence[int]) -> Images:
+    """Encoded and decoded as JPEG (libjpeg's quality, rounded to an integer; 4:2:0 chroma)."""
+    rounded = per_image(np.rint(qualities), np.int32)
+    return images_of(dali().jpeg_compression_distortion(batch(images), quality=rounded))
+
+
+def shrunk(length: int, factor: float) -> int:
+    """The length of a side after shrinking: rounded, and one pixel at least."""
+    return max(1, round(length * factor))
+
+
+def downscale(images: Images, factors: Sequence[float], seeds: Sequence[int]) -> Images:
+    """Bilinearly down (a triangle filter as wide as an output pixel, as PIL's) and back up."""
+    full = [tuple(image.shape[:2]) for image in images]
+    sizes = [(shrunk(h, own), shrunk(w, own)) for (h, w), own in zip(full, factors, strict=True)]
+    small = dali().resize(batch(images), size=per_image(sizes, np.float32), subpixel_scale=False)
+    return images_of(dali().resize(small, size=per_image(full, np.float32), subpixel_scale=False))
+
+
+def pixelate(images: Images, factors: Sequence[float], seeds: Sequence[int]) -> Images:
+    """Area average down, nearest up. PyTorch: DALI's resize has no box filter."""
+    made = []
+    for image, factor in zip(images, factors, strict=True):
+        height, width = image.shape[:2]
+        rows, columns = shrunk(height, factor), shrunk(width, factor)
+        small = _area_mean(_area_mean(image.float(), rows).transpose(0, 1), columns)
+        up = _nearest(width, columns)[:, None], _nearest(height, rows)
+        made.append(_round(small)[up].transpose(0, 1).contiguous())
+    return made
+
+
+def _area_mean(x: Tensor, cells: int) -> Tensor:
+    """[cells, …]: means over equal parts of the first dimension; a cut pixel counts in part."""
+    # Summed pixel by pixel of a cell, which is one order on every device.
+    places, shares = _overlaps(len(x), cells)
+    weights = shares.to(x.device).view(*shares.shape, *[1] * (x.ndim - 1))
+    mean = x[places[0]] * weights[0]
+    for place, weight in zip(places[1:], weights[1:], strict=True):
+        mean += x[place] * weight
+    return mean
+
+
+@lru_cache(maxsize=256)
+def _overlaps(length: int, cells: int) -> tuple[Tensor, Tensor]:
+    """[n, cells] int64 and fp32: pixels of each cell, at most n, and the share that each covers."""
+    edges = np.arange(cells + 1) * (length / cells)
+    first = np.minimum(np.floor(edges[:-1]), length - 1).astype(np.int64)
+    most = int((np.ceil(edges[1:]) - first).max())
+    pixels = first + np.arange(most)[:, None]
+    covered = np.minimum(edges[1:], pixels + 1) - np.maximum(edges[:-1], pixels)
+    shares = (np.clip(covered, 0, None) * (cells / length)).astype(np.float32)
+    return torch.from_numpy(np.minimum(pixels, length - 1)), torch.from_numpy(shares)
+
+
+def _nearest(length: int, cells: int) -> Tensor:
+    """[length] int64: the cell in which the centre of each pixel lies."""
+    return (2 * torch.arange(length) + 1) * cells // (2 * length)
+
+
+def posterize(images: Images, bits: Sequence[float], seeds: Sequence[int]) -> Images:
+    """Keeps the topmost bits (their number rounded) of each value and clears the others."""
+    masks = [256 - 2 ** (8 - round(own)) for own in bits]
+    return images_of(batch(images) & per_image(masks, np.uint8))
+
+
+# ------------------------------------------------------------------------------- light and weather
+
+
+def brightness(images: Images, shifts: Sequence[float], seeds: Sequence[int]) -> Images:
+    """Adds a shift to the value of HSV, in 0..1, and clips it; hue and saturation stay; PyTorch."""
+    made = []
+    for image, shift in zip(images, shifts, strict=True):
+        x = image.float()
+        value = x.amax(2, keepdim=True)
+        brighter = (value + 255 * shift).clamp(max=255)
+        made.append(_round(torch.where(value > 0, x * (brighter / value.clamp(min=1)), brighter)))
+    return made
+
+
+def contrast(images: Images, factors: Sequence[float], seeds: Sequence[int]) -> Images:
+    """Moves values towards their channel's mean over the image: mean + factor·(x - mean); PyTorch.
+
+    The mean is taken of whole numbers, so its rounding depends on no order.
+    """
+    made = []
+    for image, factor in zip(images, factors, strict=True):
+        pixels = image.shape[0] * image.shape[1]
+        mean = (image.sum((0, 1), dtype=torch.int64).double() / pixels).float()
+        made.append(_round(mean + factor * (image.float() - mean)))
+    return made
+
+
+def saturate(
+    images: Images, parameters: Sequence[tuple[float, float]], seeds: Sequence[int]
+) -> Images:
+    """Multiplies the saturation of HSV, in 0..1, by a factor, adds a shift and clips; PyTorch.
+
+    Gray has the hue of red, as in ImageNet-C.
+    """
+    made = []
+    for image, (factor, shift) in zip(images, parameters, strict=True):
+        x = image.float()
+        value = x.amax(2, keepdim=True)
+        away = (value - x) / value.clamp(min=1)  # the largest of the three is the saturation
+        before = away.amax(2, keepdim=True)
+        after = (before * factor + shift).clamp(0, 1)
+        red = torch.tensor([0.0, 1.0, 1.0], device=x.device)
+        share = torch.where(before > 0, away / before.clamp(min=1e-6), red)
+        made.append(_round(value * (1 - share * after)))
+    return made
+
+
+def fog(images: Images, parameters: Sequence[tuple[float, float]], seeds: Sequence[int]) -> Images:
+    """Adds an amount of `plasma` of a decay; scales so that the largest value stays; PyTorch."""
+    made = []
+    for image, (amount, decay), seed in zip(images, parameters, seeds, strict=True):
+        height, width = image.shape[:2]
+        veil = plasma(max(height, width), decay, generator(seed))[:height, :width]
+        most = image.max().float() / 255
+        foggy = image.float() / 255 + amount * torch.from_numpy(veil).to(image.device)[..., None]
+        made.append(_round(255 * (foggy * (most / (most + amount))).clamp(0, 1)))
+    return made
+
+
+def plasma(size: int, decay: float, rng: np.random.Generator) -> NDArray[np.float32]:
+    """A cloud of 0..1, [n, n] with n the power of two from `size` on, periodic.
+
+    Midpoint displacement on squares and diamonds by turns (Fournier et al., 1982): a new point is
+    the mean of its four neighbours plus a uniform number, whose range a turn divides by decay², as
+    in ImageNet-C.
+    """
+    n = 1 << max(size - 1, 1).bit_length()
+    cloud, step, reach = np.zeros((n, n)), n, 1.0
+    while step > 1:
+        half = step // 2
+
+        def displaced(total: NDArray[np.float64], reach: float = reach) -> NDArray[np.float64]:
+            return total / 4 + rng.uniform(-reach, reach, total.shape)
+
+        corners = cloud[::step, ::step]
+        pairs = corners + np.roll(corners, -1, axis=0)
+        cloud[half::step, half::step] = displaced(pairs + np.roll(pairs, -1, axis=1))
+        middles = cloud[half::step, half::step]
+        beside = middles + np.roll(middles, 1, axis=0), corners + np.roll(corners, -1, axis=1)
+        cloud[::step, half::step] = displaced(beside[0] + beside[1])
+        beside = middles + np.roll(middles, 1, axis=1), corners + np.roll(corners, -1, axis=0)
+        cloud[half::step, ::step] = displaced(beside[0] + beside[1])
+        step, reach = half, reach / decay**2
+    cloud -= cloud.min()
+    return (cloud / cloud.max()).astype(np.float32)
+
+
+def _round(values: Tensor) -> Tensor:
+    """Values of 0..255 as uint8."""
+    return values.clamp(0, 255).round().to(torch.uint8)
+
+
+OPERATORS: Mapping[str, Operator] = {
+    operator.__name__: operator
+    for operator in (
+        *(gaussian_noise, gaussian_blur, jpeg, downscale),
+        *(motion_blur, salt_and_pepper, speckle, posterize, pixelate),
+        *(shot_noise, impulse_noise, defocus_blur, zoom_blur),
+        *(brightness, contrast, saturate, fog),
+    )
+}
+"""Corruption → operator."""
+
+IN_PYTORCH = frozenset(
+    operator.__name__
+    for operator in (
+        *(salt_and_pepper, pixelate, shot_noise, impulse_noise),
+        *(brightness, contrast, saturate, fog),
+    )
+)
+"""Those that run on PyTorch's own threads."""
