@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 from roma.kernels.backends import backends
+from roma.kernels.native import LEVELS, native
 
 # "ci" finds the same things every time; "deep" is for a night: HYPOTHESIS_PROFILE=deep pytest
 # tests.
@@ -70,6 +72,16 @@ def compiled() -> None:
     (found,) = (found for found in backends() if found.name == "native")
     if not found.available:
         pytest.skip(found.reason)
+
+
+@pytest.fixture(scope="module", params=LEVELS)
+def level(request: pytest.FixtureRequest, compiled: None) -> Iterator[str]:
+    """Each instruction set that this CPU has, asked for as a user would."""
+    if LEVELS.index(request.param) > LEVELS.index(native().cpu_level):
+        pytest.skip(f"this CPU has no {request.param}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROMA_CPU_LEVEL", request.param)
+        yield request.param
 
 
 def _one(request: pytest.FixtureRequest) -> str:

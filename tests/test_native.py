@@ -17,21 +17,11 @@ import roma
 from roma.info import info
 from roma.kernels.backends import choose
 from roma.kernels.linear_logprob import native_backend
-from roma.kernels.native import LEVELS, native
+from roma.kernels.native import native
 from roma.testing import compare_head
 from roma.testing.strategies import HeadSpec, head_specs
 
 pytestmark = pytest.mark.usefixtures("compiled")
-
-
-@pytest.fixture(scope="module", params=LEVELS)
-def level(request: pytest.FixtureRequest, compiled: None) -> Iterator[str]:
-    """Each instruction set that this CPU has, asked for as a user would."""
-    if LEVELS.index(request.param) > LEVELS.index(native().cpu_level):
-        pytest.skip(f"this CPU has no {request.param}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ROMA_CPU_LEVEL", request.param)
-        yield request.param
 
 
 @pytest.fixture

@@ -1,16 +1,18 @@
-"""Degraded views: against references without DALI, and what training and evaluation rely on."""
+"""Degraded views: what training and evaluation rely on."""
 
+import hashlib
 import math
 import random
-from dataclasses import replace
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import views_reference as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from views_checks import LIMIT, UNSCALED, flat
 from views_reference import picture, smooth
 
 from roma.views import (
@@ -19,208 +21,48 @@ from roma.views import (
     degrade,
     degrade_batch,
     load_levels,
-    operators,
     sample,
     seed_for,
 )
 
 DEMO_LEVELS = Path(__file__).parent.parent / "configs" / "demo_levels.yaml"
-# No scaling, so that a parameter means the same at every size.
-UNSCALED = {name: replace(c, reference_size=None) for name, c in CORRUPTIONS.items()}
-NOISES = ("gaussian_noise", "speckle", "salt_and_pepper")
+NOISES = ("gaussian_noise", "speckle", "salt_and_pepper", "shot_noise", "impulse_noise")
 
 # One pixel, a line, sides that no block, chroma or shrinking factor divides, and the demo's size.
 SIZES = ((1, 1), (1, 5), (7, 1), (2, 3), (3, 70), (17, 31), (32, 64), (70, 90))
 
-# Values against references. "Rounded once" is half a level, and fp32 sums of weights that add up to
-# 1 err by less than 1e-3 of a level at 255 (255·√n·2⁻²⁴ for n taps).
-ROUNDED_ONCE = 0.5 + 1e-3
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("quality", (1, 15, 60, 99))
-def test_jpeg_is_pillows_bit_for_bit(size: tuple[int, int], quality: int) -> None:
-    """Odd sizes too, where chroma blocks stick out."""
-    image = picture(*size)
-    found = degrade(image, "jpeg", parameter=float(quality), seed=0)
-    np.testing.assert_array_equal(found, reference.jpeg(image, quality))
-
-
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_posterize_is_pillows_bit_for_bit(bits: int) -> None:
-    """Over all 256 values."""
-    image = np.arange(256 * 3, dtype=np.uint16).reshape(16, 16, 3).astype(np.uint8)
-    found = degrade(image, "posterize", parameter=float(bits), seed=0)
-    np.testing.assert_array_equal(found, reference.posterize(image, bits))
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_filters_equal_their_definitions(size: tuple[int, int]) -> None:
-    """The whole image, border included."""
-    image = picture(*size)
-
-    def error(name: str, parameter: float | tuple[float, float], expected: np.ndarray) -> float:
-        found = degrade(image, name, parameter=parameter, seed=5, corruptions=UNSCALED)
-        return float(np.abs(found - expected).max())
-
-    degrees = operators.generator(5).uniform(-45, 45)
-    for sigma in (0.3, 1.0, 2.4, 3.7):
-        expected = reference.gaussian_blur(image, sigma)
-        roundings = 1 if sigma < operators._SEPARABLE else 2
-        assert error("gaussian_blur", sigma, expected) <= roundings * ROUNDED_ONCE
-        expected = reference.motion_blur(image, 2.5 * sigma, sigma, degrees)
-        assert error("motion_blur", (2.5 * sigma, sigma), expected) <= ROUNDED_ONCE
-    for factor in (0.01, 0.15, 0.33, 0.8):
-        assert error("pixelate", factor, reference.pixelate(image, factor)) <= ROUNDED_ONCE
-        # the small image is rounded too, and the way up averages it
-        assert error("downscale", factor, reference.downscale(image, factor)) <= 2 * ROUNDED_ONCE
-
-
-@pytest.mark.parametrize("sigma", (2.5, 4.0, 9.0))
-def test_two_roundings_of_a_wide_blur_move_little(sigma: float) -> None:
-    """Values between passes are off by 0.29 (rms) each, and the second pass averages them: 0.8·0.29
-    ·√Σw² levels are moved in the mean, which is 0.08 at sigma 2.5 and less above."""
-    image = smooth(96, 128)
-    found = degrade(image, "gaussian_blur", parameter=sigma, seed=0, corruptions=UNSCALED)
-    away = np.abs(found - np.rint(reference.gaussian_blur(image, sigma)))
-    assert away.max() <= 1 and away.mean() <= 0.1
-
-
-@pytest.mark.parametrize("factor", (0.5, 0.25))
-def test_downscale_is_pillows_inside(factor: float) -> None:
-    """Where the filter reaches over the border, DALI repeats the edge and Pillow renormalises."""
-    image, rim = picture(64, 96), math.ceil(2 / factor)
-    found = degrade(image, "downscale", parameter=factor, seed=0).astype(float)
-    gap = np.abs(found - reference.downscale_pillow(image, factor))[rim:-rim, rim:-rim]
-    assert gap.max() <= 3  # Pillow rounds after each of its four passes, DALI after two
-
-
-def test_bounds_of_the_filters_bite() -> None:
-    """A pixel's shift, a tenth of a pixel of sigma and a cell more are all seen."""
-    image = picture(32, 64)
-
-    def error(name: str, parameter: float, expected: np.ndarray) -> float:
-        found = degrade(image, name, parameter=parameter, seed=5, corruptions=UNSCALED)
-        return float(np.abs(found - expected).max())
-
-    blurred = reference.gaussian_blur(image, 1.0)
-    assert error("gaussian_blur", 1.1, blurred) > 5
-    assert error("gaussian_blur", 1.0, np.roll(blurred, 1, axis=1)) > 5
-    assert error("downscale", 0.5, reference.downscale(image, 0.53)) > 5
-    assert error("pixelate", 0.5, reference.pixelate(image, 0.53)) > 5
-
-
-def test_scaling_by_the_shorter_side() -> None:
-    """A blur of 224 pixels' sigma 2 is one of sigma 0.5 at 56 by 80, unless the table says no."""
-    image = picture(56, 80)
-    scaled = degrade(image, "gaussian_blur", parameter=2.0, seed=0)
-    np.testing.assert_array_equal(
-        scaled, degrade(image, "gaussian_blur", parameter=0.5, seed=0, corruptions=UNSCALED)
-    )
-    moved = degrade(image, "motion_blur", parameter=(12.0, 8.0), seed=0)
-    np.testing.assert_array_equal(
-        moved, degrade(image, "motion_blur", parameter=(3.0, 2.0), seed=0, corruptions=UNSCALED)
-    )
-
-
-# Noise, by distribution. Seeds are fixed, so a bound of 5 standard errors either holds or does not;
-# for a right generator the chance that a new seed breaks one is 6e-7 a statistic.
-LIMIT = 5.0
-
-
-def test_gaussian_noise_has_its_distribution() -> None:
-    """Mid gray, so that nothing clips (5 sigma = 127); rounding adds a variance of 1/12."""
-    gray = np.full((128, 128, 3), 128, np.uint8)
-    noise = degrade(gray, "gaussian_noise", parameter=0.1, seed=1).astype(float) - 128
-    variance = 25.5**2 + 1 / 12
-    assert reference.misfit(noise, variance) < LIMIT
-    # n = 49152: the variance is known to 0.6 %, so planted errors are far out
-    assert reference.misfit(1.1 * noise, variance) > LIMIT
-    assert reference.misfit(np.repeat(noise[:, ::2], 2, axis=1), variance) > LIMIT
-    assert reference.misfit(np.repeat(noise[..., :1], 3, axis=2), variance) > LIMIT
-    flat = np.random.default_rng(0).uniform(-1, 1, gray.shape) * math.sqrt(3 * variance)
-    assert reference.misfit(flat, variance) > LIMIT
-
-
-def test_speckle_has_its_distribution() -> None:
-    """Its noise is proportional to the pixel: black stays black."""
-    for value in (0, 40, 120):
-        plain = np.full((128, 128, 3), value, np.uint8)
-        noise = degrade(plain, "speckle", parameter=0.2, seed=2).astype(float) - value
-        if value:
-            assert reference.misfit(noise, (0.2 * value) ** 2 + 1 / 12) < LIMIT
-        else:
-            assert not noise.any()
-
-
-@pytest.mark.parametrize("name", ("gaussian_noise", "speckle"))
-def test_noise_clips(name: str) -> None:
-    """Half of the draws on white stay white; none wraps around to black."""
-    white = np.full((128, 128, 3), 255, np.uint8)
-    found = degrade(white, name, parameter=0.1, seed=3)
-    n = found.size
-    # a draw above -0.5 rounds to 255: chance 0.5 + 0.5/(25.5·√(2π))
-    chance = 0.5 + 0.5 / (25.5 * math.sqrt(2 * math.pi))
-    bound = LIMIT * math.sqrt(n * chance * (1 - chance))
-    assert abs((found == 255).sum() - n * chance) < bound
-    assert found.min() > 255 - 6 * 25.5
-
-
-@pytest.mark.parametrize("share", (0.03, 0.3, 1.0))
-def test_salt_and_pepper_hits_its_share(share: float) -> None:
-    """Whole pixels, salt and pepper alike, at independent places."""
-    gray = np.full((128, 192, 3), 100, np.uint8)
-    found = degrade(gray, "salt_and_pepper", parameter=share, seed=4)
-    assert (found == found[..., :1]).all()
-    salt, pepper = found[..., 0] == 255, found[..., 0] == 0
-    assert (salt | pepper | (found[..., 0] == 100)).all()
-    n, p = salt.size, share / 2
-    for hit in (salt, pepper):
-        assert abs(hit.sum() - n * p) < LIMIT * math.sqrt(n * p * (1 - p))
-        neighbours = (hit[:, 1:] & hit[:, :-1]).sum()
-        # two neighbours are hit with chance p²; overlapping pairs widen the spread by 2p at most
-        assert abs(neighbours - n * p**2) < LIMIT * math.sqrt(n * p**2 * (1 + 2 * p)) + p**2 * 128
-
-
-def test_motion_blur_draws_its_angle_from_the_seed() -> None:
-    """Uniform in ±45°: a dot's trail leads to one side, up or down."""
-    dot = np.zeros((41, 41, 3), np.uint8)
-    dot[20, 20] = 255
-    specs = [ViewSpec("motion_blur", (6.0, 6.0))] * 40
-    rows, columns = np.indices((41, 41))
-    degrees = []
-    for view in degrade_batch([dot] * 40, specs, range(40), corruptions=UNSCALED):
-        weight = view[..., 0].astype(float)
-        degrees.append(
-            math.degrees(
-                math.atan2(
-                    weight.ravel() @ (20 - rows).ravel(), weight.ravel() @ (20 - columns).ravel()
-                )
-            )
-        )
-    # 40 draws miss the outer 15 degrees of a side with chance (5/6)^40 = 7e-4; seeds are fixed
-    assert -46 < min(degrees) < -30 and 30 < max(degrees) < 46
-
-
-# What training and evaluation rely on.
-
 
 @settings(max_examples=25)
-@given(st.sampled_from(SIZES), st.sampled_from(SIZES), st.sampled_from((0.01, 0.7, 2.0, 3.0)))
-def test_views_keep_size_and_type(
-    first: tuple[int, int], second: tuple[int, int], level: float
-) -> None:
+@given(*[st.one_of(st.sampled_from((1, 2, 223, 512)), st.integers(1, 512))] * 2, st.floats(0.01, 5))
+def test_views_keep_size_and_type(height: int, width: int, level: float) -> None:
     """Arrays and tensors of two sizes side by side; the originals stay as they are."""
-    images = [picture(*first), torch.from_numpy(picture(*second, seed=1))]
+    images = [picture(height, width), torch.from_numpy(picture(7, 5, seed=1))]
     kept = [np.asarray(image).copy() for image in images]
-    for corruption in CORRUPTIONS.values():
-        spec = ViewSpec(corruption.name, corruption.parameter(level), level)
-        views = degrade_batch(images, [spec] * 2, [3, 4])
-        assert isinstance(views[0], np.ndarray) and views[0].dtype == np.uint8
-        assert isinstance(views[1], torch.Tensor) and views[1].dtype == torch.uint8
-        assert [tuple(view.shape) for view in views] == [(*first, 3), (*second, 3)]
+    corruption = list(CORRUPTIONS.values())[(3 * height + width) % len(CORRUPTIONS)]
+    spec = ViewSpec(corruption.name, corruption.parameter(level), level)
+    views = degrade_batch(images, [spec] * 2, [3, 4])
+    assert isinstance(views[0], np.ndarray) and views[0].dtype == np.uint8
+    assert isinstance(views[1], torch.Tensor) and views[1].dtype == torch.uint8
+    assert [tuple(view.shape) for view in views] == [(height, width, 3), (7, 5, 3)]
     for image, before in zip(images, kept, strict=True):
         np.testing.assert_array_equal(np.asarray(image), before)
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_memory_of_any_form(name: str) -> None:
+    """Read-only arrays, every other row backwards, a transposed tensor; results stay what they are
+    when DALI's memory is used again."""
+    image = picture(34, 40)
+    spec = ViewSpec(name, CORRUPTIONS[name].parameter(2))
+    plain = degrade_batch([image[::2, ::-1].copy()], [spec], [9])[0]
+    locked = image[::2, ::-1].copy()
+    locked.flags.writeable = False
+    turned = torch.from_numpy(image[::2, ::-1].transpose(1, 0, 2).copy()).transpose(0, 1)
+    views = degrade_batch([image[::2, ::-1], locked, turned], [spec] * 3, [9] * 3)
+    for _ in range(3):
+        degrade_batch([picture(17, 40, seed=i) for i in range(8)], [spec] * 8, range(8))
+    for found in views:
+        np.testing.assert_array_equal(np.asarray(found), plain)
 
 
 @settings(max_examples=15)
@@ -243,6 +85,69 @@ def test_a_view_depends_on_its_own_spec_and_seed_alone(order: random.Random, see
     )
     for i, view in zip(chosen, batch, strict=True):
         np.testing.assert_array_equal(view, alone[i])
+
+
+def mixed_bag() -> tuple[list[np.ndarray], list[ViewSpec], list[int]]:
+    """Sixteen images of three sizes, all the corruptions but one."""
+    sizes = ((32, 64), (17, 31), (70, 90))
+    names = list(CORRUPTIONS)[:16]
+    images = [picture(*sizes[i % 3], seed=i) for i in range(16)]
+    specs = [ViewSpec(name, CORRUPTIONS[name].parameter(1.5)) for name in names]
+    return images, specs, [seed_for(0, i) for i in range(16)]
+
+
+def digests(views: list[np.ndarray]) -> list[str]:
+    return [hashlib.sha256(view.tobytes()).hexdigest() for view in views]
+
+
+@pytest.mark.parametrize("size", (1, 4, 16))
+@pytest.mark.parametrize("threads", (1, 2, 3))
+def test_the_same_bytes_for_any_batch_size_and_threads(
+    size: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bag = mixed_bag()
+    whole = digests(degrade_batch(*bag))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    order = np.random.default_rng(size).permutation(16).tolist()
+    images, specs, seeds = ([own[i] for i in order] for own in bag)
+    found = []
+    for start in range(0, 16, size):
+        part = slice(start, start + size)
+        found += degrade_batch(images[part], specs[part], seeds[part])
+    assert digests(found) == [whole[i] for i in order]
+
+
+IN_ANOTHER_PROCESS = """
+import multiprocessing, sys
+sys.path.insert(0, {folder!r})
+from test_views import degrade_batch, digests, mixed_bag
+
+def child(queue):
+    queue.put(digests(degrade_batch(*mixed_bag())))
+
+if __name__ == "__main__":
+    if {method!r} == "fork":
+        degrade_batch(*mixed_bag())  # DALI's threads are there, and not in what is forked
+    context = multiprocessing.get_context({method!r})
+    queue = context.Queue()
+    workers = [context.Process(target=child, args=(queue,), daemon=True) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    print(*(" ".join(queue.get(timeout=100)) for _ in workers), sep="\\n")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ("spawn", "fork"))
+def test_the_same_bytes_in_worker_processes(method: str, tmp_path: Path) -> None:
+    """A data loader's workers, also those forked after their parent used DALI."""
+    script = tmp_path / "workers.py"
+    script.write_text(IN_ANOTHER_PROCESS.format(folder=str(Path(__file__).parent), method=method))
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=150
+    )
+    whole = " ".join(digests(degrade_batch(*mixed_bag())))
+    assert done.stdout.splitlines() == [whole] * 2, done.stderr
 
 
 def test_hardly_any_blur_changes_nothing() -> None:
@@ -268,7 +173,7 @@ def test_long_lists_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", NOISES)
 def test_another_seed_is_other_noise(name: str) -> None:
     """Neighbouring seeds too: the noise of two is uncorrelated."""
-    gray = np.full((64, 64, 3), 128, np.uint8)
+    gray = flat(128, 64, 64)
     pair = degrade_batch([gray, gray], [ViewSpec(name, 0.1)] * 2, [10, 11])
     first, second = (view.astype(float).ravel() - view.mean() for view in pair)
     correlation = first @ second / math.sqrt((first @ first) * (second @ second))
@@ -364,6 +269,9 @@ def test_seeds_are_stable_and_distinct() -> None:
     assert len(set(seeds)) == len(keys) and all(0 <= seed < 2**63 for seed in seeds)
 
 
+POOLS = {"seen": 4, "unseen": 5, "extra": 8}
+
+
 def test_no_global_generator_is_touched() -> None:
     """Neither read nor advanced: the same views whatever the global seeds are."""
     made = []
@@ -372,9 +280,23 @@ def test_no_global_generator_is_touched() -> None:
         np.random.seed(start)
         torch.manual_seed(start)
         before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        specs = sample("unseen", 5, (0, 1, "x")) + sample("seen", 4, (0, 1, "x"))
-        made.append(degrade_batch([picture(16, 16)] * 9, specs, [seed_for(0, i) for i in range(9)]))
+        specs = [s for pool, k in POOLS.items() for s in sample(pool, k, (0, 1, "x"))]
+        seeds = [seed_for(0, i) for i in range(len(specs))]
+        made.append(degrade_batch([picture(16, 16)] * len(specs), specs, seeds))
         after = random.getstate(), np.random.get_state(), torch.get_rng_state()
         assert before[0] == after[0] and torch.equal(before[2], after[2])
         assert all(np.array_equal(a, b) for a, b in zip(before[1], after[1], strict=True))
     np.testing.assert_array_equal(made[0], made[1])
+
+
+def test_scaling_by_the_shorter_side() -> None:
+    """A blur of 224 pixels' sigma 2 is one of sigma 0.5 at 56 by 80, unless the table says no."""
+    image = picture(56, 80)
+    scaled = degrade(image, "gaussian_blur", parameter=2.0, seed=0)
+    np.testing.assert_array_equal(
+        scaled, degrade(image, "gaussian_blur", parameter=0.5, seed=0, corruptions=UNSCALED)
+    )
+    moved = degrade(image, "motion_blur", parameter=(12.0, 8.0), seed=0)
+    np.testing.assert_array_equal(
+        moved, degrade(image, "motion_blur", parameter=(3.0, 2.0), seed=0, corruptions=UNSCALED)
+    )

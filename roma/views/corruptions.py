@@ -181,7 +181,7 @@ def _table() -> dict[str, Corruption]:
         ),
         Corruption(
             name="zoom_blur", pool="extra",
-            levels=((1.1, 0.01), (1.15, 0.01), (1.2, 0.02), (1.24, 0.02), (1.3, 0.03)),
+            levels=((1.11, 0.01), (1.15, 0.01), (1.2, 0.02), (1.24, 0.02), (1.3, 0.03)),
             unit="(largest zoom, step)", identity=(1.0, 0.01), limit=(inf, 1.0),
         ),
         Corruption(

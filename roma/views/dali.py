@@ -5,6 +5,7 @@ thread of this module's own, with a DALI context of one thread: some of DALI's o
 through a batch on one thread, and several jobs at once keep all of them busy.
 """
 
+import ctypes
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -61,13 +62,29 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "roma-views", initializer=_enter)
 
 
+_contexts: list[Any] = []
+
+
 def _enter() -> None:
     """A context of its own for this thread, for as long as it lives."""
-    dali().EvalContext(num_threads=1).__enter__()
+    context = dali().EvalContext(num_threads=1)
+    _contexts.append(context)
+    context.__enter__()
 
 
-# A forked process has none of these threads; it starts its own.
-os.register_at_fork(after_in_child=_pool.cache_clear)
+def _forked() -> None:
+    """A forked process starts threads of its own.
+
+    It has contexts of its parent's, whose threads it has not: freeing one would wait for them, and
+    end the process. They stay.
+    """
+    _pool.cache_clear()
+    for context in _contexts:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(context))
+    _contexts.clear()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def batch(images: Sequence[Tensor]) -> Any:

@@ -154,11 +154,14 @@ def zoom_blur(
 
 
 def _filter(values: Any, kernels: Sequence[Kernel], **options: Any) -> Any:
-    """Each image with its own kernel, which DALI wants where the image is."""
-    own = dali().as_batch(list(kernels))
-    return dali().filter(
-        values, own.gpu() if values.device.device_type == "gpu" else own, **options
-    )
+    """Each image with its own kernel."""
+    return dali().filter(values, _beside(values, list(kernels)), **options)
+
+
+def _beside(values: Any, operands: Any) -> Any:
+    """An operand for each image, where the images are."""
+    made = dali().as_batch(operands)
+    return made.gpu() if values.device.device_type == "gpu" else made
 
 
 def _window(sigma: float) -> Kernel:
@@ -278,7 +281,8 @@ def _nearest(length: int, cells: int) -> Tensor:
 def posterize(images: Images, bits: Sequence[float], seeds: Sequence[int]) -> Images:
     """Keeps the topmost bits (their number rounded) of each value and clears the others."""
     masks = [256 - 2 ** (8 - round(own)) for own in bits]
-    return images_of(batch(images) & per_image(masks, np.uint8))
+    values = batch(images)
+    return images_of(values & _beside(values, np.array(masks, dtype=np.uint8)))
 
 
 # ------------------------------------------------------------------------------- light and weather
