@@ -26,6 +26,8 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt \
 		--editable '.[train,views,dev]'
+	@# Its table of ImageNet-C's levels is read by a test; never imported, so it needs nothing else.
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps imagecorruptions-imaug
 	@touch $@
 
 demo: $(STAMP)

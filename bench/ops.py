@@ -307,7 +307,7 @@ def bench_of(variant: Variant, device: str, *, hold: bool = True) -> Bench:
     if variant.op == "views":
         from bench.views import ViewsBench
 
-        return ViewsBench(variant)
+        return ViewsBench(variant, device)
     if variant.op == "update_step":
         from bench.update_step import UpdateStepBench
 

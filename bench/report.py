@@ -14,23 +14,65 @@ BEGIN, END = "<!-- bench:begin, written by python -m bench --report -->", "<!-- 
 
 
 def write(path: Path) -> None:
-    """Plots beside the CSV; the tables into README.md and docs/COST.md, between their marks."""
+    """Plots beside the CSV; the tables that it has the rows for into the documents' marks."""
     rows = read(path)
     for plot in plots(rows, path):
         print(f"written: {plot}")
-    if not set(HEAD) <= {row["op"] for row in rows if row.get("ms_p50")}:
-        print("no tables: they need " + " and ".join(HEAD))
+    ops = {row["op"] for row in rows if row.get("ms_p50")}
+    tables = {}
+    if set(HEAD) <= ops:
+        tables = {"README.md": table, "docs/COST.md": costs}
+    elif ops == {"views"}:
+        tables = {"docs/VIEWS.md": views}
+    if not tables:
+        print(f"no tables: they need {' and '.join(HEAD)}, or views alone")
         return
     if path.resolve().parent != FOLDER:
         print(f"no tables: they link to CSVs in {FOLDER.relative_to(ROOT)}")
         return
-    for name, made in {"README.md": table(rows, path), "docs/COST.md": costs(rows, path)}.items():
-        text = (ROOT / name).read_text()
+    for name, make in tables.items():
+        made, text = make(rows, path), (ROOT / name).read_text()
         between = f"{re.escape(BEGIN)}.*?{re.escape(END)}"
         new = re.sub(between, lambda _, t=made: f"{BEGIN}\n{t}\n{END}", text, flags=re.DOTALL)
         if new != text:
             (ROOT / name).write_text(new)
             print(f"written: the table in {name}")
+
+
+def views(rows: list[Row], path: Path) -> str:
+    """Images per second of each corruption and size, and the loops' times over ours."""
+    timed = [row for row in rows if row.get("ms_p50")]
+    names = dict.fromkeys(row["provider"] for row in timed if row["provider"] != OURS)
+    sizes = dict.fromkeys((row["depth"], row["tokens"]) for row in timed)
+    heads = [f"{side}×{side}: roma | {' | '.join(names)}" for side, _ in sizes]
+    lines = [
+        f"| images/s | {' | '.join(heads)} |",
+        "|---" * (1 + len(sizes) * (1 + len(names))) + "|",
+    ]
+    for what in dict.fromkeys(row["what"] for row in timed):
+        cells = []
+        for side, _ in sizes:
+            here = [r for r in timed if (r["what"], r["depth"]) == (what, side)]
+            cells += [_rate(here, name) for name in (OURS, *names)]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    first = timed[0]
+    called = " and ".join(f"{count} of {side}×{side}" for side, count in sizes)
+    lines += [
+        "",
+        f"{first['machine']}; commit {first['commit']}; {called} a call, level 2; mix: the seen "
+        "corruptions, as many images of each. In brackets the time over ours within rounds, "
+        "“level” where its 95 % interval contains 1. "
+        f"Source: [{path.name}](../bench/results/{path.name}).",
+    ]
+    return "\n".join(lines)
+
+
+def _rate(rows: list[Row], name: str) -> str:
+    row = next((row for row in rows if row["provider"] == name), None)
+    if row is None:
+        return "–"
+    text = f"{float(row['tokens']) / float(row['ms_p50']) * 1e3:.3g}"
+    return text + _beside_ours(row)
 
 
 def costs(rows: list[Row], path: Path) -> str:
@@ -143,12 +185,16 @@ def _cell(rows: list[Row], name: str, wanted: Callable[[Row], bool]) -> str:
     row = next((r for r in rows if r["provider"] == name and wanted(r)), None)
     if row is None:
         return "–"
-    text = f"{float(row['ms_p50']):.3g}"
-    if name == OURS:
-        return text
+    return f"{float(row['ms_p50']):.3g}" + _beside_ours(row)
+
+
+def _beside_ours(row: Row) -> str:
+    """In brackets, the time over ours."""
+    if row["provider"] == OURS:
+        return ""
     if float(row["ratio_low"]) <= 1 <= float(row["ratio_high"]):
-        return f"{text} (level)"
-    return f"{text} ({float(row['ratio']):.2g}×)"
+        return " (level)"
+    return f" ({float(row['ratio']):.2g}×)"
 
 
 def plots(rows: list[Row], path: Path) -> list[Path]:

@@ -12,7 +12,13 @@ from bench.providers import OURS, Unavailable
 from bench.results import Row
 from bench.variants import Variant
 
-BUDGET = {"smoke": (3, 1.0), "quick": (7, 10.0), "full": (9, 15.0), "paper": (9, 6.0)}
+BUDGET = {
+    "smoke": (3, 1.0),
+    "quick": (7, 10.0),
+    "full": (9, 15.0),
+    "paper": (9, 6.0),
+    "views": (15, 15.0),
+}
 """Rounds, and seconds after which a variant gets no more of them, by preset."""
 
 

@@ -8,7 +8,10 @@ import torch
 
 from bench.data import Shape
 
-VIEWS = ("gaussian_noise", "gaussian_blur", "jpeg", "downscale", "mix")
+VIEWS = (
+    *("gaussian_noise", "gaussian_blur", "jpeg", "downscale", "mix"),
+    *("motion_blur", "salt_and_pepper", "speckle", "posterize", "pixelate"),
+)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -90,6 +93,12 @@ def plan(preset: str, device: str) -> list[Variant]:
             Variant("update_step", "both", **size),
             Variant("views", "both", 4, 1, 64, 0, what="mix"),
         ]
+    if preset == "views":
+        return [
+            Variant("views", "both", images, 1, side, 0, what=what)
+            for images, side in ((16, 448), (4, 1024))
+            for what in VIEWS
+        ]
     if device == "cuda":
         return _on_gpu(preset)
     base = {"tokens": 128, "views": 4, "depth": 512, "vocab": 32_768}
@@ -100,7 +109,7 @@ def plan(preset: str, device: str) -> list[Variant]:
         Variant("roma_loss", "both", **base),
         *_around(base),
         Variant("update_step", "both", **base | {"tokens": 256}),
-        *(Variant("views", "both", 16, 1, 448, 0, what=what) for what in VIEWS),
+        Variant("views", "both", 16, 1, 448, 0, what="mix"),
         Variant("views", "both", 4, 1, 1024, 0, what="mix"),
     ]
     if preset == "full":

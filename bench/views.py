@@ -1,9 +1,9 @@
 """Images per second: views at model resolution, DALI against loops over OpenCV and Pillow.
 
 One call degrades every image once. "mix" is what training draws: four corruptions, one image in
-four each, at level 2. A provider is held to ours by how far it moves the pixels: the mean absolute
-change of each corruption must agree within a tenth (Pillow's blur of three boxes: 7.5 % at 64×64;
-all else is within 3 %).
+four each, at level 2. On a GPU ours has its images there, the loops theirs in main memory. A
+provider is held to ours by how far it moves the pixels: the mean absolute change of each corruption
+must agree within a tenth (Pillow's blur of three boxes: 7.5 % at 64×64; all else is within 3 %).
 """
 
 import io
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from bench.gate import Wrong
@@ -30,9 +31,9 @@ class ViewsBench:
     flop = 0.0
     names = (OURS, "opencv", "pillow")
 
-    def __init__(self, variant: Variant) -> None:
+    def __init__(self, variant: Variant, device: str = "cpu") -> None:
         """`variant`: tokens images of depth × depth pixels; `what`, a corruption or "mix"."""
-        self.variant = variant
+        self.variant, self.device = variant, device
         self.errors: dict[str, Any] = {}
         y, x = np.indices((variant.depth, variant.depth))
         waves = [
@@ -57,7 +58,7 @@ class ViewsBench:
         make = {OURS: self._dali, "opencv": self._opencv, "pillow": self._pillow}[name]()
         found = make()  # DALI is imported here, not in the clock's time
         if name != OURS:
-            self._hold(found, self._dali()())
+            self._hold(found, [np.asarray(torch.as_tensor(view).cpu()) for view in self._dali()()])
         return lambda: (make(), None)[1]
 
     def executed(self) -> float:
@@ -89,14 +90,20 @@ class ViewsBench:
         from roma.views import CORRUPTIONS
 
         parameter, reference = self._parameter(corruption), CORRUPTIONS[corruption].reference_size
-        return parameter if reference is None else parameter * self.variant.depth / reference
+        if reference is None:
+            return parameter
+        scaled = np.multiply(parameter, self.variant.depth / reference)
+        return tuple(scaled) if isinstance(parameter, tuple) else float(scaled)
 
     def _dali(self) -> Callable[[], list[Pixels]]:
         from roma.views import ViewSpec, degrade_batch, seed_for
 
         specs = [ViewSpec(name, self._parameter(name)) for name in self.corruptions]
         seeds = [seed_for(0, 0, i, 0) for i in range(len(specs))]
-        return lambda: degrade_batch(self.images, specs, seeds)
+        if self.device == "cpu":
+            return lambda: degrade_batch(self.images, specs, seeds)
+        there = [torch.from_numpy(image).to(self.device) for image in self.images]
+        return lambda: degrade_batch(there, specs, seeds)
 
     def _opencv(self) -> Callable[[], list[Pixels]]:
         import cv2
@@ -110,17 +117,34 @@ class ViewsBench:
             _, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, int(quality)])
             return cv2.imdecode(data, cv2.IMREAD_COLOR)
 
+        def move(image: Pixels, parameter: tuple[float, float]) -> Pixels:
+            radius, sigma = parameter
+            taps = np.arange(round(2 * radius) + 1)
+            kernel = np.zeros((2 * len(taps) + 1,) * 2, np.float32)
+            kernel[len(taps), len(taps) + taps] = np.exp(-(taps**2) / (2 * sigma**2))
+            turn = cv2.getRotationMatrix2D((len(taps), len(taps)), 45 * (2 * _random() - 1), 1)
+            kernel = cv2.warpAffine(kernel, turn, kernel.shape)
+            return cv2.filter2D(image, -1, kernel[::-1, ::-1] / kernel.sum())
+
+        def squares(image: Pixels, factor: float) -> Pixels:
+            size = [max(round(n * factor), 1) for n in image.shape[1::-1]]
+            small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+            return cv2.resize(small, image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+
         return self._loop(
             {
-                "gaussian_noise": _noise,
+                **_IN_NUMPY,
                 "gaussian_blur": lambda image, sigma: cv2.GaussianBlur(image, (0, 0), sigma),
                 "jpeg": encode,
                 "downscale": shrink,
+                "motion_blur": move,
+                "pixelate": squares,
+                "posterize": lambda image, bits: image & np.uint8(256 - 2 ** (8 - round(bits))),
             }
         )
 
     def _pillow(self) -> Callable[[], list[Pixels]]:
-        from PIL import Image, ImageFilter
+        from PIL import Image, ImageFilter, ImageOps
 
         def blur(image: Pixels, sigma: float) -> Pixels:
             return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma)))
@@ -136,8 +160,24 @@ class ViewsBench:
             small = full.resize(tuple(size), Image.Resampling.BILINEAR)
             return np.asarray(small.resize(full.size, Image.Resampling.BILINEAR))
 
+        def squares(image: Pixels, factor: float) -> Pixels:
+            full = Image.fromarray(image)
+            size = [max(round(n * factor), 1) for n in full.size]
+            small = full.resize(tuple(size), Image.Resampling.BOX)
+            return np.asarray(small.resize(full.size, Image.Resampling.NEAREST))
+
+        def fewer(image: Pixels, bits: float) -> Pixels:
+            return np.asarray(ImageOps.posterize(Image.fromarray(image), round(bits)))
+
         return self._loop(
-            {"gaussian_noise": _noise, "gaussian_blur": blur, "jpeg": encode, "downscale": shrink}
+            {
+                **_IN_NUMPY,
+                "gaussian_blur": blur,
+                "jpeg": encode,
+                "downscale": shrink,
+                "pixelate": squares,
+                "posterize": fewer,
+            }
         )
 
     def _loop(
@@ -155,7 +195,31 @@ class ViewsBench:
         return run
 
 
+_generator = np.random.default_rng(0)
+_random = _generator.random
+
+
 def _noise(image: Pixels, sigma: float) -> Pixels:
     """σ in parts of the range 0 to 1."""
-    drawn = np.random.default_rng(0).standard_normal(image.shape, dtype=np.float32)
+    drawn = _generator.standard_normal(image.shape, dtype=np.float32)
     return np.rint(image + 255 * sigma * drawn).clip(0, 255).astype(np.uint8)
+
+
+def _speckle(image: Pixels, sigma: float) -> Pixels:
+    drawn = _generator.standard_normal(image.shape, dtype=np.float32)
+    return np.rint(image * (1 + sigma * drawn)).clip(0, 255).astype(np.uint8)
+
+
+def _salt_and_pepper(image: Pixels, share: float) -> Pixels:
+    drawn = _random(image.shape[:2], dtype=np.float32)
+    image = image.copy()
+    image[drawn < share] = 0
+    image[drawn < share / 2] = 255
+    return image
+
+
+_IN_NUMPY = {
+    "gaussian_noise": _noise,
+    "speckle": _speckle,
+    "salt_and_pepper": _salt_and_pepper,
+}

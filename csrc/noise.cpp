@@ -97,7 +97,7 @@ ROMA_INLINE void normals(BitVec word0, BitVec word1, Vec& first, Vec& second) {
   const Vec radius = square_root(logarithm(u) * -2.0f);
   // Quarter turns, and what is left of the angle in ±π/4.
   const BitVec quarter = word1 >> 30;
-  const Vec x = to_float(bits<IntVec>(word1 << 2) >> 8) * 9.3626753e-08f;  // π/2·2⁻²⁴
+  const Vec x = to_float(bits<IntVec>(word1 << 2) >> 8) * 9.362676e-08f;  // π/2·2⁻²⁴
   const Vec square = x * x;
   Vec s = square * -0.00019610747f + 0.00833286f;
   s = s * square + -0.16666666f;

@@ -18,6 +18,7 @@ from roma import RomaConfig
 from roma.kernels.linear_logprob import configs
 from roma.testing import candidate, check_backend, compare_head, compare_whole, count_products
 from roma.testing.strategies import DTYPES, HeadSpec, LossSpec
+from roma.views import CORRUPTIONS, operators
 
 pytestmark = pytest.mark.gpu
 
@@ -195,3 +196,16 @@ def test_memory(worst_over: str) -> None:
     partial_sums = 2 * 4 * min(rows, 16_384) * (v // 128 + 1)
     assert extra <= inputs + gradients + workspace + partial_sums + 256 * rows
     assert count.rows("dhidden", v) < rows / 2
+
+
+@pytest.mark.parametrize("name", ["gaussian_noise", "speckle", *sorted(operators.IN_PYTORCH)])
+def test_views_in_pytorch_are_the_cpus(name: str) -> None:
+    """To the bit: the noise by its definition, the others sum in one order."""
+    draw = torch.Generator().manual_seed(0)
+    images = [torch.randint(256, (h, w, 3), generator=draw).byte() for h, w in ((64, 91), (5, 1))]
+    parameters, seeds = [CORRUPTIONS[name].parameter(2)] * 2, [5, 2**64 - 1]
+    degraded = operators.OPERATORS[name]([x.cuda() for x in images], parameters, seeds)
+    for found, want in zip(
+        degraded, operators.OPERATORS[name](images, parameters, seeds), strict=True
+    ):
+        assert torch.equal(found.cpu(), want)

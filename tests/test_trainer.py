@@ -1,6 +1,7 @@
 """The trainer on a handful of questions: every mode runs, and a resumed run is the same run."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import small_model
 import torch
 from PIL import Image
 
+from roma import trainer as trainer_module
 from roma.config import Config, load_config
 from roma.data import load_dataset_rows
-from roma.online_views import OnlineViews, by_corruption
+from roma.loss import view_divergence
+from roma.online_views import OnlineViews, by_corruption, hardest
 from roma.trainer import Trainer, train
-from roma.views import ViewSpec
+from roma.views import ViewSpec, sample
 from roma.warm_start import warm_start
 
 
@@ -60,6 +63,7 @@ def test_every_mode_trains_and_says_what_it_did(mode: str, tmp_path: Path) -> No
     assert {"reward/overall", "response_length/mean", "timing_s/gen", "actor/ppo_kl"} <= set(last)
     assert 0 <= last["val/accuracy"] <= 1
     assert any("roma" in name for name in last) == (mode == "roma")
+    assert (tmp_path / "views.jsonl").is_file() == (mode != "none")
     if mode == "roma":
         shares = [v for name, v in last.items() if name.startswith("actor/roma_worst_view/")]
         assert sum(shares) == pytest.approx(1)
@@ -142,6 +146,99 @@ def test_views_do_not_depend_on_the_batch() -> None:
 
 
 NEEDED = ["data.train_files=data", "worker.actor.model_path=model"]
+
+
+def test_views_are_recorded(tmp_path: Path) -> None:
+    """Every parameter of every view, a line per prompt; a resumed run keeps what it had."""
+    options = ("trainer.total_steps=2", "trainer.save_freq=1")
+    with pytest.raises(Crash):
+        Trainer(config(tmp_path, *options)).fit(crash_after(1))
+    Trainer(config(tmp_path, *options)).fit()
+    lines = [json.loads(line) for line in (tmp_path / "views.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1] * 4 + [2] * 4
+    levels = []
+    for line in lines:
+        specs = sample("seen", 2, (0, line["step"], line["id"]))
+        assert [ViewSpec(**view) for view in line["views"]] == specs
+        levels += [spec.level for spec in specs]
+    last = logged(tmp_path)[-1]
+    assert last["views/level_mean"] == pytest.approx(sum(levels[8:]) / 8)
+    assert last["timing_s/make_views"] > 0 and last["timing_s/views"] >= 0
+
+
+def test_views_are_made_while_the_policy_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each waits for the other to have begun: one after the other neither would."""
+    sampling, degrading = threading.Event(), threading.Event()
+    make, sample_group = OnlineViews.make, trainer_module.generate
+
+    def slow_make(*given: Any) -> Any:
+        degrading.set()
+        assert sampling.wait(60)
+        return make(*given)
+
+    def slow_generate(*given: Any, **named: Any) -> Any:
+        sampling.set()
+        assert degrading.wait(60)
+        return sample_group(*given, **named)
+
+    monkeypatch.setattr(OnlineViews, "make", slow_make)
+    monkeypatch.setattr(trainer_module, "generate", slow_generate)
+    train(config(tmp_path, "trainer.total_steps=1"))
+
+
+def test_an_error_in_the_views_thread_is_the_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("roma.online_views.degrade_batch", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(config(tmp_path))
+
+
+def test_the_curriculum_grows_with_the_step() -> None:
+    def levels(*options: str) -> list[float]:
+        views = OnlineViews(load_config(None, [*NEEDED, *options]).algorithm, seed=0)
+        return [views.max_level(step) for step in (1, 5, 10, 11, 1000)]
+
+    assert levels() == [2.0] * 5
+    options = ("algorithm.views.ramp_steps=10", "algorithm.views.max_level=3")
+    assert levels(*options) == pytest.approx([0.3, 1.5, 3.0, 3.0, 3.0])
+
+
+def test_the_hardest_by_hand() -> None:
+    """Three candidates, two prompts × two rollouts; the second prompt has none right."""
+    divergence = torch.tensor([[1.0, 9.0, 0.2, 0.4], [2.0, 0.0, 0.5, 0.1], [2.0, 5.0, 0.3, 0.3]])
+    right = torch.tensor([[True, False], [False, False]])
+    # Prompt 0 by its first rollout: 1, 2, 2. Prompt 1 by both: 0.3, 0.3, 0.3.
+    assert hardest(divergence, right, 1) == [[1], [0]]
+    assert hardest(divergence, right, 2) == [[1, 2], [0, 1]]
+    assert hardest(divergence, right, 3) == [[0, 1, 2]] * 2
+
+
+def test_the_hardest_candidates_are_kept(tmp_path: Path) -> None:
+    """Of four, each prompt's two of largest mean divergence; pixels and specs go together."""
+    options = ("algorithm.views.candidates=4", "worker.actor.micro_batch_size=4")
+    trainer = Trainer(config(tmp_path, *options))
+    trainer.step = 1
+    experience = trainer.collect({})
+    drawn = experience.views.result()
+    chosen = trainer._chosen(experience, drawn)
+    assert len(drawn.specs) == 4 and len(chosen.specs) == len(chosen.pixels) == 2
+    with torch.no_grad():
+        whole = trainer.update_step(trainer._batch(experience, drawn, slice(0, 4)))
+    config_of = trainer.update_step.config
+    mask = experience.rollouts.mask
+    divergence = view_divergence(whole.logp, whole.view_logp, mask, config=config_of)
+    kept = hardest(divergence, experience.rewards["accuracy"].view(4, 4) >= 0.5, 2)
+    assert any(places != [0, 1] for places in kept)
+    for p, places in enumerate(kept):
+        patches = experience.prompts.patches(slice(p, p + 1))
+        for view, place in enumerate(places):
+            assert chosen.specs[view][p] == drawn.specs[place][p]
+            assert torch.equal(chosen.pixels[view][patches], drawn.pixels[place][patches])
+    metrics = trainer.train_step()
+    assert metrics["timing_s/choose_views"] > 0 and metrics["actor/grad_norm"] > 0
 
 
 def test_by_corruption_by_hand() -> None:

@@ -150,6 +150,27 @@ def test_the_same_bytes_in_worker_processes(method: str, tmp_path: Path) -> None
     assert done.stdout.splitlines() == [whole] * 2, done.stderr
 
 
+FIRST_OF_A_PROCESS = """
+import numpy as np, torch
+from roma.views import ViewSpec, batch, degrade_batch
+batch._JOB = 1
+torch.set_num_threads(4)
+degrade_batch([np.zeros((8, 8, 3), np.uint8)] * 8, [ViewSpec("jpeg", 20.0)] * 8, range(8))
+"""
+
+
+@pytest.mark.slow
+def test_the_first_images_of_a_process_may_be_jpegs() -> None:
+    """History: DALI's codecs, set up by two threads at once, failed in every other process."""
+    started = [
+        subprocess.Popen([sys.executable, "-c", FIRST_OF_A_PROCESS], stderr=subprocess.PIPE)
+        for _ in range(4)
+    ]
+    for process in started:
+        said = process.communicate(timeout=100)[1]
+        assert process.returncode == 0, said.decode()
+
+
 def test_hardly_any_blur_changes_nothing() -> None:
     """Levels start arbitrarily near 0, where sigma squared is 0 in fp32."""
     image = picture(17, 31)

@@ -7,6 +7,7 @@ through a batch on one thread, and several jobs at once keep all of them busy.
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -20,13 +21,21 @@ from torch.utils.dlpack import from_dlpack
 Job = Callable[[], Any]
 
 
-@lru_cache(maxsize=1)
+_loading = threading.Lock()
+
+
 def dali() -> Any:
     """DALI's eager mode, imported on first use (which takes some seconds).
 
     Raises:
         ImportError: DALI is not installed.
     """
+    with _loading:
+        return _loaded()
+
+
+@lru_cache(maxsize=1)
+def _loaded() -> Any:
     try:
         import nvidia.dali.experimental.dynamic as ndd
     except ModuleNotFoundError as error:
@@ -34,6 +43,11 @@ def dali() -> Any:
             raise
         remedy = "roma.views degrades images with NVIDIA DALI, which is not installed; "
         raise ImportError(remedy + "pip install 'roma[views]'", name=error.name) from error
+    # DALI 2.4 sets up its codecs in the first JPEG of a process. Two threads at once fail there
+    # every other time: "nvimgcodec decode failed".
+    with ndd.EvalContext(num_threads=1):
+        pixel = ndd.as_batch([torch.zeros(1, 1, 3, dtype=torch.uint8)], layout="HWC")
+        ndd.jpeg_compression_distortion(pixel, quality=50, device="cpu").evaluate()
     return ndd
 
 

@@ -94,7 +94,7 @@ def _box_muller(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
     radius = (_logarithm(u) * -2.0).sqrt()
     quarter = word1 >> 30
     rest = (word1 << 2) & _WORD
-    x = ((rest - (rest >> 31 << 32)) >> 8).float() * 9.3626753e-08
+    x = ((rest - (rest >> 31 << 32)) >> 8).float() * 9.362676e-08
     square = x * x
     s = square * -0.00019610747 + 0.00833286
     s = s * square + -0.16666666

@@ -244,20 +244,20 @@ def pixelate(images: Images, factors: Sequence[float], seeds: Sequence[int]) -> 
     for image, factor in zip(images, factors, strict=True):
         height, width = image.shape[:2]
         rows, columns = shrunk(height, factor), shrunk(width, factor)
-        small = _area_mean(_area_mean(image.float(), rows).transpose(0, 1), columns)
-        up = _nearest(width, columns)[:, None], _nearest(height, rows)
-        made.append(_round(small)[up].transpose(0, 1).contiguous())
+        small = _round(_area_mean(_area_mean(image.float(), 0, rows), 1, columns))
+        wide = small.index_select(1, _nearest(width, columns).to(image.device))
+        made.append(wide.index_select(0, _nearest(height, rows).to(image.device)))
     return made
 
 
-def _area_mean(x: Tensor, cells: int) -> Tensor:
-    """[cells, …]: means over equal parts of the first dimension; a cut pixel counts in part."""
+def _area_mean(x: Tensor, side: int, cells: int) -> Tensor:
+    """Means over equal parts of one side of [H, W, 3]; a pixel that is cut counts in part."""
     # Summed pixel by pixel of a cell, which is one order on every device.
-    places, shares = _overlaps(len(x), cells)
-    weights = shares.to(x.device).view(*shares.shape, *[1] * (x.ndim - 1))
-    mean = x[places[0]] * weights[0]
+    places, shares = (own.to(x.device) for own in _overlaps(x.shape[side], cells))
+    weights = shares.view(len(shares), *((cells, 1, 1) if side == 0 else (1, cells, 1)))
+    mean = x.index_select(side, places[0]) * weights[0]
     for place, weight in zip(places[1:], weights[1:], strict=True):
-        mean += x[place] * weight
+        mean += x.index_select(side, place) * weight
     return mean
 
 
