@@ -42,7 +42,7 @@ def write(path: Path) -> None:
 def views(rows: list[Row], path: Path) -> str:
     """Images per second of each corruption and size, and the loops' times over ours."""
     timed = [row for row in rows if row.get("ms_p50")]
-    names = dict.fromkeys(row["provider"] for row in timed if row["provider"] != OURS)
+    names = sorted({row["provider"] for row in timed} - {OURS})
     sizes = dict.fromkeys((row["depth"], row["tokens"]) for row in timed)
     heads = [f"{side}×{side}: roma | {' | '.join(names)}" for side, _ in sizes]
     lines = [
@@ -71,8 +71,8 @@ def _rate(rows: list[Row], name: str) -> str:
     row = next((row for row in rows if row["provider"] == name), None)
     if row is None:
         return "–"
-    text = f"{float(row['tokens']) / float(row['ms_p50']) * 1e3:.3g}"
-    return text + _beside_ours(row)
+    rate = float(row["tokens"]) / float(row["ms_p50"]) * 1e3
+    return (f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}") + _beside_ours(row)
 
 
 def costs(rows: list[Row], path: Path) -> str:

@@ -175,6 +175,20 @@ def test_absent_packages_are_listed(
     assert "cv2" in capsys.readouterr().out
 
 
+def test_views_are_reported_in_images_per_second() -> None:
+    common = {"op": "views", "machine": "a CPU", "commit": "abc", "depth": "448", "tokens": "16"}
+    beside = {"ratio": "2", "ratio_low": "1.5", "ratio_high": "3"}
+    rows = [
+        {**common, "what": "mix", "provider": "roma", "ms_p50": "20"},
+        {**common, **beside, "what": "mix", "provider": "opencv", "ms_p50": "40"},
+        {**common, **beside, "what": "jpeg", "provider": "roma", "ms_p50": "1000"},
+        {**common, "what": "jpeg", "provider": "opencv", "reason": "not here"},
+    ]
+    lines = report.views(rows, Path("cpu-views.csv")).splitlines()
+    assert lines[0] == "| images/s | 448×448: roma | opencv |"
+    assert lines[2:4] == ["| mix | 800 | 400 (2×) |", "| jpeg | 16 | – |"]
+
+
 def test_an_interval_with_one_in_it_is_level() -> None:
     ours = Times((10.0, 11.0, 10.0, 12.0, 10.0))
     same, twice = Times((11.0, 10.0, 10.0, 11.0, 12.0)), Times(tuple(2 * x for x in ours.ms))

@@ -108,6 +108,7 @@ SLIPS = {
     "algorithm.roma.lambda_inv=-1": "algorithm.roma.lambda_inv: expected a finite number ≥ 0",
     "algorithm.roma.temperature=2": "expected worker.rollout.temperature = 1, got 2; leave it out",
     "worker.actor.mini_batch_size=100": "expected a divisor of data.rollout_batch_size = 512, got 100",
+    "algorithm.views.candidates=1": "expected at least algorithm.views.k = 2, got 1; draw",
     "trainer.val_freq=5": "trainer.val_freq: expected 0 without data.val_files, got 5",
     "total_steps": "override 'total_steps': expected SECTION.KEY=VALUE",
     "data.limit={": "override 'data.limit={': expected YAML",
