@@ -1,5 +1,5 @@
 // A vector of kLanes floats in the compiler's own extension: one source for every instruction set.
-// Included by level.cpp alone, which is compiled once for each.
+// Included by level.cpp and noise.cpp, which are compiled once for each.
 #pragma once
 
 #include <cstdint>

@@ -181,7 +181,7 @@ class _Demo:
 
     def _train_and_evaluate(self) -> dict[str, dict[int, Any]]:
         """Jobs on as many processes as cores, one thread each; returns arm → seed → answers."""
-        context = multiprocessing.get_context("spawn")  # DALI does not survive a fork
+        context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
         steps = self._config("grpo", self.seeds[0]).trainer.total_steps
         with (
             context.Manager() as manager,

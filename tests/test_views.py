@@ -5,6 +5,7 @@ import math
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from roma.views import (
     degrade,
     degrade_batch,
     load_levels,
+    operators,
     sample,
     seed_for,
 )
@@ -59,6 +61,10 @@ def test_memory_of_any_form(name: str) -> None:
     locked.flags.writeable = False
     turned = torch.from_numpy(image[::2, ::-1].transpose(1, 0, 2).copy()).transpose(0, 1)
     views = degrade_batch([image[::2, ::-1], locked, turned], [spec] * 3, [9] * 3)
+    row, column = image[:1], image[:, :1]  # a side of one pixel, and its stride is negative
+    thin = degrade_batch([row[::-1], column[:, ::-1]], [spec] * 2, [9] * 2)
+    for found, one in zip(thin, (row, column), strict=True):
+        np.testing.assert_array_equal(found, degrade_batch([one.copy()], [spec], [9])[0])
     for _ in range(3):
         degrade_batch([picture(17, 40, seed=i) for i in range(8)], [spec] * 8, range(8))
     for found in views:
@@ -88,46 +94,59 @@ def test_a_view_depends_on_its_own_spec_and_seed_alone(order: random.Random, see
 
 
 def mixed_bag() -> tuple[list[np.ndarray], list[ViewSpec], list[int]]:
-    """Sixteen images of three sizes, all the corruptions but one."""
-    sizes = ((32, 64), (17, 31), (70, 90))
-    names = list(CORRUPTIONS)[:16]
-    images = [picture(*sizes[i % 3], seed=i) for i in range(16)]
-    specs = [ViewSpec(name, CORRUPTIONS[name].parameter(1.5)) for name in names]
-    return images, specs, [seed_for(0, i) for i in range(16)]
+    """An image per corruption, of three sizes; large enough for PyTorch to use its threads."""
+    sizes = ((120, 104), (17, 31), (204, 300))
+    images = [picture(*sizes[i % 3], seed=i) for i in range(len(CORRUPTIONS))]
+    specs = [ViewSpec(name, c.parameter(1.5)) for name, c in CORRUPTIONS.items()]
+    large = [i for i, name in enumerate(CORRUPTIONS) if name in operators.IN_PYTORCH]
+    for i in large:
+        images[i] = picture(204, 300, seed=i)
+    return images, specs, [seed_for(0, i) for i in range(len(images))]
 
 
 def digests(views: list[np.ndarray]) -> list[str]:
     return [hashlib.sha256(view.tobytes()).hexdigest() for view in views]
 
 
-@pytest.mark.parametrize("size", (1, 4, 16))
+@pytest.mark.parametrize("size", (1, 4, 17))
 @pytest.mark.parametrize("threads", (1, 2, 3))
-def test_the_same_bytes_for_any_batch_size_and_threads(
-    size: int, threads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_bytes_for_any_batch_size_and_threads(size: int, threads: int) -> None:
     bag = mixed_bag()
     whole = digests(degrade_batch(*bag))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    order = np.random.default_rng(size).permutation(16).tolist()
+    order = np.random.default_rng(size).permutation(len(whole)).tolist()
     images, specs, seeds = ([own[i] for i in order] for own in bag)
-    found = []
-    for start in range(0, 16, size):
-        part = slice(start, start + size)
-        found += degrade_batch(images[part], specs[part], seeds[part])
+    before, found = torch.get_num_threads(), []
+    torch.set_num_threads(threads)
+    try:
+        for start in range(0, len(whole), size):
+            part = slice(start, start + size)
+            found += degrade_batch(images[part], specs[part], seeds[part])
+    finally:
+        torch.set_num_threads(before)
     assert digests(found) == [whole[i] for i in order]
+
+
+def test_callers_on_several_threads_do_not_touch_each_other() -> None:
+    bag = mixed_bag()
+    whole = digests(degrade_batch(*bag))
+    with ThreadPoolExecutor(3) as pool:
+        made = list(pool.map(lambda _: digests(degrade_batch(*bag)), range(6)))
+    assert made == [whole] * 6
 
 
 IN_ANOTHER_PROCESS = """
 import multiprocessing, sys
 sys.path.insert(0, {folder!r})
+import torch
 from test_views import degrade_batch, digests, mixed_bag
 
 def child(queue):
     queue.put(digests(degrade_batch(*mixed_bag())))
 
 if __name__ == "__main__":
+    torch.set_num_threads(2)
     if {method!r} == "fork":
-        degrade_batch(*mixed_bag())  # DALI's threads are there, and not in what is forked
+        degrade_batch(*mixed_bag())  # DALI's threads and torch's, which are not in what is forked
     context = multiprocessing.get_context({method!r})
     queue = context.Queue()
     workers = [context.Process(target=child, args=(queue,), daemon=True) for _ in range(2)]

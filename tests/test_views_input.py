@@ -3,15 +3,25 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from views_reference import smooth
+from views_reference import picture, smooth
 
-from roma.views import CORRUPTIONS, ViewSpec, dali, degrade, degrade_batch, load_levels, sample
+from roma.views import (
+    CORRUPTIONS,
+    ViewSpec,
+    dali,
+    degrade,
+    degrade_batch,
+    load_levels,
+    operators,
+    sample,
+)
 from roma.views.gallery import draw_gallery, write_gallery
 
 DEMO_LEVELS = Path(__file__).parent.parent / "configs" / "demo_levels.yaml"
@@ -155,6 +165,38 @@ def test_missing_dali_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r"pip install 'roma\[views\]'"):
         degrade(GOOD, "jpeg", level=1, seed=0)
+
+
+def test_a_failure_inside_names_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever DALI says; and the next call works."""
+
+    def broken(*_: object) -> list:
+        raise RuntimeError("no codec")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(operators.OPERATORS, "jpeg", broken)  # type: ignore[arg-type]
+        with pytest.raises(RuntimeError, match=r"^jpeg of images\[0\], images\[2\]: no codec"):
+            specs = [ViewSpec("jpeg", 20.0), ViewSpec("posterize", 3.0), ViewSpec("jpeg", 20.0)]
+            degrade_batch([GOOD] * 3, specs, range(3))
+    assert degrade(GOOD, "jpeg", level=1, seed=0).shape == GOOD.shape
+
+
+def test_a_table_names_what_roma_has() -> None:
+    own = replace(CORRUPTIONS["jpeg"], name="mine")
+    with pytest.raises(ValueError, match=r"^specs\[0\]\.corruption: expected one that roma has"):
+        degrade(GOOD, "mine", level=1, seed=0, corruptions={"mine": own})
+    with pytest.raises(ValueError, match=r"corruption: expected one of .* got \['jpeg'\]"):
+        degrade(GOOD, ["jpeg"], level=1, seed=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_the_strongest_parameter_still_gives_an_image(name: str) -> None:
+    image = picture(9, 14)
+    view = degrade(image, name, parameter=CORRUPTIONS[name].limit, seed=0)
+    assert view.shape == image.shape and view.dtype == np.uint8
+    faint = tuple(x + 1e-300 for x in np.atleast_1d(CORRUPTIONS[name].identity).tolist())
+    faint_parameter = faint if len(faint) > 1 else faint[0]
+    np.testing.assert_array_equal(degrade(image, name, parameter=faint_parameter, seed=0), image)
 
 
 # The gallery.

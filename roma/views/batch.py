@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from roma.kernels.checks import fail
 from roma.views.corruptions import CORRUPTIONS, Corruption, Parameter, find
 from roma.views.dali import run
-from roma.views.operators import IN_PYTORCH, OPERATORS
+from roma.views.operators import OPERATORS, runs_in_pytorch
 from roma.views.sample import ViewSpec
 
 Image = TypeVar("Image", NDArray[np.uint8], torch.Tensor)
@@ -75,8 +75,8 @@ def degrade_batch(
     The result for an image depends on the image, its spec and its seed alone: not on the others,
     their order or number, nor on threads or processes. Images that share a corruption run together,
     and on a CPU torch.get_num_threads() such groups side by side: lists are much faster than single
-    images. Noise has the same bytes on every CPU and GPU; a GPU's JPEG is another program than a
-    CPU's, and its filters sum in another order.
+    images. Gaussian noise and speckle have the same bytes on every CPU and GPU; a GPU's JPEG is
+    another program than a CPU's, and its filters sum in another order.
 
     Args:
         images: n images [H, W, 3] uint8, as in `degrade`, of any sizes.
@@ -85,7 +85,9 @@ def degrade_batch(
         corruptions: the table of levels that the specs were made with.
 
     Returns:
-        n new images, each where its original was; none shares memory with it.
+        n new images, each where its original was; none shares memory with it. Views may lie side by
+        side in one block of memory, at most 1.3 MB or one image, which lives as long as any of
+        them.
 
     Raises:
         ValueError: lists of different lengths, or as in `degrade`, with the image's index; or a
@@ -121,17 +123,19 @@ def degrade_batch(
             if where == device
             for part in _parts(members, pixels)
         ]
-        parts.sort(key=lambda part: part[0] in IN_PYTORCH)
+        parts.sort(key=lambda part: runs_in_pytorch(part[0]))
         jobs = [
             partial(
-                OPERATORS[name],
+                _degrade,
+                name,
+                part,
                 [pixels[i] for i in part],
                 [parameters[i] for i in part],
                 [keys[i] for i in part],
             )
             for name, part in parts
         ]
-        first = sum(name not in IN_PYTORCH for name, _ in parts)
+        first = sum(not runs_in_pytorch(name) for name, _ in parts)
         made_here = run(jobs[:first], jobs[first:], device)
         for (_, part), views in zip(parts, made_here, strict=True):
             for i, view in zip(part, views, strict=True):
@@ -140,6 +144,15 @@ def degrade_batch(
         view if isinstance(image, torch.Tensor) else view.numpy()
         for image, view in zip(images, made, strict=True)
     ]
+
+
+def _degrade(name: str, places: Sequence[int], *given: Any) -> list[torch.Tensor]:
+    """The views of a job; an error says of which images."""
+    try:
+        return OPERATORS[name](*given)
+    except RuntimeError as error:
+        which = ", ".join(f"images[{i}]" for i in places)
+        raise RuntimeError(f"{name} of {which}: {error}") from error
 
 
 def _parts(members: Sequence[int], pixels: Sequence[torch.Tensor]) -> Iterator[list[int]]:
@@ -182,8 +195,10 @@ def _pixels(image: object, name: str) -> torch.Tensor:
         fail(name, "[H, W, 3], H and W at least 1", str(list(shape)), remedy)
     if isinstance(image, torch.Tensor):
         return image.detach().contiguous()
-    # PyTorch takes no read-only memory, which Pillow's arrays are.
-    return torch.from_numpy(np.require(image, requirements=("C", "W")))
+    # PyTorch takes no read-only memory, which Pillow's arrays are, and no negative stride, which
+    # NumPy calls contiguous along a side of one pixel.
+    good = image.flags.c_contiguous and image.flags.writeable and min(image.strides) > 0
+    return torch.from_numpy(image if good else image.copy(order="C"))
 
 
 def _seed(seed: object, name: str) -> int:
@@ -204,6 +219,8 @@ def _corruption(spec: ViewSpec, corruptions: Mapping[str, Corruption], name: str
         remedy = "make one with sample() or ViewSpec('jpeg', 20.0)"
         fail(name, "a ViewSpec", type(spec).__name__, remedy, error=TypeError)
     corruption = find(spec.corruption, corruptions, argument=f"{name}.corruption")
+    if corruption.name not in OPERATORS:
+        fail(f"{name}.corruption", "one that roma has", repr(corruption.name), "see CORRUPTIONS")
     corruption.check(spec.parameter, name=f"{name}.parameter")
     # A spec of one table run with another would be scaled wrongly, and nobody would notice.
     if spec.level is not None and corruption.parameter(spec.level) != spec.parameter:

@@ -43,7 +43,7 @@ class Corruption:
     identity: Parameter
     """Level 0: the parameter that by definition (JPEG of quality 100 too) leaves an image alone."""
     limit: Parameter
-    """The strongest parameter that means anything; may be infinite."""
+    """The strongest parameter that means anything, or that memory allows."""
     reference_size: int | None = None
     """The parameter is in pixels of an image whose shorter side has this length, and is scaled by
     min(H, W)/reference_size. None: taken as it stands."""
@@ -125,15 +125,14 @@ def _parts(parameter: Parameter) -> tuple[float, ...]:
 
 def _table() -> dict[str, Corruption]:
     """Seen before unseen before extra."""
-    inf = math.inf
     rows = (
         Corruption(
             name="gaussian_noise", pool="seen", levels=(0.08, 0.12, 0.18, 0.26, 0.38),
-            unit="sigma, pixels in 0..1", identity=0.0, limit=inf,
+            unit="sigma, pixels in 0..1", identity=0.0, limit=100.0,
         ),
         Corruption(
             name="gaussian_blur", pool="seen", levels=(1.0, 2.0, 3.0, 4.0, 6.0),
-            unit="sigma in px", identity=0.0, limit=inf, reference_size=224,
+            unit="sigma in px", identity=0.0, limit=1000.0, reference_size=224,
         ),
         Corruption(
             name="jpeg", pool="seen", levels=(25.0, 18.0, 15.0, 10.0, 7.0),
@@ -146,7 +145,7 @@ def _table() -> dict[str, Corruption]:
         Corruption(
             name="motion_blur", pool="unseen",
             levels=((10.0, 3.0), (15.0, 5.0), (15.0, 8.0), (15.0, 12.0), (20.0, 15.0)),
-            unit="(radius, sigma) in px", identity=(0.0, 0.0), limit=(inf, inf),
+            unit="(radius, sigma) in px", identity=(0.0, 0.0), limit=(1000.0, 1000.0),
             reference_size=224,
         ),
         Corruption(
@@ -155,7 +154,7 @@ def _table() -> dict[str, Corruption]:
         ),
         Corruption(
             name="speckle", pool="unseen", levels=(0.15, 0.2, 0.35, 0.45, 0.6),
-            unit="sigma of x + x·n", identity=0.0, limit=inf,
+            unit="sigma of x + x·n", identity=0.0, limit=100.0,
         ),
         Corruption(  # one bit is the least there is
             name="posterize", pool="unseen", levels=(4.0, 3.0, 2.0, 1.0, 1.0),
@@ -167,7 +166,7 @@ def _table() -> dict[str, Corruption]:
         ),
         Corruption(  # of 60, 25, 12, 5 and 3 photons
             name="shot_noise", pool="extra", levels=(1 / 60, 1 / 25, 1 / 12, 1 / 5, 1 / 3),
-            unit="1/photons of white", identity=0.0, limit=inf,
+            unit="1/photons of white", identity=0.0, limit=1000.0,
         ),
         Corruption(
             name="impulse_noise", pool="extra", levels=(0.03, 0.06, 0.09, 0.17, 0.27),
@@ -176,13 +175,13 @@ def _table() -> dict[str, Corruption]:
         Corruption(
             name="defocus_blur", pool="extra",
             levels=((3.0, 0.1), (4.0, 0.5), (6.0, 0.5), (8.0, 0.5), (10.0, 0.5)),
-            unit="(radius, sigma of its edge) in px", identity=(0.0, 0.0), limit=(inf, inf),
+            unit="(radius, sigma of its edge) in px", identity=(0.0, 0.0), limit=(1000.0, 1000.0),
             reference_size=224,
         ),
         Corruption(
             name="zoom_blur", pool="extra",
             levels=((1.11, 0.01), (1.15, 0.01), (1.2, 0.02), (1.24, 0.02), (1.3, 0.03)),
-            unit="(largest zoom, step)", identity=(1.0, 0.01), limit=(inf, 1.0),
+            unit="(largest zoom, step)", identity=(1.0, 0.01), limit=(100.0, 1.0),
         ),
         Corruption(
             name="brightness", pool="extra", levels=(0.1, 0.2, 0.3, 0.4, 0.5),
@@ -195,12 +194,12 @@ def _table() -> dict[str, Corruption]:
         Corruption(  # ImageNet-C's from L3 on; its first two take colour away
             name="saturate", pool="extra",
             levels=((1.3, 0.0), (1.6, 0.0), (2.0, 0.0), (5.0, 0.1), (20.0, 0.2)),
-            unit="(factor, shift) of HSV's saturation", identity=(1.0, 0.0), limit=(inf, 1.0),
+            unit="(factor, shift) of HSV's saturation", identity=(1.0, 0.0), limit=(1e6, 1.0),
         ),
         Corruption(
             name="fog", pool="extra",
             levels=((1.5, 2.0), (2.0, 2.0), (2.5, 1.7), (2.5, 1.5), (3.0, 1.4)),
-            unit="(amount, decay)", identity=(0.0, 2.0), limit=(inf, 1.0),
+            unit="(amount, decay)", identity=(0.0, 2.0), limit=(1e6, 1.0),
         ),
     )  # fmt: skip
     return {row.name: row for row in rows}
@@ -216,7 +215,7 @@ def find(name: str, corruptions: Mapping[str, Corruption], *, argument: str) -> 
     Raises:
         ValueError: there is none; the nearest name is suggested.
     """
-    if name not in corruptions:
+    if not isinstance(name, str) or name not in corruptions:
         nearest = difflib.get_close_matches(str(name), corruptions, n=1, cutoff=0)
         remedy = f"did you mean {nearest[0]!r}?" if nearest else "the table is empty"
         fail(argument, "one of " + ", ".join(corruptions), repr(name), remedy)

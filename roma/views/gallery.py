@@ -47,13 +47,6 @@ def draw_gallery(
     """
     if not corruptions:
         fail("corruptions", "at least one corruption", "none", "leave it out for CORRUPTIONS")
-    specs = [
-        ViewSpec(corruption.name, corruption.parameter(level), float(level))
-        for corruption in corruptions.values()
-        for level in range(len(corruption.levels) + 1)
-    ]
-    seeds = [seed_for(seed, spec.corruption, str(spec.level)) for spec in specs]
-    views = iter(degrade_batch([image] * len(specs), specs, seeds, corruptions=corruptions))
     shown = _middle(image.shape[1], image.shape[0], window)
     width, height = _tile_size(
         *(high - low for low, high in zip(shown[:2], shown[2:], strict=True))
@@ -67,9 +60,15 @@ def draw_gallery(
         top = _GAP + i * row
         title = f"{corruption.name} ({corruption.pool}): {corruption.full_unit}"
         pen.text((_GAP, top), title, fill="black", font=font)
+        specs = [
+            ViewSpec(corruption.name, corruption.parameter(level), float(level))
+            for level in range(len(corruption.levels) + 1)
+        ]
+        seeds = [seed_for(seed, spec.corruption, str(spec.level)) for spec in specs]
+        views = degrade_batch([image] * len(specs), specs, seeds, corruptions=corruptions)
         for level in range(len(corruption.levels) + 1):
             left = _GAP + level * (width + _GAP)
-            tile = Image.fromarray(next(views)).crop(shown)
+            tile = Image.fromarray(views[level]).crop(shown)
             shrink = width < tile.width
             method = Image.Resampling.BOX if shrink else Image.Resampling.NEAREST
             frame = left - 1, top + _LINE - 1, left + width, top + _LINE + height

@@ -49,6 +49,11 @@ def add_noise(image: Tensor, seed: int, scale: float, *, proportional: bool) -> 
     return moved.clamp(0, 255).round().to(torch.uint8).view(image.shape)
 
 
+def compiled() -> bool:
+    """Whether a CPU's noise is compiled code, which runs on the calling thread alone."""
+    return _library() is not None
+
+
 @cache
 def _library() -> ctypes.CDLL | None:
     """The compiled noise, if it was built."""

@@ -6,7 +6,8 @@ any sizes run together, and what comes out for one depends on its own pixels, pa
 
 DALI lacks three things, and they are made here. Noise that is independent of the batch:
 `roma.views.noise`. An area average, for pixelate. Arithmetic over an image's colours that takes
-more than a few calls: the extras whose docstrings say PyTorch.
+more than a few calls: the extras whose docstrings say PyTorch. What PyTorch makes is the same on
+every device: numbers are multiplied by constants, never divided, which a GPU does otherwise.
 """
 
 import math
@@ -16,18 +17,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from roma.views.dali import batch, dali, images_of, per_image
-from roma.views.noise import add_noise, random_words
+from roma.views.noise import add_noise, compiled, random_words
+from roma.views.shapes import Kernel, disk, plasma, trail, window
 
 Images = list[Tensor]
 """Of [H, W, 3] uint8, 0..255, contiguous."""
-Kernel = NDArray[np.float32]
 Operator = Callable[[Images, Sequence[Any], Sequence[int]], Images]
 _SEPARABLE = 2.5  # px: from this sigma on, Σ window² is below 0.12
-_LEAST = 1e-3  # px: a sigma whose nearest neighbour weighs exp(-5e5) = 0, and whose square is not 0
+_AT_ONCE = 4  # fp32 images of a zoom blur in memory
 
 
 def generator(seed: int) -> np.random.Generator:
@@ -76,13 +76,13 @@ def shot_noise(images: Images, parts: Sequence[float], seeds: Sequence[int]) -> 
     for image, part, seed in zip(images, parts, seeds, strict=True):
         words = random_words(seed, image.numel(), image.device).view(image.shape)
         rows = image.to(torch.int64)
-        thresholds = _poisson_thresholds(part).to(image.device)
+        thresholds = _poisson_thresholds(max(part, 1e-12)).to(image.device)
         found = torch.searchsorted(thresholds, (rows << 32) + words, right=True) - 255 * rows
         made.append(found.to(torch.uint8))
     return made
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def _poisson_thresholds(part: float) -> Tensor:
     """[256·255] int64, ascending: x·2³² + 2³²·P(result ≤ v | value x), for v in 0..254."""
     most = torch.floor((torch.arange(255, dtype=torch.float64) + 0.5) / (255 * part))
@@ -103,7 +103,7 @@ def gaussian_blur(images: Images, sigmas: Sequence[float], seeds: Sequence[int])
     uint8 in between: rounding there moves values by 0.08 levels on average and by 1 at most.
     (DALI's own gaussian_blur takes six times as long; its filter with fp32 in between, four times.)
     """
-    windows = [_window(sigma) for sigma in sigmas]
+    windows = [window(sigma) for sigma in sigmas]
     apart = [sigma >= _SEPARABLE for sigma in sigmas]
     first = [w[:, None] if own else np.outer(w, w) for w, own in zip(windows, apart, strict=True)]
     one = np.ones((1, 1), dtype=np.float32)
@@ -132,24 +132,28 @@ def defocus_blur(
 def zoom_blur(
     images: Images, parameters: Sequence[tuple[float, float]], seeds: Sequence[int]
 ) -> Images:
-    """The mean of an image and of its centre enlarged by 1, 1 + step, … up to a largest zoom."""
+    """The mean of an image and of its centre enlarged by 1, 1 + step, … up to a largest zoom.
+
+    DALI's resize and, for the sum, PyTorch.
+    """
     made = []
     for image, (zoom, step) in zip(images, parameters, strict=True):
-        size = np.array(image.shape[:2], dtype=np.float32)
+        size = np.array(image.shape[:2], dtype=np.float64)
         zooms = 1 + step * np.arange(math.floor((zoom - 1) / step + 1.5))
-        half = (size / 2 / zooms[:, None]).astype(np.float32)
-        enlarged = dali().resize(
-            batch([image] * len(zooms)),
-            size=size.tolist(),
-            roi_start=per_image(size / 2 - half, np.float32),
-            roi_end=per_image(size / 2 + half, np.float32),
-            antialias=False,
-            dtype=dali().float32,
-        )
         total = image.float()
-        for one in images_of(enlarged):
-            total += one
-        made.append(_round(total / (len(zooms) + 1)))
+        for first in range(0, len(zooms), _AT_ONCE):
+            half = size / 2 / zooms[first : first + _AT_ONCE, None]
+            enlarged = dali().resize(
+                batch([image] * len(half)),
+                size=size.tolist(),
+                roi_start=per_image(size / 2 - half, np.float32),
+                roi_end=per_image(size / 2 + half, np.float32),
+                antialias=False,
+                dtype=dali().float32,
+            )
+            for one in images_of(enlarged):
+                total += one
+        made.append(_round(total * (1 / (len(zooms) + 1))))
     return made
 
 
@@ -162,58 +166,6 @@ def _beside(values: Any, operands: Any) -> Any:
     """An operand for each image, where the images are."""
     made = dali().as_batch(operands)
     return made.gpu() if values.device.device_type == "gpu" else made
-
-
-def _window(sigma: float) -> Kernel:
-    """[2·⌈3·sigma⌉ + 1] fp32, of sum 1."""
-    sigma = max(sigma, _LEAST)
-    reach = np.arange(-math.ceil(3 * sigma), math.ceil(3 * sigma) + 1)
-    weight = np.exp(-((reach / sigma) ** 2) / 2)
-    return (weight / weight.sum()).astype(np.float32)
-
-
-def trail(radius: float, sigma: float, angle: float) -> tuple[Kernel, tuple[int, int]]:
-    """The kernel of a motion blur and where its origin lies in it.
-
-    As ImageMagick's (which ImageNet-C uses): 2·radius + 1 taps, one pixel apart on a ray; tap i
-    weighs exp(-i²/(2·sigma²)), i = 0, 1, …, so the trail lies on one side. Each tap is shared
-    bilinearly by four pixels, where ImageMagick rounds.
-
-    Args:
-        radius: half the trail's length, px.
-        sigma: its decay, px; 0 leaves the origin alone.
-        angle: of the ray, radians, from the x axis towards the image's bottom.
-
-    Returns:
-        kernel [h, w] fp32, of sum 1, and (row, column) of its origin.
-    """
-    i = np.arange(math.ceil(2 * radius) + 1)
-    i = i[i <= 5 * sigma + 1]  # what is left out weighs below 4e-6 of the whole
-    weight = np.exp(-((i / max(sigma, _LEAST)) ** 2) / 2)
-    y, x = i * math.sin(angle), i * math.cos(angle)
-    top, left = np.floor(y).astype(int), np.floor(x).astype(int)
-    origin = -top.min(), -left.min()
-    kernel = np.zeros((np.ptp(top) + 2, np.ptp(left) + 2))
-    for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        share = np.abs(1 - down - (y - top)) * np.abs(1 - right - (x - left))
-        np.add.at(kernel, (top + origin[0] + down, left + origin[1] + right), weight * share)
-    return (kernel / kernel.sum()).astype(np.float32), (int(origin[0]), int(origin[1]))
-
-
-def disk(radius: float, sigma: float) -> Kernel:
-    """[n, n] fp32, of sum 1: pixels whose centre lies in a disk, blurred by a Gaussian of sigma.
-
-    As in ImageNet-C the Gaussian has 3 × 3 taps, 5 × 5 from a radius above 8 on.
-    """
-    reach = math.floor(radius) + (1 if radius <= 8 else 2)
-    away = np.arange(-reach, reach + 1)
-    inside = (away[:, None] ** 2 + away**2 <= radius**2).astype(float)
-    blur = np.exp(-((away / max(sigma, _LEAST)) ** 2) / 2) * (
-        abs(away) <= reach - math.floor(radius)
-    )
-    spread = np.stack([np.convolve(row, blur, mode="same") for row in inside])
-    spread = np.stack([np.convolve(row, blur, mode="same") for row in spread.T])
-    return (spread / spread.sum()).astype(np.float32)
 
 
 # -------------------------------------------------------------------------- compression, resolution
@@ -307,7 +259,8 @@ def contrast(images: Images, factors: Sequence[float], seeds: Sequence[int]) -> 
     made = []
     for image, factor in zip(images, factors, strict=True):
         pixels = image.shape[0] * image.shape[1]
-        mean = (image.sum((0, 1), dtype=torch.int64).double() / pixels).float()
+        total = image.sum((0, 1), dtype=torch.int64).double()
+        mean = (total / total.new_tensor(pixels)).float()
         made.append(_round(mean + factor * (image.float() - mean)))
     return made
 
@@ -338,38 +291,10 @@ def fog(images: Images, parameters: Sequence[tuple[float, float]], seeds: Sequen
     for image, (amount, decay), seed in zip(images, parameters, seeds, strict=True):
         height, width = image.shape[:2]
         veil = plasma(max(height, width), decay, generator(seed))[:height, :width]
-        most = image.max().float() / 255
-        foggy = image.float() / 255 + amount * torch.from_numpy(veil).to(image.device)[..., None]
-        made.append(_round(255 * (foggy * (most / (most + amount))).clamp(0, 1)))
+        most = image.max().float()
+        whole = image.float() + 255 * amount * torch.from_numpy(veil).to(image.device)[..., None]
+        made.append(_round(whole * (most / (most + 255 * amount))))
     return made
-
-
-def plasma(size: int, decay: float, rng: np.random.Generator) -> NDArray[np.float32]:
-    """A cloud of 0..1, [n, n] with n the power of two from `size` on, periodic.
-
-    Midpoint displacement on squares and diamonds by turns (Fournier et al., 1982): a new point is
-    the mean of its four neighbours plus a uniform number, whose range a turn divides by decay², as
-    in ImageNet-C.
-    """
-    n = 1 << max(size - 1, 1).bit_length()
-    cloud, step, reach = np.zeros((n, n)), n, 1.0
-    while step > 1:
-        half = step // 2
-
-        def displaced(total: NDArray[np.float64], reach: float = reach) -> NDArray[np.float64]:
-            return total / 4 + rng.uniform(-reach, reach, total.shape)
-
-        corners = cloud[::step, ::step]
-        pairs = corners + np.roll(corners, -1, axis=0)
-        cloud[half::step, half::step] = displaced(pairs + np.roll(pairs, -1, axis=1))
-        middles = cloud[half::step, half::step]
-        beside = middles + np.roll(middles, 1, axis=0), corners + np.roll(corners, -1, axis=1)
-        cloud[::step, half::step] = displaced(beside[0] + beside[1])
-        beside = middles + np.roll(middles, 1, axis=1), corners + np.roll(corners, -1, axis=0)
-        cloud[half::step, ::step] = displaced(beside[0] + beside[1])
-        step, reach = half, reach / decay**2
-    cloud -= cloud.min()
-    return (cloud / cloud.max()).astype(np.float32)
 
 
 def _round(values: Tensor) -> Tensor:
@@ -391,8 +316,13 @@ OPERATORS: Mapping[str, Operator] = {
 IN_PYTORCH = frozenset(
     operator.__name__
     for operator in (
-        *(salt_and_pepper, pixelate, shot_noise, impulse_noise),
+        *(salt_and_pepper, pixelate, shot_noise, impulse_noise, zoom_blur),
         *(brightness, contrast, saturate, fog),
     )
 )
 """Those that run on PyTorch's own threads."""
+
+
+def runs_in_pytorch(name: str) -> bool:
+    """Whether an operator runs on PyTorch's own threads here, where noise may not be compiled."""
+    return name in IN_PYTORCH or (name in ("gaussian_noise", "speckle") and not compiled())
