@@ -65,6 +65,8 @@ class ViewsConfig:
     """Level = max_level·u or max_level·√u, u uniform in 0..1."""
     level_table: str | None = None
     """YAML file with other levels, for images far from 224 pixels; null: the own ones."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where DALI makes them; "cuda": on the policy's GPU, between its passes. Not run yet."""
     ramp_steps: Natural = 0
     """Curriculum (ours): over so many steps max_level is reached linearly, from nearly 0; 0: from
     the first step on."""

@@ -51,7 +51,7 @@ def decode_image(source: ImageSource, *, name: str = "image") -> NDArray[np.uint
             name,
             "an image file",
             f"no file at {_describe(source)}",
-            "correct the path, or image_dir",
+            "correct the path",
         )
     except _DECODE_ERRORS as error:
         fail(name, "an image that Pillow can read", f"{_describe(source)} ({error})", "replace it")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from roma.config import AlgorithmConfig
 from roma.data import Example
+from roma.kernels.checks import fail
 from roma.metrics import JsonLines
 from roma.policy import Policy, PromptBatch
 from roma.views import CORRUPTIONS, ViewSpec, degrade_batch, load_levels, sample, seed_for
@@ -109,7 +110,13 @@ class OnlineViews:
             for number, image in enumerate(images)
         ]
         images, chosen, seeds = map(list, zip(*wanted, strict=True))
-        made = iter(degrade_batch(images, chosen, seeds, corruptions=self.corruptions))
+        if options.device == "cuda":
+            if policy.device.type != "cuda":
+                expected, remedy = "cpu, as the policy is not on a GPU", "leave it out"
+                fail("algorithm.views.device", expected, options.device, remedy)
+            images = [torch.from_numpy(image).to(policy.device) for image in images]
+        views = degrade_batch(images, chosen, seeds, corruptions=self.corruptions)
+        made = (view if isinstance(view, np.ndarray) else view.numpy(force=True) for view in views)
         pixels = [
             policy.view_pixels(prompts, [[next(made) for _ in own] for own in prompts.images])
             for _ in range(count)

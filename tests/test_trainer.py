@@ -196,6 +196,11 @@ def test_an_error_in_the_views_thread_is_the_steps(
         train(config(tmp_path))
 
 
+def test_views_on_a_gpu_need_the_policy_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"algorithm\.views\.device: expected cpu, as the policy"):
+        train(config(tmp_path, "algorithm.views.device=cuda", "trainer.device=cpu"))
+
+
 def test_the_curriculum_grows_with_the_step() -> None:
     def levels(*options: str) -> list[float]:
         views = OnlineViews(load_config(None, [*NEEDED, *options]).algorithm, seed=0)

@@ -51,11 +51,18 @@ def test_filters_equal_their_definitions(size: tuple[int, int]) -> None:
             error(view(image, "pixelate", factor), reference.pixelate(image, factor))
             <= ROUNDED_ONCE
         )
-        # the small image is rounded too, and the way up averages it
-        assert (
-            error(view(image, "downscale", factor), reference.downscale(image, factor))
-            <= 2 * ROUNDED_ONCE
+        # a half of the small image may be rounded otherwise, which moves its surroundings by 1
+        expected = reference.downscale(image, factor)
+        assert error(view(image, "downscale", factor), expected) <= 1 + ROUNDED_ONCE
+
+
+@pytest.mark.parametrize("factor", (0.15, 0.33, 0.5, 0.8))
+def test_downscale_rounds_hardly_anything_otherwise(factor: float) -> None:
+    for image in (smooth(96, 128), picture(96, 128)):
+        away = np.abs(
+            view(image, "downscale", factor) - np.rint(reference.downscale(image, factor))
         )
+        assert away.max() <= 1 and away.mean() <= 0.01  # measured: 0.002
 
 
 @pytest.mark.parametrize("sigma", (2.5, 4.0, 9.0))

@@ -86,13 +86,15 @@ def _triangle(length: int, wanted: int) -> NDArray[np.float64]:
 
 
 def downscale(image: Pixels, factor: float) -> NDArray[np.float64]:
-    """A triangle filter down, the same up, nothing rounded in between."""
+    """A triangle filter down to an image of whole levels, and the same up."""
     planes = np.moveaxis(image.astype(float), 2, 0)
-    there_and_back = []
+    down, up = [], []
     for length in image.shape[:2]:
         small = _small(length, factor)
-        there_and_back.append(_triangle(small, length) @ _triangle(length, small))
-    return np.moveaxis(there_and_back[0] @ planes @ there_and_back[1].T, 0, 2)
+        down.append(_triangle(length, small))
+        up.append(_triangle(small, length))
+    small_image = np.rint(down[0] @ planes @ down[1].T)
+    return np.moveaxis(up[0] @ small_image @ up[1].T, 0, 2)
 
 
 def downscale_pillow(image: Pixels, factor: float) -> Pixels:
