@@ -92,3 +92,8 @@ void roma_add_noise(int32_t level, uint64_t key, float scale, int32_t proportion
                     const uint8_t* in, uint8_t* out, int64_t count) noexcept {
   noise_of(level).add_noise(key, scale, proportional != 0, in, out, count);
 }
+
+void roma_add_impulses(int32_t level, uint64_t key, uint64_t salt, uint64_t hit, int32_t whole,
+                       const uint8_t* in, uint8_t* out, int64_t places) noexcept {
+  noise_of(level).add_impulses(key, salt, hit, whole != 0, in, out, places);
+}

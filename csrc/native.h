@@ -82,12 +82,18 @@ ROMA_API int32_t roma_multiply(int32_t level, int32_t threads, int64_t m, int64_
                                int64_t stride, int32_t dtype, int32_t add) noexcept;
 
 // `count` words of Philox 4×32-10. A block of 64 holds word 0 of 16 counters, then word 1, 2 and 3;
-// block b has the counters from 16·b on. Runs on the caller's thread, as does the next.
+// block b has the counters from 16·b on. Runs on the caller's thread, as do the next two.
 ROMA_API void roma_random_words(int32_t level, uint64_t key, uint32_t* out, int64_t count) noexcept;
 
 // out = x + scale·n, or x·(1 + scale·n) if `proportional`, rounded and clipped to 0..255, with n
 // standard normal, made of the words of the same places. in and out may be the same.
 ROMA_API void roma_add_noise(int32_t level, uint64_t key, float scale, int32_t proportional,
                              const uint8_t* in, uint8_t* out, int64_t count) noexcept;
+
+// Places whose word is below `salt` become 255, else those below `hit` 0. A place is a value, or a
+// whole pixel of three if `whole`.
+ROMA_API void roma_add_impulses(int32_t level, uint64_t key, uint64_t salt, uint64_t hit,
+                                int32_t whole, const uint8_t* in, uint8_t* out,
+                                int64_t places) noexcept;
 
 }  // extern "C"

@@ -1,4 +1,4 @@
-// Random words and normal noise, the same bytes on every instruction set: compiled once for each,
+// Random words, normal noise and impulses, the same bytes on every instruction set: compiled once for each,
 // multiply-adds not contracted, from operations that IEEE 754 defines to the last bit.
 // roma/views/noise.py says the same in PyTorch; tests hold the two to each other bit by bit.
 
@@ -165,8 +165,29 @@ void add_noise(uint64_t key, float scale, bool proportional, const uint8_t* in, 
   (proportional ? add_normals<true> : add_normals<false>)(key, scale, in, out, count);
 }
 
+template <int channels>
+void strike(uint64_t key, uint64_t salt, uint64_t hit, const uint8_t* in, uint8_t* out,
+            int64_t places) {
+  uint32_t words[kValues];
+  for (int64_t done = 0; done < places; done += kValues) {
+    block_of_words(key, done / kValues, words);
+    const int64_t some = places - done < kValues ? places - done : kValues;
+    for (int64_t i = 0; i < some; ++i) {
+      const uint64_t word = words[i];
+      for (int64_t at = (done + i) * channels; at < (done + i + 1) * channels; ++at) {
+        out[at] = word < salt ? uint8_t{255} : word < hit ? uint8_t{0} : in[at];
+      }
+    }
+  }
+}
+
+void add_impulses(uint64_t key, uint64_t salt, uint64_t hit, bool whole, const uint8_t* in,
+                  uint8_t* out, int64_t places) {
+  (whole ? strike<3> : strike<1>)(key, salt, hit, in, out, places);
+}
+
 }  // namespace
 
-const Noise ROMA_NOISE{random_words, add_noise};
+const Noise ROMA_NOISE{random_words, add_noise, add_impulses};
 
 }  // namespace roma

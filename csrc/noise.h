@@ -8,6 +8,7 @@ namespace roma {
 struct Noise {
   void (*random_words)(uint64_t, uint32_t*, int64_t);
   void (*add_noise)(uint64_t, float, bool, const uint8_t*, uint8_t*, int64_t);
+  void (*add_impulses)(uint64_t, uint64_t, uint64_t, bool, const uint8_t*, uint8_t*, int64_t);
 };
 
 // Defined in noise.cpp, which is compiled once for each.

@@ -74,6 +74,19 @@ def test_native_noise_is_pytorchs_bit_for_bit(
         assert torch.equal(found, noise.add_noise(image, seed, scale, proportional=proportional))
 
 
+@pytest.mark.parametrize("share", (0.0, 1e-9, 0.06, 1.0))
+@pytest.mark.parametrize("whole_pixels", (False, True))
+def test_native_impulses_are_pytorchs_bit_for_bit(
+    whole_pixels: bool, share: float, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [torch.from_numpy(picture(*size, seed=3)) for size in ((1, 1), (7, 3), (45, 71))]
+    options = {"share": share, "whole_pixels": whole_pixels}
+    native = [noise.add_impulses(x, 2**64 - 1, **options) for x in images]
+    monkeypatch.setattr(noise, "_library", lambda: None)
+    for image, found in zip(images, native, strict=True):
+        assert torch.equal(found, noise.add_impulses(image, 2**64 - 1, **options))
+
+
 def test_normal_numbers_are_normal() -> None:
     """2²⁰ of them: Kolmogorov-Smirnov, moments, neighbours, and the two of a pair of words."""
     found = noise._normals(7, 2**20, CPU).double().numpy()

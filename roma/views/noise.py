@@ -1,4 +1,4 @@
-"""Random words and normal noise: functions of a seed, the same bytes on every CPU and device.
+"""Random words, normal noise and impulses: the same bytes for a seed on every CPU and device.
 
 DALI's noise operators draw from one generator per call, so independence from the batch would take a
 call per image, and drawing is slow on a CPU: 39 images of 448×448 a second. Here word i of a seed
@@ -8,6 +8,7 @@ csrc/noise.cpp computes it on a CPU where it was built; elsewhere, as on a GPU, 
 """
 
 import ctypes
+import math
 from functools import cache
 
 import torch
@@ -49,6 +50,28 @@ def add_noise(image: Tensor, seed: int, scale: float, *, proportional: bool) -> 
     return moved.clamp(0, 255).round().to(torch.uint8).view(image.shape)
 
 
+def add_impulses(image: Tensor, seed: int, share: float, *, whole_pixels: bool) -> Tensor:
+    """A share of the places, drawn independently, becomes 255 or 0 with equal chance.
+
+    Args:
+        image: [H, W, 3] uint8, contiguous.
+        seed: 0..2⁶⁴-1.
+        share: 0..1.
+        whole_pixels: whether a place is a pixel; else it is one of its values.
+    """
+    places = image.shape[:2] if whole_pixels else image.shape
+    salt, hit, count = round(share * 2**31), round(share * 2**32), math.prod(places)
+    if image.device.type == "cpu" and (library := _library()):
+        made = torch.empty_like(image)
+        library.roma_add_impulses(
+            level(), seed, salt, hit, whole_pixels, image.data_ptr(), made.data_ptr(), count
+        )
+        return made
+    words = random_words(seed, count, image.device).view(*places)
+    words = words[..., None] if whole_pixels else words
+    return image.masked_fill(words < hit, 0).masked_fill_(words < salt, 255)
+
+
 def compiled() -> bool:
     """Whether a CPU's noise is compiled code, which runs on the calling thread alone."""
     return _library() is not None
@@ -66,7 +89,11 @@ def _library() -> ctypes.CDLL | None:
     library.roma_add_noise.argtypes = [
         number, key, ctypes.c_float, number, place, place, ctypes.c_int64,
     ]  # fmt: skip
-    library.roma_random_words.restype = library.roma_add_noise.restype = None
+    library.roma_add_impulses.argtypes = [
+        number, key, key, key, number, place, place, ctypes.c_int64,
+    ]  # fmt: skip
+    for function in ("roma_random_words", "roma_add_noise", "roma_add_impulses"):
+        getattr(library, function).restype = None
     return library
 
 

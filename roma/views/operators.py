@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from roma.views.dali import batch, dali, images_of, per_image
-from roma.views.noise import add_noise, compiled, random_words
+from roma.views.noise import add_impulses, add_noise, compiled, random_words
 from roma.views.shapes import Kernel, disk, plasma, trail, window
 
 Images = list[Tensor]
@@ -53,21 +53,13 @@ def speckle(images: Images, sigmas: Sequence[float], seeds: Sequence[int]) -> Im
 def salt_and_pepper(images: Images, shares: Sequence[float], seeds: Sequence[int]) -> Images:
     """A share of the pixels, drawn independently, becomes white or black with equal chance."""
     rows = zip(images, shares, seeds, strict=True)
-    return [_impulses(image, share, seed, image.shape[:2]) for image, share, seed in rows]
+    return [add_impulses(image, seed, share, whole_pixels=True) for image, share, seed in rows]
 
 
 def impulse_noise(images: Images, shares: Sequence[float], seeds: Sequence[int]) -> Images:
     """Like `salt_and_pepper`, drawn for each pixel and channel."""
     rows = zip(images, shares, seeds, strict=True)
-    return [_impulses(image, share, seed, image.shape) for image, share, seed in rows]
-
-
-def _impulses(image: Tensor, share: float, seed: int, places: Sequence[int]) -> Tensor:
-    """A share of the places becomes 255 or 0."""
-    words = random_words(seed, math.prod(places), image.device).view(*places)
-    salt, hit = words < round(share * 2**31), words < round(share * 2**32)
-    salt, hit = (x.view(*places, *[1] * (3 - len(places))) for x in (salt, hit))
-    return image.masked_fill(hit, 0).masked_fill_(salt, 255)
+    return [add_impulses(image, seed, share, whole_pixels=False) for image, share, seed in rows]
 
 
 def shot_noise(images: Images, parts: Sequence[float], seeds: Sequence[int]) -> Images:
@@ -313,16 +305,18 @@ OPERATORS: Mapping[str, Operator] = {
 }
 """Corruption → operator."""
 
+NOISES = frozenset(
+    operator.__name__ for operator in (gaussian_noise, speckle, salt_and_pepper, impulse_noise)
+)
+"""Those of `roma.views.noise`."""
+
 IN_PYTORCH = frozenset(
     operator.__name__
-    for operator in (
-        *(salt_and_pepper, pixelate, shot_noise, impulse_noise, zoom_blur),
-        *(brightness, contrast, saturate, fog),
-    )
+    for operator in (pixelate, shot_noise, zoom_blur, brightness, contrast, saturate, fog)
 )
 """Those that run on PyTorch's own threads."""
 
 
 def runs_in_pytorch(name: str) -> bool:
     """Whether an operator runs on PyTorch's own threads here, where noise may not be compiled."""
-    return name in IN_PYTORCH or (name in ("gaussian_noise", "speckle") and not compiled())
+    return name in IN_PYTORCH or (name in NOISES and not compiled())
