@@ -31,8 +31,9 @@ GOOD = np.zeros((4, 6, 3), np.uint8)
 @pytest.mark.parametrize(
     "image, error, message",
     (
-        (np.zeros((4, 6, 3)), ValueError, "dtype uint8, got float64; scale it"),
-        (torch.zeros(4, 6, 3), ValueError, "dtype uint8, got float32; scale it"),
+        (np.eye(3)[:, :, None] * np.ones(3), ValueError, "uint8, got float64 from 0 to 1; scale"),
+        (torch.arange(-5.0, 67).view(4, 6, 3), ValueError, "got float32 from -5 to 66; scale it"),
+        (torch.zeros(0, 6, 3), ValueError, "dtype uint8, got float32; scale it"),
         (np.full((4, 6, 3), np.nan), ValueError, "dtype uint8, got float64 with NaN; scale it"),
         (np.zeros((4, 6, 3), np.uint16), ValueError, "dtype uint8, got uint16; scale it"),
         (Image.new("RGB", (6, 4)), TypeError, "array or tensor, got Image; convert it with np.as"),

@@ -1,9 +1,10 @@
 """`degrade` and `degrade_batch`: checks, jobs of one corruption, and the way back."""
 
+import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -181,9 +182,10 @@ def _pixels(image: object, name: str) -> torch.Tensor:
         remedy = "convert it with np.asarray(image.convert('RGB'))"
         fail(name, "a NumPy array or tensor", type(image).__name__, remedy, error=TypeError)
     if dtype != "uint8":
-        values: Any = image
-        broken = "float" in dtype and bool((values != values).any())
-        got = f"{dtype} with NaN" if broken else dtype
+        got, values = dtype, cast(Any, image)
+        if "float" in dtype and 0 not in shape:
+            low, high = float(values.min()), float(values.max())
+            got += " with NaN" if math.isnan(low) else f" from {low:g} to {high:g}"
         fail(name, "dtype uint8", got, "scale it to 0..255 and convert it to uint8")
     if len(shape) != 3 or shape[2] != 3 or 0 in shape:
         if len(shape) == 3 and shape[0] == 3:
