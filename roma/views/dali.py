@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -196,6 +197,4 @@ def images_of(made: Any) -> list[Tensor]:
 
 def per_image(values: ArrayLike, dtype: type) -> Any:
     """An argument of a DALI operator that has a value for each image."""
-    import numpy as np
-
     return dali().as_batch(np.asarray(values, dtype=dtype))
