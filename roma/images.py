@@ -47,12 +47,7 @@ def decode_image(source: ImageSource, *, name: str = "image") -> NDArray[np.uint
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return _to_rgb(image)
     except FileNotFoundError:
-        fail(
-            name,
-            "an image file",
-            f"no file at {_describe(source)}",
-            "correct the path",
-        )
+        fail(name, "an image file", f"no file at {_describe(source)}", "correct the path")
     except _DECODE_ERRORS as error:
         fail(name, "an image that Pillow can read", f"{_describe(source)} ({error})", "replace it")
 

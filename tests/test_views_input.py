@@ -195,9 +195,17 @@ def test_the_strongest_parameter_still_gives_an_image(name: str) -> None:
     image = picture(9, 14)
     view = degrade(image, name, parameter=CORRUPTIONS[name].limit, seed=0)
     assert view.shape == image.shape and view.dtype == np.uint8
-    faint = tuple(x + 1e-300 for x in np.atleast_1d(CORRUPTIONS[name].identity).tolist())
-    faint_parameter = faint if len(faint) > 1 else faint[0]
-    np.testing.assert_array_equal(degrade(image, name, parameter=faint_parameter, seed=0), image)
+
+
+@pytest.mark.parametrize("name", [name for name in CORRUPTIONS if name != "jpeg"])
+def test_the_faintest_parameter_changes_nothing(name: str) -> None:
+    """One rounding away from level 0. (A JPEG of quality 99.99… is one of 100, which is none.)"""
+    start, stop = CORRUPTIONS[name].identity, CORRUPTIONS[name].limit
+    faint = np.nextafter(start, stop)
+    parameter = tuple(faint.tolist()) if isinstance(start, tuple) else float(faint)
+    assert parameter != start
+    image = picture(9, 14)
+    np.testing.assert_array_equal(degrade(image, name, parameter=parameter, seed=0), image)
 
 
 # The gallery.

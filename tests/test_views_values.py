@@ -51,18 +51,24 @@ def test_filters_equal_their_definitions(size: tuple[int, int]) -> None:
             error(view(image, "pixelate", factor), reference.pixelate(image, factor))
             <= ROUNDED_ONCE
         )
-        # a half of the small image may be rounded otherwise, which moves its surroundings by 1
+        # the small image is rounded too, and the way up averages it
         expected = reference.downscale(image, factor)
-        assert error(view(image, "downscale", factor), expected) <= 1 + ROUNDED_ONCE
+        assert error(view(image, "downscale", factor), expected) <= 2 * ROUNDED_ONCE
 
 
 @pytest.mark.parametrize("factor", (0.15, 0.33, 0.5, 0.8))
 def test_downscale_rounds_hardly_anything_otherwise(factor: float) -> None:
+    """Against a small image of whole levels: only what lies near a half may be rounded otherwise.
+
+    fp32 sums are known to 1e-3 of a level, so in the small image and in the result each a value in
+    500 may be; one of the small image moves the 1/factor² values around it.
+    """
     for image in (smooth(96, 128), picture(96, 128)):
-        away = np.abs(
-            view(image, "downscale", factor) - np.rint(reference.downscale(image, factor))
-        )
-        assert away.max() <= 1 and away.mean() <= 0.01  # measured: 0.002
+        found = view(image, "downscale", factor)
+        away = np.abs(found - np.rint(reference.downscale(image, factor, whole=True)))
+        assert away.max() <= 1 and away.mean() <= 2 * 2e-3
+        other = np.rint(reference.downscale(image, factor, whole=False))
+        assert np.abs(found - other).mean() > 0.1  # which is what nothing rounded would give
 
 
 @pytest.mark.parametrize("sigma", (2.5, 4.0, 9.0))
@@ -73,6 +79,8 @@ def test_two_roundings_of_a_wide_blur_move_little(sigma: float) -> None:
     found = view(image, "gaussian_blur", sigma)
     away = np.abs(found - np.rint(reference.gaussian_blur(image, sigma)))
     assert away.max() <= 1 and away.mean() <= 0.1
+    wrong = np.rint(reference.gaussian_blur(image, 1.02 * sigma))
+    assert np.abs(found - wrong).mean() > 0.1
 
 
 @pytest.mark.parametrize("factor", (0.5, 0.25))

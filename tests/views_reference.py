@@ -85,15 +85,16 @@ def _triangle(length: int, wanted: int) -> NDArray[np.float64]:
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-def downscale(image: Pixels, factor: float) -> NDArray[np.float64]:
-    """A triangle filter down to an image of whole levels, and the same up."""
+def downscale(image: Pixels, factor: float, *, whole: bool = False) -> NDArray[np.float64]:
+    """A triangle filter down, the same up; in between whole levels, or nothing rounded."""
     planes = np.moveaxis(image.astype(float), 2, 0)
     down, up = [], []
     for length in image.shape[:2]:
         small = _small(length, factor)
         down.append(_triangle(length, small))
         up.append(_triangle(small, length))
-    small_image = np.rint(down[0] @ planes @ down[1].T)
+    small_image = down[0] @ planes @ down[1].T
+    small_image = np.rint(small_image) if whole else small_image
     return np.moveaxis(up[0] @ small_image @ up[1].T, 0, 2)
 
 

@@ -56,6 +56,7 @@ def _loaded() -> Any:
 
 def _cpu_context(ndd: Any, threads: int) -> Any:
     """A context that has nothing of a GPU, also where there is one: no CUDA context, no stream."""
+    # DALI's own mark for "no stream yet"; without it a CPU's context would take a GPU's stream.
     nothing = getattr(ndd.EvalContext, "_default_context_stream_sentinel", None)
     with ndd.Device("cpu"):
         return ndd.EvalContext(num_threads=threads, cuda_stream=nothing)

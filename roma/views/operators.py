@@ -7,7 +7,7 @@ any sizes run together, and what comes out for one depends on its own pixels, pa
 DALI lacks three things, and they are made here. Noise that is independent of the batch:
 `roma.views.noise`. An area average, for pixelate. Arithmetic over an image's colours that takes
 more than a few calls: the extras whose docstrings say PyTorch. What PyTorch makes is the same on
-every device: numbers are multiplied by constants, never divided, which a GPU does otherwise.
+every device: nothing is divided by a constant, which a GPU does by its reciprocal.
 """
 
 import math
@@ -93,7 +93,8 @@ def gaussian_blur(images: Images, sigmas: Sequence[float], seeds: Sequence[int])
 
     One of DALI's filters in two dimensions, or from a sigma of 2.5 px on two in one dimension with
     uint8 in between: rounding there moves values by 0.08 levels on average and by 1 at most.
-    (DALI's own gaussian_blur takes six times as long; its filter with fp32 in between, four times.)
+    (DALI's own gaussian_blur takes six times as long; its filter with fp32 in between, three to
+    four times.)
     """
     windows = [window(sigma) for sigma in sigmas]
     apart = [sigma >= _SEPARABLE for sigma in sigmas]
