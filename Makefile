@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 
 demo: $(STAMP)
 	@echo "demo: the whole method on two cores, about ten minutes; the report goes to runs/demo"
-	@$(BIN)/roma demo --out runs/demo
+	@$(BIN)/python -m experiments.digits --out runs/demo
 
 # Two test processes on two cores: more threads in each would only wait for one another.
 test check: export OMP_NUM_THREADS ?= 1
@@ -50,9 +50,9 @@ check: $(STAMP)
 	@echo "check: links"
 	@$(BIN)/python .ci/check_links.py
 	@echo "check: doctests"
-	@$(BIN)/pytest -q --doctest-modules roma
+	@$(BIN)/pytest -q --doctest-modules roma kernels/roma_kernels experiments
 	@echo "check: kernels"
-	@$(BIN)/python -m roma.kernels.report --check
+	@$(BIN)/python -m bench.compiled --check
 
 $(PEERS): $(STAMP)
 	@echo "bench: installing the peers"
@@ -65,4 +65,4 @@ bench: $(PEERS)
 
 kernels: $(STAMP)
 	@echo "kernels: compiling for sm_80, sm_90, sm_100, sm_120 and gfx942; no GPU takes part"
-	@$(BIN)/python -m roma.kernels.report
+	@$(BIN)/python -m bench.compiled

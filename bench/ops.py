@@ -22,7 +22,7 @@ from bench import data, gate
 from bench.measure import Run
 from bench.providers import OURS, PROVIDERS, Provider, Score
 from bench.variants import Variant
-from roma.kernels.products import listen
+from roma_kernels.products import listen
 
 AMONG = {
     "few": (OURS, "roma torch", "naive fp32", "torch fused", "liger", "cce", "trl"),

@@ -77,7 +77,7 @@ class UpdateStepBench:
 
     def _passes(self, name: str, batch: Any) -> list[tuple[Any, Any]]:
         from roma import RomaConfig
-        from roma.step import UpdateStep
+        from roma.train.update import UpdateStep
 
         policy, _ = self._model()
         config = RomaConfig(worst_over=self.variant.worst_over)
@@ -108,9 +108,9 @@ class UpdateStepBench:
 
         from roma import RomaConfig
         from roma.data import DIGIT_WORDS
-        from roma.policy import Policy
-        from roma.small_vlm import build_small_vlm
-        from roma.step import UpdateBatch, UpdateStep
+        from roma.models.qwen_vl import Policy
+        from roma.models.small import build_small_vlm
+        from roma.train.update import UpdateBatch, UpdateStep
 
         with tempfile.TemporaryDirectory() as folder:
             build_small_vlm(Path(folder), words=DIGIT_WORDS)

@@ -1,32 +1,63 @@
 """A fused loss for reinforcement-learning vision-language models that keep reasoning on bad images.
 
     out = roma.roma_loss(hidden, view_hidden, head.weight, tokens, mask=..., advantages=...,
-                         correct=..., old_logp=...)
+                         correct=...)
     out.loss.backward()
 
-Everything here needs torch alone. Views (`roma.views`), data, trainer and evaluation load what they
-need when they are imported by name; `roma info` tells what is installed and which back end runs.
+The names below need torch alone and are imported when they are first used, so that the command line
+answers at once. Views (`roma.views`), models, data, trainer and evaluation load what they need when
+they are imported by name; `roma info` shows what is installed and which back end runs.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from roma.kernels.linear_logprob.api import TokenLogprobs, linear_logprob
-from roma.kernels.view_loss.api import METRICS
-from roma.kernels.view_loss.config import RomaConfig
-from roma.loss import RomaLoss, roma_loss, roma_loss_from_logp, view_divergence
-
-try:
-    __version__ = version("roma")
-except PackageNotFoundError:  # a bare checkout on PYTHONPATH, as on a benchmark machine
-    __version__ = "0+checkout"
+if TYPE_CHECKING:
+    from roma_kernels import __version__
+    from roma_kernels.linear_logprob.api import TokenLogprobs, linear_logprob
+    from roma_kernels.roma_loss.api import (
+        RomaLoss,
+        roma_loss,
+        roma_loss_from_logp,
+        view_divergence,
+    )
+    from roma_kernels.roma_loss.config import RomaConfig
+    from roma_kernels.roma_loss.packed import METRICS
 
 __all__ = [
     "METRICS",
     "RomaConfig",
     "RomaLoss",
     "TokenLogprobs",
+    "__version__",
     "linear_logprob",
     "roma_loss",
     "roma_loss_from_logp",
     "view_divergence",
 ]
+
+_HOME = {
+    "METRICS": "roma_kernels.roma_loss.packed",
+    "RomaConfig": "roma_kernels.roma_loss.config",
+    "RomaLoss": "roma_kernels.roma_loss.api",
+    "TokenLogprobs": "roma_kernels.linear_logprob.api",
+    "__version__": "roma_kernels",
+    "linear_logprob": "roma_kernels.linear_logprob.api",
+    "roma_loss": "roma_kernels.roma_loss.api",
+    "roma_loss_from_logp": "roma_kernels.roma_loss.api",
+    "view_divergence": "roma_kernels.roma_loss.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used, and keeps it."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'roma' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names, imported or not."""
+    return sorted({*globals(), *__all__})

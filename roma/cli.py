@@ -168,14 +168,14 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-_REWARD = "roma.reward:compute_score"
+_REWARD = "roma.rewards:compute_score"
 _POOLS = "of clean, seen, unseen, extra (clean,seen,unseen)"
 
 
 def _train(options: argparse.Namespace) -> None:
-    from roma.config import Config, dump, load_config
-    from roma.metrics import METRICS
-    from roma.schema import explain
+    from roma.train.config import Config, dump, load_config
+    from roma.train.metrics import METRICS
+    from roma.train.schema import explain
 
     if options.list_metrics:
         for name, meaning in METRICS.items():
@@ -192,14 +192,14 @@ def _train(options: argparse.Namespace) -> None:
     if options.print_config:
         print(dump(config), end="")
         return
-    from roma.trainer import train
+    from roma.train.trainer import train
 
     train(config)
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from roma.evaluate import run_eval
-    from roma.reward import load_reward
+    from roma.evaluate.run import run_eval
+    from roma.rewards import load_reward
 
     run_eval(
         options.model,
@@ -218,8 +218,8 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _views(options: argparse.Namespace) -> None:
-    from roma.kernels.checks import fail
     from roma.views.corruptions import CORRUPTIONS, in_pools, load_levels
+    from roma_kernels.errors import fail
 
     table = load_levels(options.level_table) if options.level_table else CORRUPTIONS
     if options.list:
@@ -259,8 +259,8 @@ def _corruptions(table: "Mapping[str, Corruption]") -> str:
 
 
 def _data(options: argparse.Namespace) -> None:
-    from roma.data.charts import write_charts
-    from roma.data.digits import write_digits
+    from roma.data.synthetic.charts import write_charts
+    from roma.data.synthetic.digits import write_digits
 
     write = {"digits": write_digits, "charts": write_charts}[options.kind]
     sizes = {split: getattr(options, split) for split in ("train", "val", "test")}
@@ -277,7 +277,7 @@ def _info(_: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from roma.demo import run_demo
+    from experiments.digits.demo import run_demo
 
     run_demo(options.out, seeds=options.seeds)
 

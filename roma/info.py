@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 import roma
-from roma.kernels.backends import backends, choose
-from roma.kernels.native import LEVELS, level, native
+from roma_kernels.backends import backends, choose
+from roma_kernels.native import LEVELS, level, native
 
 # Package -> the distributions that may bring it, and what to install when none has.
 _PACKAGES = {

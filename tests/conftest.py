@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from roma.kernels.backends import backends
-from roma.kernels.native import LEVELS, native
+from roma_kernels.backends import backends
+from roma_kernels.native import LEVELS, native
 
 # "ci" finds the same things every time; "deep" is for a night: HYPOTHESIS_PROFILE=deep pytest
 # tests.
@@ -48,7 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr != "gpu":
         # Before Triton is imported: it decides then, once for the process.
         os.environ["TRITON_INTERPRET"] = "1"
-        import interpreter
+        from support import interpreter
 
         interpreter.repair()
     # torch.empty then holds NaN, so that an element no kernel wrote fails a comparison.

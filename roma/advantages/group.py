@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from roma.kernels.checks import check_dtype, check_shape, check_tensor, check_values, fail
+from roma_kernels.arguments import check_dtype, check_shape, check_tensor, check_values
+from roma_kernels.errors import fail
 
 
 def grpo(rewards: Tensor, groups: Tensor, *, eps: float = 1e-6) -> Tensor:

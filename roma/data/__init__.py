@@ -7,12 +7,12 @@ Needs numpy, Pillow and pyarrow; `datasets` for its own form, scikit-learn for t
 `train` has them all).
 """
 
-from roma.data.charts import write_charts
-from roma.data.digits import DIGIT_WORDS, write_digits
 from roma.data.example import Example, RowError
 from roma.data.loader import Columns, RomaDataset, load_dataset_rows
-from roma.data.writer import FORMATS
-from roma.images import decode_image
+from roma.data.synthetic.charts import write_charts
+from roma.data.synthetic.digits import DIGIT_WORDS, write_digits
+from roma.data.synthetic.writer import FORMATS
+from roma.models.images import decode_image
 
 __all__ = [
     "DIGIT_WORDS",

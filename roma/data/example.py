@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from roma.images import ImageSource, decode_image
-from roma.kernels.checks import fail
+from roma.models.images import ImageSource, decode_image
+from roma_kernels.errors import fail
 
 
 class RowError(ValueError):

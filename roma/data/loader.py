@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from roma.data.example import Example, RowError, image_source, row_error
-from roma.kernels.checks import fail
+from roma_kernels.errors import fail
 
 IMAGE_MARKER = "<image>"
 # "train.parquet", "train-00000-of-00002.parquet" (the hub's shards), "train.jsonl"

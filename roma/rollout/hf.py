@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from roma.policy import ImageFeatures, Policy, PromptBatch
+from roma.models.qwen_vl import ImageFeatures, Policy, PromptBatch
 
 
 @dataclass(frozen=True)

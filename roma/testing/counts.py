@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from roma.kernels.products import Products, listen
+from roma_kernels.products import Products, listen
 
 
 class ProductCount:

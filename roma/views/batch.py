@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from roma.kernels.checks import fail
 from roma.views.corruptions import CORRUPTIONS, Corruption, Parameter, find
 from roma.views.dali import run
 from roma.views.operators import OPERATORS, runs_in_pytorch
 from roma.views.sample import ViewSpec
+from roma_kernels.errors import fail
 
 Image = TypeVar("Image", NDArray[np.uint8], torch.Tensor)
 

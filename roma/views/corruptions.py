@@ -14,7 +14,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from roma.kernels.checks import fail
+from roma_kernels.errors import fail
 
 Parameter = float | tuple[float, ...]
 

@@ -7,11 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from roma.images import decode_image
-from roma.kernels.checks import fail
+from roma.models.images import decode_image
 from roma.views.batch import degrade_batch
 from roma.views.corruptions import CORRUPTIONS, Corruption
 from roma.views.sample import ViewSpec, seed_for
+from roma_kernels.errors import fail
 
 _TILE, _GAP, _LINE = 192, 8, 18  # px: shorter side a tile is enlarged to, margins, a line of text
 _SCREEN = 256  # px: the longest shorter side of a tile

@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from roma.kernels.native import level, native
+from roma_kernels.native import level, native
 
 _BLOCK = 64  # values that 16 counters give: word 0 of each, then word 1, 2 and 3
 _WORD = 0xFFFFFFFF

@@ -13,8 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from roma.kernels.checks import fail
 from roma.views.corruptions import CORRUPTIONS, Corruption, Parameter, in_pools
+from roma_kernels.errors import fail
 
 Key = int | str
 

@@ -1,0 +1,1 @@
+"""Reports of a comparison between trained models: JSON, HTML, figures."""

@@ -1,0 +1,339 @@
+"""report.json, report.html and the tables of a comparison: arms on clean, seen and unseen images.
+
+Accuracies are in percent. Every interval of one report comes from one `Bootstrap`, so all arms,
+corruptions and seeds are resampled on the same draws of test images, and differences are paired.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from experiments.report import plots
+from experiments.report.curves import learning_curves
+from experiments.report.page import render_page
+from experiments.report.plots import GalleryItem, arm_order, arm_style
+from roma.evaluate.conditions import Cell, DegradedImages
+from roma.evaluate.figures import save
+from roma.evaluate.intervals import Bootstrap
+from roma.evaluate.result import EvalResult, tree_of
+from roma.rewards import last_box
+from roma_kernels.errors import fail
+
+Results = Mapping[str, Mapping[int, EvalResult]]
+"""Arm → training seed → what that model answered; the warm start is one model under one seed."""
+
+COMPARISONS = (("roma", "grpo"), ("roma", "naive"), ("roma", "grpo_equal_time"), ("naive", "grpo"))
+"""The paired differences of a report, first minus second; a pair with an absent arm is left out."""
+
+RESAMPLES = 10_000
+
+
+def build_report(
+    results: Results,
+    *,
+    config: Mapping[str, Any],
+    versions: Mapping[str, str],
+    timings: Mapping[str, Any],
+    tuned_on: str = "validation split",
+    bootstrap_seed: int = 0,
+) -> dict[str, Any]:
+    """Everything that report.json says.
+
+    Args:
+        results: arm → seed → result; all on the same images and cells. A difference takes the
+            seeds that both arms have.
+        config: the run's settings, JSON-able.
+        versions: package → version.
+        timings: stage → seconds, nested as wished.
+        tuned_on: what the settings were chosen on.
+        bootstrap_seed: of the resamples that all intervals share.
+
+    Returns:
+        "seeds"; "images"; "arms": arm → pool → level → {"mean", "low", "high", "n"}, mean over
+        seeds, "clean" without a level; "per_seed": arm → seed → the same tree; "differences":
+        "roma-grpo" → "mean" or a seed → the same tree, in points; "detail": one row per arm, cell
+        and seed or "mean"; "tuned_on"; "intervals": how they were made; "config"; "versions";
+        "timings".
+
+    Raises:
+        ValueError: no results, or an arm that was measured on other images or cells than the first.
+    """
+    first = _check(results)
+    arms = arm_order(results)
+    bootstrap = Bootstrap(len(first.ids), resamples=RESAMPLES, seed=bootstrap_seed)
+
+    def macros(arm: str, seeds: Sequence[int]) -> np.ndarray:
+        """[columns, n], mean over seeds."""
+        by_seed = [[results[arm][s].scores(*column) for column in first.columns] for s in seeds]
+        return np.mean(by_seed, axis=0)
+
+    def accuracy(arm: str, seeds: Sequence[int]) -> dict[str, Any]:
+        return tree_of(first.columns, bootstrap.intervals(macros(arm, seeds)))
+
+    def difference(one: str, other: str, seeds: Sequence[int]) -> dict[str, Any]:
+        rows = macros(one, seeds) - macros(other, seeds)
+        return tree_of(first.columns, bootstrap.intervals(rows))
+
+    differences = {}
+    for one, other in COMPARISONS:
+        shared = sorted(set(results.get(one, ())) & set(results.get(other, ())))
+        if shared:
+            by_seed = {str(seed): difference(one, other, [seed]) for seed in shared}
+            differences[f"{one}-{other}"] = {"mean": difference(one, other, shared)} | by_seed
+    trained = [arm for arm in arms if arm != "base"] or arms
+    return {
+        "seeds": sorted({seed for arm in trained for seed in results[arm]}),
+        "images": len(first.ids),
+        "arms": {arm: accuracy(arm, sorted(results[arm])) for arm in arms},
+        "per_seed": {
+            arm: {str(seed): accuracy(arm, [seed]) for seed in sorted(results[arm])} for arm in arms
+        },
+        "differences": differences,
+        "detail": list(_detail(results, arms, bootstrap)),
+        "tuned_on": tuned_on,
+        "intervals": {
+            "kind": "percentile bootstrap over test images, paired between arms and corruptions",
+            "covers": "the choice of test images, not the choice of training seeds",
+            "coverage": bootstrap.coverage,
+            "resamples": RESAMPLES,
+            "seed": bootstrap_seed,
+        },
+        "config": dict(config),
+        "versions": dict(versions),
+        "timings": dict(timings),
+    }
+
+
+def _check(results: Results) -> EvalResult:
+    """The first result, after checking that all others have its images and cells."""
+    every = [
+        (f"{arm}, seed {s}", r) for arm, by_seed in results.items() for s, r in by_seed.items()
+    ]
+    if not every or not all(results.values()):
+        fail("results", "at least one seed of each arm", "none", "evaluate a model first")
+    name, first = every[0]
+    for other, found in every[1:]:
+        if found.ids != first.ids or list(found.cells) != list(first.cells):
+            expected = f"the images and cells of {name}"
+            fail(f"results of {other}", expected, "others", "evaluate all on one DegradedImages")
+    return first
+
+
+def _detail(
+    results: Results, arms: Sequence[str], bootstrap: Bootstrap
+) -> Iterator[dict[str, Any]]:
+    """One row per arm, seed or "mean", and cell."""
+    for arm in arms:
+        seeds = sorted(results[arm])
+        groups: dict[int | str, list[int]] = {"mean": seeds} | {seed: [seed] for seed in seeds}
+        cells = results[arm][seeds[0]].cells
+        for name, group in groups.items():
+            by_seed = [[results[arm][s].cells[cell].correct for cell in cells] for s in group]
+            intervals = bootstrap.intervals(np.mean(by_seed, axis=0))
+            for cell, interval in zip(cells, intervals, strict=True):
+                yield {"arm": arm, "seed": name} | asdict(cell) | interval.as_dict()
+
+
+def columns_of(tree: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+    """A tree of the report, flat: "clean", "seen L1", … → entry.
+
+    Example:
+        >>> list(columns_of({"clean": {"mean": 90.0}, "seen": {"L3": {"mean": 80.0}}}))
+        ['clean', 'seen L3']
+    """
+    flat: dict[str, Mapping[str, float]] = {}
+    for pool, found in tree.items():
+        named = {f"{pool} {level}": entry for level, entry in found.items()}
+        flat.update({pool: found} if "mean" in found else named)
+    return flat
+
+
+def hardest_columns(tree: Mapping[str, Any]) -> list[str]:
+    """The names of "clean" and of each pool at its highest level, as in `columns_of`."""
+    return [
+        pool if "mean" in found else f"{pool} {list(found)[-1]}" for pool, found in tree.items()
+    ]
+
+
+def signed(entry: Mapping[str, float]) -> str:
+    """A difference with its interval.
+
+    Example:
+        >>> signed({"mean": 2.04, "low": 0.5, "high": 4.6})
+        '+2.0 [+0.5, +4.6]'
+    """
+    return "{mean:+.1f} [{low:+.1f}, {high:+.1f}]".format(**entry).replace("-", "−")
+
+
+def summary(report: Mapping[str, Any]) -> list[str]:
+    """What the numbers say, whichever way they fall: an opening, one finding a pair, a caveat.
+
+    A difference is called one only where its interval leaves out 0.
+    """
+    count = len(report["seeds"])
+    averaged = f"mean over {count} training seeds" if count > 1 else "one training seed"
+    tuned = f"settings tuned on: {report['tuned_on']}"
+    text = [f"{report['images']} held-out test images per condition; {averaged}; {tuned}."]
+    for name, by_seed in report["differences"].items():
+        one, other = (arm_style(arm).label for arm in name.split("-"))
+        flat, said = columns_of(by_seed["mean"]), []
+        for column in hardest_columns(by_seed["mean"]):
+            low, high = flat[column]["low"], flat[column]["high"]
+            verdict = "higher" if low > 0 else "lower" if high < 0 else "no difference shown"
+            said.append(f"{column} {signed(flat[column])} ({verdict})".replace(" ", "\u00a0"))
+        text.append(f"{one} minus {other}, in points: {'; '.join(said)}.")
+    text.append(
+        "Brackets are 95 % bootstrap intervals over test images, paired between the arms; they do"
+        " not cover the choice of training seeds, which stand one by one in the tables."
+    )
+    return text
+
+
+def print_report(report: Mapping[str, Any], console: Console | None = None) -> None:
+    """Prints the accuracies, the differences per seed at the highest level, and the summary."""
+    console = console or Console()
+    console.print(_accuracy_table(report))
+    if report["differences"]:
+        console.print(_difference_table(report))
+    console.print("\n".join(summary(report)), markup=False, highlight=False)
+
+
+def _accuracy_table(report: Mapping[str, Any]) -> Table:
+    seeds = ", ".join(map(str, report["seeds"]))
+    title = f"Accuracy, % (95 % interval below): {report['images']} test images, seeds {seeds}"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    for arm in report["arms"]:
+        style = arm_style(arm)
+        table.add_column(style.label, justify="right", header_style=f"bold {style.colour}")
+    flat = [columns_of(tree) for tree in report["arms"].values()]
+    for column in flat[0]:
+        entries = [columns[column] for columns in flat]
+        cells = ["{mean:.1f}\n[dim]{low:.1f}–{high:.1f}[/]".format(**entry) for entry in entries]
+        table.add_row(column, *cells)
+    return table
+
+
+def _difference_table(report: Mapping[str, Any]) -> Table:
+    columns = hardest_columns(next(iter(report["arms"].values())))
+    title = "Paired differences, percentage points"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, show_lines=True)
+    table.add_column("", max_width=14, overflow="fold")
+    table.add_column("seed")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, by_seed in report["differences"].items():
+        label = " − ".join(arm_style(arm).label for arm in name.split("-"))
+        flat = [columns_of(tree) for tree in by_seed.values()]
+        cells = ["\n".join(signed(tree[column]) for tree in flat) for column in columns]
+        # Text, not markup: the brackets of an interval would be read as a style.
+        table.add_row(Text(label), Text("\n".join(by_seed)), *map(Text, cells))
+    return table
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """Rows of every `<arm>-seed<k>/metrics.jsonl` in a run, each with its "arm" and "seed".
+
+    Raises:
+        ValueError: a line that is not JSON; file and line are named.
+    """
+    rows = []
+    for path in sorted(Path(run_dir).glob("*-seed*/metrics.jsonl")):
+        arm, seed = path.parent.name.rsplit("-seed", 1)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                fail(f"{path}, line {number}", "a JSON object", repr(line[:40]), "remove the line")
+            rows.append({"arm": arm, "seed": int(seed) if seed.isdigit() else seed} | row)
+    return rows
+
+
+def choose_gallery(
+    results: Results, images: DegradedImages, *, items: int = 12
+) -> list[GalleryItem]:
+    """Test images at equal distances through the set, each corruption in turn at its highest level.
+
+    The choice does not look at the answers.
+
+    Args:
+        results: as for `build_report`; each arm's first seed answers.
+        images: what the results were measured on.
+        items: how many, at most.
+    """
+    by_level = sorted(images.cells, key=lambda cell: cell.level)
+    highest = list({cell.corruption: cell for cell in by_level if cell.corruption}.values())
+    count = min(items, len(images.examples))
+    chosen = []
+    for turn, index in enumerate(np.linspace(0, len(images.examples) - 1, count).astype(int)):
+        cell = highest[turn % len(highest)] if highest else Cell()
+        example = images.examples[index]
+        answers: dict[str, dict[str, tuple[str, bool]]] = {}
+        for arm in arm_order(results):
+            found = results[arm][min(results[arm])].cells
+            answers[arm] = {
+                name: (short_answer(found[at].texts[index]), bool(found[at].correct[index]))
+                for name, at in (("clean", Cell()), ("degraded", cell))
+                if at in found
+            }
+        question = " ".join(example.problem.replace("<image>", " ").split())
+        clean, degraded = (images.at(at)[index][0] for at in (Cell(), cell))
+        chosen.append(GalleryItem(question, example.answer, str(cell), clean, degraded, answers))
+    return chosen
+
+
+def short_answer(text: str, *, width: int = 32) -> str:
+    r"""The reasoning, where it is at most `width` characters, and the boxed answer.
+
+    Example:
+        >>> short_answer(r"<think> left 3 right 5 so 8 </think> \boxed{ 8 }")
+        'left 3 right 5 so 8 → 8'
+    """
+    found = last_box(text)
+    answer = found.content if found else "no box"
+    reasoning = " ".join(text.partition("<think>")[2].partition("</think>")[0].split())
+    return f"{reasoning} → {answer}" if 0 < len(reasoning) <= width else answer
+
+
+def write_report(
+    out: str | Path,
+    report: Mapping[str, Any],
+    *,
+    metrics: Sequence[Mapping[str, Any]] = (),
+    gallery: Sequence[GalleryItem] = (),
+) -> Path:
+    """Writes report.json, report.html and four figures as PNG files.
+
+    Args:
+        out: the folder; made if absent.
+        report: of `build_report`.
+        metrics: of `read_metrics`; may lack any key.
+        gallery: of `choose_gallery`.
+
+    Returns:
+        The path of report.html.
+    """
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, indent=1, ensure_ascii=False)
+    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+    figures = {
+        "robustness": plots.robustness(report),
+        "corruptions": plots.corruptions(report),
+        "learning_curves": learning_curves(metrics),
+        "gallery": plots.gallery(gallery),
+    }
+    drawn = {}
+    for name, figure in figures.items():
+        drawn[name] = save(figure, folder / f"{name}.png").read_bytes()
+    page = folder / "report.html"
+    page.write_text(render_page(report, summary(report), drawn, gallery), encoding="utf-8")
+    return page

@@ -1,0 +1,166 @@
+"""The backward of every back end: dlogits of the active rows, tile by tile, and two products.
+
+    dh = dz W ;  dW = dzᵀ h ;  db = Σ_rows dz       dz: MATH section 1, formed by `Kernels.dlogits`
+
+Rows whose upstream gradients are all zero are left out. The vocabulary is walked outside and the
+rows inside, so a tile of dW is complete when its sweep ends, is summed in fp32 and rounded once; dh
+is summed over the vocabulary in fp32. Per active row and vocabulary entry: the logit once more, and
+a multiply-add per element of h for each of dh and dW: 6·D FLOP, less 2·D for what is frozen.
+
+Memory: a workspace (one tile of dz, one of dW) whose size is an argument, the active rows' hidden
+states, and their dh in fp32.
+
+The number of active rows is read from the device once. Inside a CUDA graph's capture nothing can be
+read; there every row counts as active, the inactive ones as zeros.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from roma_kernels.linear_logprob.rows import Active, Head, Kernels, Rows, packed_places
+from roma_kernels.products import report
+
+
+def linear_logprob_bwd(
+    kernels: Kernels,
+    rows: Rows,
+    head: Head,
+    lse: Tensor,
+    entropy: Tensor | None,
+    dlogp: Tensor,
+    dentropy: Tensor | None,
+    *,
+    needs: tuple[bool, bool, bool],
+    workspace: int,
+    group: "dist.ProcessGroup | None",
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients by hidden, view_hidden, weight and bias, each None where `needs` has no use for it.
+
+    All of lse, entropy, dlogp and dentropy are [R]. With `group` the head is a slice of the
+    vocabulary and dh is summed over the ranks.
+    """
+    dtype = kernels.dtype(rows.hidden, head.weight)
+    active = _active_rows(kernels, rows, head, lse, entropy, dlogp, dentropy, dtype)
+    need_states, need_weight, need_bias = needs
+    count, depth = active.states.shape
+    dstates = lse.new_zeros(count if need_states else 0, depth)
+    blank = torch.empty_like if count else torch.zeros_like
+    dweight = blank(head.weight) if need_weight else None
+    dbias = blank(head.bias) if need_bias and head.bias is not None else None
+    for vocab, blocks in _walk(kernels, workspace, count, head.weight, dtype):
+        part = Head(
+            head.weight[vocab].to(dtype), None if head.bias is None else head.bias[vocab],
+            head.scale, head.softcap, head.start + vocab.start,
+        )  # fmt: skip
+        width = len(part.weight)
+        # A tile of dW that has one block is summed and rounded in its place.
+        in_place = len(blocks) == 1 and active.boost is None
+        dtile = None
+        if dweight is not None:
+            dtile = dweight[vocab] if in_place else lse.new_empty(width, depth)
+        dtile_bias = lse.new_zeros(0 if dbias is None else width)
+        for block in blocks:
+            piece = active.part(block)
+            dz = kernels.dlogits(piece, part)
+            if need_states:
+                kernels.multiply(dstates[block], dz, part.weight, True)
+                report("dhidden", len(dz), width, depth)
+            if dtile is not None:
+                kernels.multiply(dtile, dz.T, piece.states, block.start > 0)
+                report("dweight", len(dz), width, depth)
+            if dbias is not None:
+                dtile_bias += dz.sum(0, dtype=lse.dtype)
+        if active.boost is not None:
+            dtile = None if dtile is None else dtile.div_(active.boost)
+            dtile_bias /= active.boost
+        if dweight is not None and dtile is not None and not in_place:
+            dweight[vocab] = dtile
+        if dbias is not None:
+            dbias[vocab] = dtile_bias
+    if not need_states:
+        return None, None, dweight, dbias
+    if group is not None:
+        dist.all_reduce(dstates, group=group)
+    if active.boost is not None:
+        dstates /= active.boost
+    dhidden, dviews = kernels.give(rows, active.chosen, active.wanted, dstates)
+    return dhidden, dviews, dweight, dbias
+
+
+def _active_rows(
+    kernels: Kernels,
+    rows: Rows,
+    head: Head,
+    lse: Tensor,
+    entropy: Tensor | None,
+    dlogp: Tensor,
+    dentropy: Tensor | None,
+    dtype: torch.dtype,
+) -> Active:
+    """Packs the rows with an upstream gradient."""
+    mask = (dlogp != 0) if dentropy is None else (dlogp != 0) | (dentropy != 0)
+    wanted = None
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        wanted = mask.sum()
+        chosen = packed_places(mask)
+    else:
+        chosen = mask.nonzero()[:, 0]
+    token_of = chosen // rows.views
+    row_scale = None if rows.row_scale is None else rows.row_scale[token_of]
+    g, e = dlogp[chosen], None if dentropy is None else dentropy[chosen]
+    if wanted is not None:
+        beyond = torch.arange(len(chosen), device=chosen.device) >= wanted
+        g = g.masked_fill(beyond, 0)
+        e = None if e is None else e.masked_fill(beyond, 0)
+    boost = None
+    if dtype == torch.float16 and len(chosen):
+        boost = boost_for(g, e, head.scale if row_scale is None else row_scale)
+    return Active(
+        chosen=chosen,
+        wanted=wanted,
+        states=kernels.take(rows, chosen, wanted).to(dtype),
+        tokens=rows.tokens[token_of],
+        row_scale=row_scale,
+        lse=lse[chosen],
+        entropy=None if entropy is None or e is None else entropy[chosen],
+        dlogp=g,
+        dentropy=e,
+        boost=boost,
+    )
+
+
+def boost_for(dlogp: Tensor, dentropy: Tensor | None, scale: Tensor | float) -> Tensor:
+    """A power of two that brings the largest upstream gradient near 2⁸.
+
+    fp16 ends at 6e-8, and a token's share of a mean over 10⁵ tokens times p = 1e-4 is 1e-9. Above,
+    2⁸ leaves room for the entropy's p·|log p + H| and for the mass of equal tokens.
+    """
+    largest = (dlogp * scale).abs().amax()
+    if dentropy is not None:
+        largest = torch.maximum(largest, (dentropy * scale).abs().amax())
+    exponent = 8 - torch.frexp(largest.clamp(min=1e-30)).exponent
+    return torch.ldexp(torch.ones_like(largest), exponent)
+
+
+def _walk(
+    kernels: Kernels, workspace: int, rows: int, weight: Tensor, dtype: torch.dtype
+) -> Iterator[tuple[slice, list[slice]]]:
+    """Tiles of the vocabulary, each with its blocks of rows, so that a tile fits the workspace.
+
+    Below `least_columns` columns or 1024 rows a tile would not pay for its launches: a workspace
+    too small for those is exceeded.
+    """
+    if not rows:
+        return
+    vocab, depth = weight.shape
+    by_column = rows * dtype.itemsize + 4 * depth
+    width = min(max(workspace // by_column, kernels.least_columns), vocab)
+    # A multiple of every block, so that no kernel computes a ragged tile but the last.
+    width = width if width == vocab else max(width // 256, 1) * 256
+    height = max((workspace - 4 * depth * width) // (width * dtype.itemsize), 1024)
+    blocks = [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
+    for start in range(0, vocab, width):
+        yield slice(start, min(start + width, vocab)), blocks

@@ -1,0 +1,148 @@
+"""Linear log-probabilities in plain PyTorch: a bounded workspace, fp32 logits.
+
+    peak = max_v z_v ; total = Σ_v e^(z_v − peak) ; moment = Σ_v e^(z_v − peak)·z_v ; target = z_y
+    dz = g·(1[v=y] − p) − e·p·(log p + H)
+
+Workspace: two tiles of logits and one tile of W in the accumulation dtype. The forward reads W once
+per block of rows, the backward once (backward.py). Accumulates in fp32 (float64 for float64 inputs)
+whatever the inputs' dtype, also under autocast. Two runs on a CPU are bitwise equal.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from roma_kernels.linear_logprob.rows import Active, Head, Kernels, Rows
+from roma_kernels.products import multiply, report
+
+# 1024 rows × 2048 entries, twice, in fp32: within 4 % of the fastest of the sizes tried on a CPU
+# (4 to 128 MiB).
+WORKSPACE_BYTES = 16 * 2**20
+VOCAB_TILE = 2048
+
+
+def _tiles(size: int, tile: int) -> Iterator[slice]:
+    return (slice(start, min(start + tile, size)) for start in range(0, size, tile))
+
+
+def _logits(
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | float,
+    softcap: float | None,
+) -> Tensor:
+    """One tile of z, from rows and weights already in the accumulation dtype; `scale` is 1/τ."""
+    logits = torch.mm(states, weight.T)
+    if bias is not None:
+        logits += bias.to(logits.dtype)
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    return logits.mul_(scale)
+
+
+def sweep(rows: Rows, head: Head, sums: Tensor) -> None:
+    """Fills `sums` [3 or 4, R] with peak, total, target and (if four) moment of each row."""
+    vocab, depth = head.weight.shape
+    numbers = torch.arange(rows.count, device=sums.device)
+    for block in _tiles(rows.count, max(WORKSPACE_BYTES // (2 * VOCAB_TILE * sums.itemsize), 1)):
+        token_of = numbers[block] // rows.views
+        states = take(rows, numbers[block], None).to(sums.dtype)
+        labels = rows.tokens[token_of] - head.start
+        scale = head.scale if rows.row_scale is None else rows.row_scale[token_of, None]
+        # The lowest finite number, not −∞: a tile may hold nothing but −∞ (a vocabulary masked by
+        # its bias).
+        peak = torch.full_like(sums[0, block], torch.finfo(sums.dtype).min)
+        total, target, moment = (torch.zeros_like(peak) for _ in range(3))
+        for tile in _tiles(vocab, VOCAB_TILE):
+            logits = _logits(
+                states, head.weight[tile].to(sums.dtype),
+                None if head.bias is None else head.bias[tile], scale, head.softcap,
+            )  # fmt: skip
+            inside = (labels >= tile.start) & (labels < tile.stop)
+            column = (labels - tile.start).clamp(0, logits.shape[1] - 1)
+            target = torch.where(inside, logits.gather(1, column[:, None])[:, 0], target)
+            higher = torch.maximum(peak, logits.amax(1))
+            shrink = torch.exp(peak - higher)
+            weights = torch.sub(logits, higher[:, None]).exp_()
+            total = total * shrink + weights.sum(1)
+            if len(sums) == 4:
+                # 0·(−∞) is a masked entry's share, and it is 0.
+                share = weights.mul_(logits).masked_fill_(logits == -torch.inf, 0)
+                moment = moment * shrink + share.sum(1)
+            peak = higher
+        for row, value in zip(sums, (peak, total, target, moment), strict=False):
+            row[block] = value
+    report("forward", rows.count, vocab, depth)
+
+
+def take(rows: Rows, chosen: Tensor, wanted: Tensor | None) -> Tensor:
+    """Hidden states [A, D] of the chosen rows."""
+    token, view = chosen // rows.views, chosen % rows.views
+    place = token if rows.index is None else rows.index[token]
+    states = rows.hidden.index_select(0, place)
+    if rows.view_hidden is None:
+        return states
+    flat = rows.view_hidden.reshape(-1, states.shape[1])
+    degraded = flat.index_select(0, place + (view - 1).clamp(min=0) * len(rows.hidden))
+    return torch.where((view == 0)[:, None], states, degraded)
+
+
+def give(
+    rows: Rows, chosen: Tensor, wanted: Tensor | None, dstates: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients by hidden and view_hidden, zero but on the chosen rows."""
+    token, view = chosen // rows.views, chosen % rows.views
+    place = token if rows.index is None else rows.index[token]
+    dstates = dstates.to(rows.hidden.dtype)
+    shape, like = rows.hidden.shape, dstates
+    if rows.view_hidden is None:
+        return like.new_zeros(shape).index_copy_(0, place, dstates), None
+    clean = view == 0
+    dhidden = like.new_zeros(shape).index_copy_(0, place[clean], dstates[clean])
+    dviews = like.new_zeros(rows.view_hidden.shape)
+    places = (place + (view - 1) * shape[0])[~clean]
+    dviews.view(-1, shape[1]).index_copy_(0, places, dstates[~clean])
+    return dhidden, dviews
+
+
+def dlogits(active: Active, head: Head) -> Tensor:
+    """The gradient dz [A, V] for a head, or a slice of one, of V entries."""
+    scale = head.scale if active.row_scale is None else active.row_scale[:, None]
+    logits = _logits(active.states, head.weight, head.bias, scale, head.softcap)
+    # dz = −p·g + 1[v=y]·g − p·e·(log p + H), written in place over p.
+    log_p = logits - active.lse[:, None]
+    dz = torch.exp(log_p)
+    g = active.dlogp[:, None]
+    if active.dentropy is None or active.entropy is None:
+        dz.mul_(-g)
+    else:
+        shift = log_p.masked_fill_(log_p == -torch.inf, 0).add_(active.entropy[:, None])
+        dz.mul_(shift.mul_(-active.dentropy[:, None]).sub_(g))
+    labels = active.tokens - head.start
+    inside = ((labels >= 0) & (labels < dz.shape[1])).nonzero()[:, 0]
+    dz[inside, labels[inside]] += active.dlogp[inside]
+    if head.softcap is not None:
+        # logits hold s·tanh(·)/τ, so tanh is logits·τ/s.
+        dz.mul_(1 - logits.div_(scale).div_(head.softcap).square_())
+    dz.mul_(scale)
+    report("recompute", len(dz), dz.shape[1], active.states.shape[1])
+    return dz
+
+
+def accumulation(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """fp32, or float64 for float64 hidden states."""
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
+KERNELS = Kernels(
+    sweep=sweep,
+    take=take,
+    give=give,
+    dlogits=dlogits,
+    multiply=multiply,
+    dtype=accumulation,
+    workspace=WORKSPACE_BYTES,
+    least_columns=VOCAB_TILE,
+)

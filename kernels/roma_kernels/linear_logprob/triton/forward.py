@@ -1,0 +1,190 @@
+"""Forward sweep over the vocabulary in Triton, and the merge of its partial sums.
+
+    peak = max_v z_v ; total = Σ_v e^(z_v − peak) ; moment = Σ_v e^(z_v − peak)·z_v ; target = z_y
+
+Every tile [BLOCK_R, BLOCK_V] of logits is born in registers (fp32), leaves peak, total and, for
+the entropy, moment of each of its rows behind, and dies there: 8 bytes (12) per row and vocabulary
+tile in the place of 4·BLOCK_V. The target is written by the one tile that holds it, from the same
+accumulator. `_merge_kernel` folds the vocabulary tiles. A tile is any program's to take, so the
+vocabulary is always split, and few rows fill a chip as well as many.
+
+For 2·R·D·V FLOP the multiprocessors pull 2·D·(R·⌈V/BLOCK_V⌉ + V·⌈R/BLOCK_R⌉) bytes of bf16 through
+L2; memory gives W once per GROUP row tiles. No atomics: two runs are bitwise equal.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from roma_kernels.linear_logprob.rows import Head, Rows
+from roma_kernels.linear_logprob.triton.configs import (
+    TRITON_DTYPES,
+    programs,
+    promoted,
+    sources,
+    tile_for,
+)
+from roma_kernels.linear_logprob.triton.gather import take_rows
+from roma_kernels.linear_logprob.triton.tile import _LOWEST, _logits, _product, _tile_at
+from roma_kernels.products import listening, report
+
+# Rows swept per launch: bounds the partial sums (74 MiB at V = 152k) and the gathered hidden
+# states (128 MiB at D = 4096), and still reads W only once per 26 ms of products on an H200.
+SWEEP_ROWS = 16384
+
+
+@triton.jit(do_not_specialize=["first", "vocab_start", "R"])
+def _linear_logprob_fwd_kernel(
+    peak_ptr,  # [⌈V/BLOCK_V⌉, R]
+    total_ptr,  # the same
+    moment_ptr,  # the same, or None without entropy
+    target_ptr,  # [R], zeros
+    hidden,  # [R, D], pointer or descriptor
+    weight,  # [V, D], pointer or descriptor
+    bias_ptr,  # [V] or None
+    tokens_ptr,  # int64, one per `views` rows
+    scale_ptr,  # 1/τ, one per `views` rows, or None
+    counted_ptr,  # 0-dim int64 or None: how many tokens are wanted
+    stride_hr,
+    stride_hd,
+    stride_wv,
+    stride_wd,
+    first,  # the first row's number among all rows
+    views,  # rows per token
+    vocab_start,  # the first weight row's number among all tokens
+    R,
+    V,
+    D,
+    scale,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    wanted = R
+    if counted_ptr is not None:
+        wanted = tl.minimum(R, tl.maximum(tl.load(counted_ptr) * views - first, 0)).to(tl.int32)
+    row_tiles, vocab_tiles = tl.cdiv(wanted, BLOCK_R), tl.cdiv(V, BLOCK_V)
+    for turn in tl.range(
+        tl.program_id(0), row_tiles * vocab_tiles, tl.num_programs(0), flatten=FLATTEN
+    ):
+        row_tile, vocab_tile = _tile_at(turn, row_tiles, vocab_tiles, GROUP)
+        product = _product(
+            hidden, weight, row_tile * BLOCK_R, vocab_tile * BLOCK_V, stride_hr, stride_hd,
+            stride_wv, stride_wd, R, V, D, BLOCK_R, BLOCK_V, BLOCK_D, DESCRIPTORS, DTYPE,
+        )  # fmt: skip
+        rows = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)
+        cols = vocab_tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        token_of = (first + rows) // views
+        row_scale = scale
+        if scale_ptr is not None:
+            row_scale = tl.load(scale_ptr + token_of, rows < wanted, other=1.0)[:, None]
+        z = _logits(product, bias_ptr, cols, V, row_scale, softcap, SOFTCAP)
+
+        peak = tl.maximum(tl.max(z, 1), _LOWEST)
+        weights = tl.exp(z - peak[:, None])
+        places = vocab_tile.to(tl.int64) * R + rows
+        tl.store(peak_ptr + places, peak, rows < wanted)
+        tl.store(total_ptr + places, tl.sum(weights, 1), rows < wanted)
+        if moment_ptr is not None:
+            moment = tl.sum(weights * tl.where(weights > 0, z, 0.0), 1)
+            tl.store(moment_ptr + places, moment, rows < wanted)
+        token = tl.load(tokens_ptr + token_of, rows < wanted, other=-1) - vocab_start
+        target = tl.sum(tl.where(cols[None, :] == token[:, None], z, 0.0), 1)
+        here = (token >= vocab_tile * BLOCK_V) & (token < tl.minimum((vocab_tile + 1) * BLOCK_V, V))
+        tl.store(target_ptr + rows, target, here & (rows < wanted))
+
+
+@triton.jit(do_not_specialize=["first", "R"])
+def _merge_kernel(
+    peak_out_ptr,  # [R]
+    total_out_ptr,  # [R]
+    moment_out_ptr,  # [R] or None
+    peak_ptr,  # [parts, R]
+    total_ptr,
+    moment_ptr,
+    counted_ptr,
+    first,
+    views,
+    parts,
+    R,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Folds the parts of each row: e^(peak_i − peak) weighs part i."""
+    wanted = R
+    if counted_ptr is not None:
+        wanted = tl.minimum(R, tl.maximum(tl.load(counted_ptr) * views - first, 0)).to(tl.int32)
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    peak = tl.full((BLOCK_R,), _LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    moment = tl.zeros((BLOCK_R,), tl.float32)
+    for start in range(0, parts, BLOCK_P):
+        part = start + tl.arange(0, BLOCK_P)
+        places = part.to(tl.int64)[:, None] * R + rows[None, :]
+        inside = (part < parts)[:, None] & (rows < wanted)[None, :]
+        peaks = tl.load(peak_ptr + places, inside, other=_LOWEST)
+        higher = tl.maximum(peak, tl.max(peaks, 0))
+        shrink = tl.exp(peak - higher)
+        weights = tl.exp(peaks - higher[None, :])
+        totals = tl.load(total_ptr + places, inside, other=0.0)
+        total = total * shrink + tl.sum(totals * weights, 0)
+        if moment_ptr is not None:
+            moments = tl.load(moment_ptr + places, inside, other=0.0)
+            moment = moment * shrink + tl.sum(moments * weights, 0)
+        peak = higher
+    tl.store(peak_out_ptr + rows, peak, rows < wanted)
+    tl.store(total_out_ptr + rows, total, rows < wanted)
+    if moment_ptr is not None:
+        tl.store(moment_out_ptr + rows, moment, rows < wanted)
+
+
+_MERGE_R, _MERGE_P = 32, 32
+
+
+def sweep(rows: Rows, head: Head, sums: Tensor) -> None:
+    """Fills `sums` [3 or 4, R] with peak, total, target and (if four) moment of each wanted row.
+
+    What is not wanted keeps its value; targets come as zeros.
+    """
+    dtype = promoted(rows.hidden, head.weight)
+    step = max(SWEEP_ROWS // rows.views, 1) * rows.views
+    for first in range(0, rows.count, step):
+        _sweep_part(rows, head, sums[:, first : first + step], first, dtype)
+
+
+def _sweep_part(rows: Rows, head: Head, sums: Tensor, first: int, dtype: torch.dtype) -> None:
+    count, (vocab, depth), device = sums.shape[1], head.weight.shape, sums.device
+    states = take_rows(rows, slice(first, first + count))
+    options = head.softcap is not None or len(sums) == 4
+    tile = tile_for(device, dtype, count, options=options)
+    parts = triton.cdiv(vocab, tile.block_v)
+    peaks, totals, *moments = sums.new_empty(len(sums) - 1, parts, count)
+    described, hidden, weight = sources(tile, states, head.weight)
+    counted_of = (rows.counted, first, rows.views)
+    _linear_logprob_fwd_kernel[(programs(tile, count, vocab, device),)](
+        peaks, totals, moments[0] if moments else None, sums[2],
+        hidden, weight, head.bias, rows.tokens, rows.row_scale, rows.counted,
+        *states.stride(), *head.weight.stride(),
+        first, rows.views, head.start, count, vocab, depth,
+        head.scale, head.softcap or 0.0,
+        SOFTCAP=head.softcap is not None, DESCRIPTORS=described, DTYPE=TRITON_DTYPES[dtype],
+        BLOCK_R=tile.block_r, BLOCK_V=tile.block_v, BLOCK_D=tile.block_d, GROUP=tile.group,
+        FLATTEN=tile.persistent, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    _merge_kernel[(triton.cdiv(count, _MERGE_R),)](
+        sums[0], sums[1], sums[3] if moments else None,
+        peaks, totals, moments[0] if moments else None,
+        *counted_of, parts, count, BLOCK_R=_MERGE_R, BLOCK_P=_MERGE_P,
+    )  # fmt: skip
+    if listening():
+        wanted = count
+        if rows.counted is not None:
+            wanted = min(max(int(rows.counted) * rows.views - first, 0), count)
+        report("forward", triton.cdiv(wanted, tile.block_r) * tile.block_r, vocab, depth)

@@ -1,0 +1,1 @@
+"""Generated datasets whose answers can be verified: handwritten digits and charts."""

@@ -1,0 +1,1 @@
+"""Accuracy on clean and degraded images: conditions, answers, intervals, tables, figures."""

@@ -1,0 +1,135 @@
+"""What an evaluation found: correctness and texts per condition, accuracies with intervals."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from roma.evaluate.conditions import Cell
+from roma.evaluate.intervals import Bootstrap, Interval, macro
+from roma_kernels.errors import fail
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """One model on one cell: `correct` [n] uint8 (1 = right) and the n answers' texts."""
+
+    correct: NDArray[np.uint8]
+    texts: list[str]
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """One model on every cell; images in the order of `ids`."""
+
+    ids: list[str]
+    cells: dict[Cell, CellResult]
+
+    @property
+    def columns(self) -> list[tuple[str, int]]:
+        """(pool, level) of every macro average, in the order measured; ("clean", 0) for clean."""
+        return list(dict.fromkeys((cell.pool, cell.level) for cell in self.cells))
+
+    def scores(self, pool: str, level: int = 0) -> NDArray[np.float64]:
+        """Macro average over the pool's corruptions at a level, per image: [n] in 0..1.
+
+        Raises:
+            ValueError: nothing was measured there.
+        """
+        where = (pool, level)
+        rows = [found.correct for c, found in self.cells.items() if (c.pool, c.level) == where]
+        if not rows:
+            fail("pool, level", "one that was measured", str(where), "add it to the cells")
+        return macro(rows)
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON: ids, and per cell the correctness and the texts."""
+        cells = [
+            asdict(cell) | {"correct": found.correct.tolist(), "texts": found.texts}
+            for cell, found in self.cells.items()
+        ]
+        Path(path).write_text(json.dumps({"ids": self.ids, "cells": cells}), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "EvalResult":
+        """Reads what `save` wrote."""
+        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+        cells = {}
+        for row in stored["cells"]:
+            correct = np.array(row["correct"], dtype=np.uint8)
+            cell = Cell(row["pool"], row["corruption"], row["level"])
+            cells[cell] = CellResult(correct, row["texts"])
+        return cls(stored["ids"], cells)
+
+
+def summarise(result: EvalResult, *, bootstrap: Bootstrap | None = None) -> dict[str, Any]:
+    """Accuracies in percent with 95 % bootstrap intervals, as JSON.
+
+    Args:
+        result: of `evaluate`.
+        bootstrap: to share with other models; None for one of its own.
+
+    Returns:
+        "images": n; "pools": {"clean": entry, "seen": {"L1": entry, …}, …}, macro averages over
+        corruptions; "detail": one row per cell. An entry is {"mean", "low", "high", "n"}.
+    """
+    bootstrap = bootstrap or Bootstrap(len(result.ids))
+    macros = bootstrap.intervals([result.scores(*column) for column in result.columns])
+    single = bootstrap.intervals([found.correct for found in result.cells.values()])
+    return {
+        "images": len(result.ids),
+        "pools": tree_of(result.columns, macros),
+        "detail": [
+            asdict(cell) | interval.as_dict()
+            for cell, interval in zip(result.cells, single, strict=True)
+        ],
+    }
+
+
+def tree_of(columns: Sequence[tuple[str, int]], intervals: Sequence[Interval]) -> dict[str, Any]:
+    """Pool → "L1", "L2", … → entry; a pool without levels ("clean") is its entry.
+
+    Example:
+        >>> tree_of([("clean", 0)], [Interval(90.0, 88.0, 92.0, 500)])
+        {'clean': {'mean': 90.0, 'low': 88.0, 'high': 92.0, 'n': 500}}
+    """
+    tree: dict[str, Any] = {}
+    for (pool, level), interval in zip(columns, intervals, strict=True):
+        if level:
+            tree.setdefault(pool, {})[f"L{level}"] = interval.as_dict()
+        else:
+            tree[pool] = interval.as_dict()
+    return tree
+
+
+def summary_table(summary: Mapping[str, Any]) -> Table:
+    """A summary as a table for the terminal: a row per corruption, a macro average below each pool.
+
+    Args:
+        summary: of `summarise`.
+    """
+    form = "{mean:.1f} [{low:.1f}, {high:.1f}]"
+    pools = dict(summary["pools"])
+    title = f"Accuracy, % [95 % interval], {summary['images']} images"
+    if clean := pools.pop("clean", None):
+        title += "\nclean: " + form.format(**clean)
+    levels = sorted({row["level"] for row in summary["detail"]} - {0})
+    table = Table(title=Text(title), box=box.SIMPLE_HEAD)
+    table.add_column("corruption")
+    for level in levels:
+        table.add_column(f"L{level}", justify="right", no_wrap=True)
+    for pool, macros in pools.items():
+        rows = [row for row in summary["detail"] if row["pool"] == pool]
+        for kind in dict.fromkeys(row["corruption"] for row in rows):
+            cells = [Text(form.format(**row)) for row in rows if row["corruption"] == kind]
+            table.add_row(kind, *cells)
+        cells = [Text(form.format(**entry)) for entry in macros.values()]
+        table.add_row(f"{pool}: mean", *cells, style="bold", end_section=True)
+    return table

@@ -1,0 +1,221 @@
+"""Accuracy on clean and degraded images: greedy answers, correctness per image, `roma eval`."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from roma.data import load_dataset_rows
+from roma.evaluate.conditions import DegradedImages, Image, cells_of
+from roma.evaluate.result import CellResult, EvalResult, summarise, summary_table
+from roma.rewards import RewardFunction, compute_score
+from roma.views import CORRUPTIONS, load_levels
+from roma_kernels.errors import fail
+
+if TYPE_CHECKING:  # importing it takes seconds, and `roma eval --help` needs none of it
+    from roma.models.qwen_vl import Policy
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said: decoded text, its length in tokens, and whether it ended by itself."""
+
+    text: str
+    length: int
+    finished: bool = True
+
+
+class Answerer(Protocol):
+    """Answers a batch of problems about images, one answer each, in order."""
+
+    def __call__(
+        self, problems: Sequence[str], images: Sequence[Sequence[Image]]
+    ) -> Sequence[Answer]:
+        """One `Answer` per problem."""
+
+
+def policy_answerer(policy: "Policy", *, max_new_tokens: int) -> Answerer:
+    """Greedy answers of a policy, in batches; special tokens are left out of the texts.
+
+    Args:
+        policy: the model.
+        max_new_tokens: budget of an answer, tokens; an answer cut there is not finished.
+    """
+    from roma.rollout.hf import generate
+
+    def answer(problems: Sequence[str], images: Sequence[Sequence[Image]]) -> list[Answer]:
+        prompts = policy.encode_prompts(problems, images)
+        made = generate(policy, prompts, max_new_tokens=max_new_tokens, temperature=None)
+        texts = policy.processor.decode(made.tokens, made.mask)
+        lengths, finished = made.mask.sum(-1).tolist(), made.finished.tolist()
+        return [Answer(*row) for row in zip(texts, lengths, finished, strict=True)]
+
+    return answer
+
+
+def evaluate(
+    answer: Answerer,
+    images: DegradedImages,
+    *,
+    score: RewardFunction = compute_score,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> EvalResult:
+    """Answers every example at every cell; right means an accuracy of at least ½ in the reward.
+
+    Args:
+        answer: the model, e.g. `policy_answerer(policy)`; greedy, so that two runs agree.
+        images: the test examples and their cells.
+        score: the reward function; only its "accuracy" is read.
+        batch_size: examples per call of `answer`, ≥ 1.
+        progress: called with the number of images just answered.
+
+    Raises:
+        ValueError: `batch_size` < 1, or the number of answers is not the number of problems.
+    """
+    if batch_size < 1:
+        fail("batch_size", "at least 1", str(batch_size), "8 to 256 are customary")
+    cells = {}
+    for cell in images.cells:
+        pictures = images.at(cell)
+        answers: list[Answer] = []
+        for start in range(0, len(pictures), batch_size):
+            some = slice(start, start + batch_size)
+            problems = [example.problem for example in images.examples[some]]
+            answered = answer(problems, pictures[some])
+            if len(answered) != len(problems):
+                expected = f"{len(problems)} answers"
+                fail("answer", expected, str(len(answered)), "return one per problem, in order")
+            answers.extend(answered)
+            if progress:
+                progress(len(problems))
+        cells[cell] = CellResult(_correct(answers, images, score), [a.text for a in answers])
+    return EvalResult([example.id for example in images.examples], cells)
+
+
+def _correct(
+    answers: Sequence[Answer], images: DegradedImages, score: RewardFunction
+) -> NDArray[np.uint8]:
+    """[n]: 1 where the reward function calls the answer accurate."""
+    rows: list[dict[str, Any]] = [
+        {
+            "response": answer.text,
+            "response_length": answer.length,
+            "ground_truth": example.answer,
+            "finished": answer.finished,
+        }
+        for answer, example in zip(answers, images.examples, strict=True)
+    ]
+    return np.array([found["accuracy"] >= 0.5 for found in score(rows)], dtype=np.uint8)
+
+
+def run_eval(
+    model: str | Path,
+    data: str | Path,
+    *,
+    pools: Sequence[str] = ("clean", "seen", "unseen"),
+    levels: Sequence[int] = (1, 2, 3),
+    out: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int = 1024,
+    level_table: str | Path | None = None,
+    score: RewardFunction = compute_score,
+    seed: int = 0,
+    device: str | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """`roma eval`: measures one model, prints a table, writes eval.json, answers.json and eval.png.
+
+    Args:
+        model: a Hugging Face folder of a vision-language model.
+        data: a dataset in the loader's form, `folder@split` for a split.
+        pools: see `cells_of`.
+        levels: see `cells_of`.
+        out: the folder for the files; None: runs/eval/ and the model's name.
+        limit: the first so many examples only; None: all.
+        batch_size: examples answered at once.
+        max_new_tokens: budget of an answer, tokens.
+        level_table: YAML with other levels, for small images; None: the customary ones.
+        score: the reward function whose "accuracy" counts.
+        seed: of the noise.
+        device: "cpu", "cuda", …; None: the GPU in bf16 if there is one, else the CPU in fp32.
+        console: where to print.
+
+    Returns:
+        What eval.json holds: `summarise`'s keys, and how they came about.
+
+    Raises:
+        ValueError: an unknown pool or level, a limit below 1, no model's folder, or a bad dataset.
+    """
+    corruptions = load_levels(level_table) if level_table else CORRUPTIONS
+    cells = cells_of(pools, levels, corruptions)
+    if limit is not None and limit < 1:
+        fail("limit", "at least 1, or None", str(limit), "leave it out to measure on every example")
+    rows = load_dataset_rows(data)
+    examples = [rows[i] for i in range(min(len(rows), limit or len(rows)))]
+    policy = _load_policy(model, device)
+    images = DegradedImages(
+        examples,
+        cells,
+        resize=policy.processor.resize,
+        corruptions=corruptions,
+        seed=seed,
+        keep=False,
+    )
+    console = console or Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("answering", total=len(cells) * len(examples))
+        answer = policy_answerer(policy, max_new_tokens=max_new_tokens)
+        result = evaluate(
+            answer,
+            images,
+            score=score,
+            batch_size=batch_size,
+            progress=lambda count: bar.advance(task, count),
+        )
+    summary = {
+        "model": str(model),
+        "data": str(data),
+        "level_table": str(level_table) if level_table else None,
+        "seed": seed,
+        "decoding": "greedy",
+        "max_new_tokens": max_new_tokens,
+    } | summarise(result)
+    console.print(summary_table(summary))
+    folder = Path(out) if out else Path("runs", "eval", Path(model).resolve().name)
+    wrote = f"wrote {_write_eval(folder, result, summary)}"
+    console.print(wrote, highlight=False, soft_wrap=True)  # paths stay whole, to be copied
+    return summary
+
+
+def _load_policy(model: str | Path, device: str | None) -> "Policy":
+    """The model, on a GPU in bf16 where there is one and nothing else was asked for."""
+    import torch
+
+    from roma.models.qwen_vl import Policy
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    policy = Policy.load(model, dtype=dtype, device=device)
+    policy.eval()
+    return policy
+
+
+def _write_eval(folder: Path, result: EvalResult, summary: Mapping[str, Any]) -> str:
+    """Writes the three files and says where."""
+    from roma.evaluate import figures
+
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(summary, indent=1, ensure_ascii=False)
+    (folder / "eval.json").write_text(text + "\n", encoding="utf-8")
+    result.save(folder / "answers.json")
+    figures.save(figures.one_model(summary), folder / "eval.png")
+    return ", ".join(str(folder / name) for name in ("eval.json", "answers.json", "eval.png"))

@@ -1,0 +1,307 @@
+"""A Hugging Face vision-language model, taken apart into the passes that the trainer needs.
+
+Four passes that a plain `model(**batch)` does not separate: the vision tower runs once per (image,
+view) and its features serve all rollouts; only hidden states of completion tokens come out, for the
+loss that needs no logits; a degraded view is another set of `pixel_values` on the clean image's
+grid; and rows are (prompt, completion) pairs in any number and order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from roma.models.processor import Image, Processor
+from roma_kernels.errors import fail
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """P prompts, padded on the left, with their images at model resolution."""
+
+    input_ids: Tensor  # [P, L] int64
+    attention_mask: Tensor  # [P, L] int64, 1 = a token
+    position_ids: Tensor  # [3, P, L] int64: time, height, width
+    next_position: Tensor  # [P] int64: position of the first completion token
+    images: list[list[Image]]  # per prompt, uint8 [H, W, 3]
+    pixel_values: Tensor  # [Σ gh·gw, C] fp32, the images of all prompts in order
+    grids: Tensor  # [n, 3] int64
+    first_image: list[int]  # [P + 1]: prompt p owns images first_image[p]..first_image[p + 1]
+    padded: bool
+
+    def select(self, prompts: slice) -> "PromptBatch":
+        """The prompts of a slice, for micro-batches; keeps the padding."""
+        low, high = self.first_image[prompts.start], self.first_image[prompts.stop]
+        return replace(
+            self,
+            input_ids=self.input_ids[prompts],
+            attention_mask=self.attention_mask[prompts],
+            position_ids=self.position_ids[:, prompts],
+            next_position=self.next_position[prompts],
+            images=self.images[prompts],
+            pixel_values=self.pixel_values[self.patches(prompts)],
+            grids=self.grids[low:high],
+            first_image=[i - low for i in self.first_image[prompts.start : prompts.stop + 1]],
+        )
+
+    def patches(self, prompts: slice) -> slice:
+        """Where the patches of a slice's images stand in `pixel_values`, and in those of a view."""
+        ends = [0, *self.grids.prod(-1).cumsum(0).tolist()]
+        low, high = self.first_image[prompts.start], self.first_image[prompts.stop]
+        return slice(ends[low], ends[high])
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What the vision tower says of n images, [tokens, D] each; `deepstack` per level."""
+
+    embeddings: list[Tensor]
+    deepstack: list[list[Tensor]]
+
+    def part(self, first: int, count: int) -> "ImageFeatures":
+        """The features of `count` images from number `first` on."""
+        return self.gather(range(first, first + count))
+
+    def gather(self, images: Sequence[int]) -> "ImageFeatures":
+        """The features of `images`, in that order, repeats allowed."""
+        return ImageFeatures(
+            [self.embeddings[i] for i in images],
+            [[level[i] for i in images] for level in self.deepstack],
+        )
+
+
+class Policy(nn.Module):
+    """A model of the Qwen3-VL family and its processor.
+
+    Args:
+        model: `transformers` image-text-to-text model with `get_image_features` and
+            `get_rope_index`.
+        processor: of the same folder.
+    """
+
+    def __init__(self, model: Any, processor: Processor) -> None:
+        """Keeps both; dropout is off in training too, so that old and new log-probs agree."""
+        super().__init__()
+        self.model = model
+        self.processor = processor
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> "Policy":
+        """Reads a Hugging Face folder, the small model's or a real Qwen3-VL's.
+
+        Raises:
+            ValueError: not such a folder, or a model without image features and 3-D positions.
+        """
+        from transformers import AutoModelForImageTextToText
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # of loading and saving; it would break up the trainer's own
+
+        if not (Path(path) / "config.json").is_file():
+            fail(
+                "model",
+                "a Hugging Face model's folder",
+                f"no config.json in {str(path)!r}",
+                "check the path",
+            )
+        processor = Processor.load(path)
+        model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+        if not hasattr(model.model, "get_rope_index"):
+            fail(
+                "model",
+                "one of the Qwen-VL family",
+                type(model).__name__,
+                "other families need a policy of their own",
+            )
+        return cls(model.to(device), processor)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes weights, config, tokenizer and image processor in Hugging Face form."""
+        self.model.save_pretrained(path)
+        self.processor.save_pretrained(path)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head_weight.device
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]."""
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight
+
+    @property
+    def pad_id(self) -> int:
+        """Token for positions that do not count."""
+        return int(self.processor.tokenizer.pad_token_id)
+
+    def encode_prompts(
+        self, problems: Sequence[str], images: Sequence[Sequence[Image]]
+    ) -> PromptBatch:
+        """Prompts for problems whose `<image>` marks stand for images, uint8 [H, W, 3], any size.
+
+        Raises:
+            ValueError: a problem's marks and images differ in number.
+        """
+        resized = [[self.processor.resize(image) for image in own] for own in images]
+        pixel_values, grids = self.processor.pixel_values(
+            [image for own in resized for image in own]
+        )
+        first = [0]
+        for own in resized:
+            first.append(first[-1] + len(own))
+        bounds = list(pairwise(first))
+        ids = [
+            self.processor.prompt_ids(text, grids[a:b])
+            for text, (a, b) in zip(problems, bounds, strict=True)
+        ]
+        longest = max(map(len, ids))
+        input_ids = torch.tensor([[self.pad_id] * (longest - len(row)) + row for row in ids])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
+        positions = self._positions(input_ids, mask, grids, first)
+        return PromptBatch(
+            input_ids=input_ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            position_ids=positions.to(self.device),
+            next_position=positions[0].where(mask.bool(), -1).amax(-1).to(self.device) + 1,
+            images=resized,
+            pixel_values=pixel_values.to(self.device),
+            grids=grids,
+            first_image=first,
+            padded=bool((mask == 0).any()),
+        )
+
+    def _positions(
+        self, input_ids: Tensor, mask: Tensor, grids: Tensor, first: list[int]
+    ) -> Tensor:
+        """[3, P, L]; prompts of one shape (marks, grids, padding) are computed once."""
+        kinds = (input_ids == self.model.config.image_token_id).to(torch.int32)
+        keys = [
+            (kinds[p].numpy().tobytes(), mask[p].numpy().tobytes(), str(grids[a:b].tolist()))
+            for p, (a, b) in enumerate(pairwise(first))
+        ]
+        made: dict[Any, Tensor] = {}
+        for p, key in enumerate(keys):
+            if key not in made:
+                made[key], _ = self.model.model.get_rope_index(
+                    input_ids[p : p + 1],
+                    kinds[p : p + 1],
+                    image_grid_thw=grids[first[p] : first[p + 1]],
+                    attention_mask=mask[p : p + 1],
+                )
+        return torch.cat([made[key] for key in keys], dim=1)
+
+    def view_pixels(self, prompts: PromptBatch, views: Sequence[Sequence[Image]]) -> Tensor:
+        """Patches of a degraded view of every prompt's images, on the clean images' grids.
+
+        Args:
+            prompts: the clean prompts.
+            views: per prompt, its degraded images, uint8, of the sizes in `prompts.images`.
+
+        Raises:
+            ValueError: a view's grid differs from the clean one.
+        """
+        pixel_values, grids = self.processor.pixel_values([image for own in views for image in own])
+        clean, made = prompts.grids.tolist(), grids.tolist()
+        if len(made) != len(clean):
+            fail("views", f"{len(clean)} images", str(len(made)), "one per image of the prompts")
+        for number, (expected, got) in enumerate(zip(clean, made, strict=True)):
+            if got != expected:
+                remedy = "degrade the image at model resolution and keep its height and width"
+                fail(f"views, image {number}", f"the clean grid {expected}", str(got), remedy)
+        return pixel_values.to(self.device)
+
+    def image_features(self, pixel_values: Tensor, grids: Tensor) -> ImageFeatures:
+        """One pass of the vision tower over n images; differentiable."""
+        made = self.model.model.get_image_features(
+            pixel_values, grids.to(pixel_values.device), return_dict=True
+        )
+        return ImageFeatures(
+            list(made.pooler_output), [list(level) for level in made.deepstack_features]
+        )
+
+    def completion_hidden(
+        self,
+        prompts: PromptBatch,
+        features: ImageFeatures,
+        rows: Tensor,
+        tokens: Tensor,
+        mask: Tensor,
+    ) -> Tensor:
+        """Hidden states, after the last norm, at the positions that predict each completion token.
+
+        Args:
+            prompts: P prompts.
+            features: of all their images, in order (clean or degraded).
+            rows: [R] int64: the prompt of each row.
+            tokens: [R, T] int64 completions, padded on the right.
+            mask: [R, T] bool, True = a token.
+
+        Returns:
+            [R, T, D]; positions outside `mask` hold anything finite.
+        """
+        length = tokens.shape[1]
+        completions = tokens.masked_fill(~mask, self.pad_id)[
+            :, : length - 1
+        ]  # the last predicts nothing
+        ids = torch.cat([prompts.input_ids[rows], completions], dim=1)
+        later = prompts.next_position[rows, None] + torch.arange(length - 1, device=ids.device)
+        positions = torch.cat([prompts.position_ids[:, rows], later.expand(3, -1, -1)], dim=2)
+        states = self.model.model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=self._attention_mask(prompts, rows, length - 1),
+            mm_encoder_outputs=self._encoder_outputs(prompts, features, rows),
+            use_cache=False,
+        ).last_hidden_state
+        hidden: Tensor = states[:, prompts.input_ids.shape[1] - 1 :]
+        return hidden
+
+    def _attention_mask(self, prompts: PromptBatch, rows: Tensor, extra: int) -> Tensor | None:
+        """None where no prompt is padded: causality keeps the completions' padding out."""
+        if not prompts.padded:
+            return None
+        mask = prompts.attention_mask[rows]
+        return torch.cat([mask, mask.new_ones(len(rows), extra)], dim=1)
+
+    def _encoder_outputs(
+        self, prompts: PromptBatch, features: ImageFeatures, rows: Tensor
+    ) -> dict[str, Any] | None:
+        first = prompts.first_image
+        chosen = features.gather([i for p in rows.tolist() for i in range(first[p], first[p + 1])])
+        if not chosen.embeddings:
+            return None
+        output = SimpleNamespace(
+            pooler_output=tuple(chosen.embeddings), deepstack_features=chosen.deepstack
+        )
+        return {"image": output}
+
+    def prefill(self, prompts: PromptBatch, features: ImageFeatures) -> Any:
+        """The key-value cache of all prompts but their last token, for sampling."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config.text_config)
+        rows = torch.arange(len(prompts.images), device=self.device)
+        # The last prompt token starts generation; it is never an image token, so the features all
+        # belong before it.
+        self.model.model(
+            input_ids=prompts.input_ids[:, :-1],
+            position_ids=prompts.position_ids[:, :, :-1],
+            attention_mask=prompts.attention_mask[:, :-1] if prompts.padded else None,
+            mm_encoder_outputs=self._encoder_outputs(prompts, features, rows),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return cache

@@ -1,0 +1,111 @@
+r"""The built-in reward of `<think> … </think> … \boxed{answer}`, under EasyR1's signature."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from roma.rewards.math import same_answer
+from roma_kernels.errors import fail
+
+RewardInput = Mapping[str, Any]
+"""A response to score: "response", "ground_truth", "response_length", "finished"."""
+
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # \{ and \} match as pairs, which do not nest
+
+
+class Box(NamedTuple):
+    r"""A `\boxed{…}` in a text: its content, stripped, and where it starts and ends."""
+
+    content: str
+    start: int
+    end: int
+
+
+def last_box(text: str) -> Box | None:
+    r"""Finds the last `\boxed{…}`, braces balanced; None if there is none or it is not closed.
+
+    Example:
+        >>> last_box(r"\boxed{1} or \boxed{\frac{1}{2}}").content
+        '\\frac{1}{2}'
+    """
+    openings = list(re.finditer(r"\\boxed\s*\{", text))
+    if not openings:
+        return None
+    opening = openings[-1]
+    depth = 1
+    for brace in _BRACE.finditer(text, opening.end()):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            inside = text[opening.end() : brace.start()]
+            return Box(inside.strip(), opening.start(), brace.end())
+    return None
+
+
+def compute_score(
+    reward_inputs: Sequence[RewardInput],
+    *,
+    format_weight: float = 0.1,
+    strict_end: bool = True,
+    think: tuple[str, str] | None = ("<think>", "</think>"),
+) -> list[dict[str, float]]:
+    r"""Scores responses that reason between tags and end in a box.
+
+        overall = (1 − w)·accuracy + w·format,   w = format_weight          (EasyR1's weighting)
+
+    accuracy is 1 if the content of the last `\boxed{…}` is the ground truth (`same_answer`), else
+    0. format is 1 if the response is `<think> … </think> … \boxed{…}`, each tag once, with nothing
+    but blanks around it, and is finished; else 0.
+
+    Args:
+        reward_inputs: per response a mapping with "response" (text), "ground_truth", and, if known,
+            "finished": False when the end token never came (taken as True if absent).
+            "response_length" is there for other reward functions.
+        format_weight: w in 0..1.
+        strict_end: demand the end right after the box for accuracy too. Without it a run learns to
+            ramble: text behind a right answer would cost only the format's small share. Set it to
+            False for a model that writes `$\boxed{5}$.`
+        think: the two tags; an empty first one if the prompt already opens it; None demands the box
+            alone.
+
+    Returns:
+        Per response {"overall", "format", "accuracy"}, each in 0..1.
+
+    Raises:
+        ValueError: format_weight out of range, or a key is missing.
+
+    Example:
+        >>> response = r"<think> 3 + 5 </think> \boxed{8}"
+        >>> compute_score([{"response": response, "response_length": 9, "ground_truth": "8"}])
+        [{'overall': 1.0, 'format': 1.0, 'accuracy': 1.0}]
+    """
+    if not 0 <= format_weight <= 1:
+        fail("format_weight", "a number in 0..1", str(format_weight), "it is the format's share")
+    before_box = _before_box(think)
+    scores = []
+    for index, item in enumerate(reward_inputs):
+        for key in ("response", "ground_truth"):
+            if key not in item:
+                got = f"the keys {sorted(item)}"
+                fail(f"reward_inputs[{index}]", f"the key '{key}'", got, "add it")
+        well_formed = right = False
+        response = str(item["response"])
+        if box := last_box(response):
+            ended = bool(item.get("finished", True)) and not response[box.end :].strip()
+            well_formed = ended and bool(before_box.fullmatch(response, 0, box.start))
+            counts = ended or not strict_end
+            right = counts and same_answer(box.content, str(item["ground_truth"]))
+        overall = (1 - format_weight) * right + format_weight * well_formed
+        scores.append({"overall": overall, "format": float(well_formed), "accuracy": float(right)})
+    return scores
+
+
+def _before_box(think: Sequence[str] | None) -> re.Pattern[str]:
+    """What must stand before the box for the format's reward."""
+    if think is None:
+        return re.compile(r".*", re.DOTALL)
+    if len(think) != 2 or not think[1]:
+        fail("think", "(opening tag, closing tag)", repr(think), "only the first may be empty")
+    opening, closing = map(re.escape, think)
+    tags = "|".join(tag for tag in (opening, closing) if tag)
+    text = rf"(?:(?!{tags}).)*"
+    return re.compile(rf"\s*{opening}{text}{closing}{text}", re.DOTALL)

@@ -1,0 +1,98 @@
+"""Reward functions under EasyR1's signature: the built-in one, and a user's own from a file."""
+
+import difflib
+import functools
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from roma.rewards.boxed import RewardInput
+from roma_kernels.errors import fail
+
+RewardFunction = Callable[[Sequence[RewardInput]], list[dict[str, float]]]
+
+KEYS = ("overall", "format", "accuracy")
+
+
+def load_reward(spec: str, **options: Any) -> RewardFunction:
+    """Loads a reward function of EasyR1's signature, as `compute_score` has it.
+
+    The function that comes back checks each call's result, so that a slip in a reward file shows at
+    the first batch.
+
+    Args:
+        spec: "file.py:function", or "package.module:function", as "roma.rewards:compute_score".
+        options: keywords to bind, as `format_weight=0.5`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: spec is no such pair, the function is not in the file, or it does not take an
+            option. The loaded function raises ValueError for a wrong number of results, a missing
+            key or a value that is not finite, and TypeError for results of a wrong type. More keys
+            than the three are let through.
+    """
+    source, _, name = spec.rpartition(":")
+    if not source or not name:
+        fail("reward", "'file.py:function'", repr(spec), "name the file and the function in it")
+    is_file = source.endswith(".py")
+    module = _load_file(Path(source).expanduser()) if is_file else importlib.import_module(source)
+    function = getattr(module, name, None)
+    if not callable(function):
+        found = sorted(key for key, value in vars(module).items() if inspect.isfunction(value))
+        near = difflib.get_close_matches(name, found, n=1)
+        guess = f"did you mean '{near[0]}'?" if near else "define it there"
+        fail("reward", f"a function '{name}' in {source}", f"the functions {found}", guess)
+    try:
+        inspect.signature(function).bind([], **options)
+    except TypeError as error:
+        expected = f"that {spec} takes a list and the options {sorted(options)}"
+        fail("reward", expected, str(error), "correct the function or the options")
+    bound = functools.partial(function, **options)
+
+    @functools.wraps(function)
+    def checked(reward_inputs: Sequence[RewardInput]) -> list[dict[str, float]]:
+        scores = bound(reward_inputs)
+        _check_scores(spec, scores, len(reward_inputs))
+        return scores
+
+    return checked
+
+
+def _load_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        fail("reward", "an existing file", str(path), "check the path", error=FileNotFoundError)
+    module_name = f"roma_reward_{path.stem}"
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
+    assert module_spec is not None and module_spec.loader is not None  # always so for a .py file
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_name] = module  # dataclasses and pickle look a module up by its name
+    module_spec.loader.exec_module(module)
+    return module
+
+
+def _check_scores(spec: str, scores: object, count: int) -> None:
+    if not isinstance(scores, list) or not all(isinstance(score, dict) for score in scores):
+        got = [type(score).__name__ for score in scores] if isinstance(scores, list) else scores
+        fail(spec, "a list of dicts", repr(got)[:60], "return one per response", error=TypeError)
+    if len(scores) != count:
+        fail(spec, f"{count} results", str(len(scores)), "return one per response, in their order")
+    for index, score in enumerate(scores):
+        name = f"{spec}, result {index}"
+        for key in KEYS:
+            if key not in score:
+                fail(name, f"the keys {KEYS}", f"{sorted(score)}", f"add '{key}'")
+            if not _is_finite(score[key]):
+                fail(name, f"a finite number under '{key}'", repr(score[key]), "return a float")
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except TypeError:
+        return False

@@ -1,0 +1,335 @@
+"""Cells, answers, correctness per image, and the bootstrap against brute force."""
+
+import io
+import itertools
+import json
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from roma.data import Example
+from roma.evaluate.conditions import Cell, DegradedImages, cells_of
+from roma.evaluate.intervals import Bootstrap, macro
+from roma.evaluate.run import (
+    Answer,
+    EvalResult,
+    evaluate,
+    policy_answerer,
+    run_eval,
+    summarise,
+)
+from roma.views import CORRUPTIONS
+
+RESAMPLES = 10_000
+
+
+def _examples(count: int = 5) -> list[Example]:
+    """Gray images whose mean, rounded to tens, is the answer."""
+    images = [Image.new("RGB", (64, 32), (10 * i + 50,) * 3) for i in range(count)]
+    return [
+        Example(str(i), (image,), "<image> how bright ?", str(10 * i + 50))
+        for i, image in enumerate(images)
+    ]
+
+
+def _read_brightness(problems, images) -> list[Answer]:
+    """A model that is right as long as the mean gray value survives."""
+    assert len(problems) == len(images)
+    values = [10 * round(float(each[0].mean()) / 10) for each in images]
+    return [Answer(rf"<think> look </think> \boxed{{{value}}}", 5) for value in values]
+
+
+def test_cells_are_clean_once_and_every_corruption_of_a_pool_at_every_level():
+    cells = cells_of(["clean", "seen", "unseen"], [1, 2, 3])
+    assert len(cells) == 1 + 3 * 9
+    assert cells[0] == Cell() and str(cells[0]) == "clean"
+    assert {cell.corruption for cell in cells if cell.pool == "seen"} == {
+        "gaussian_noise",
+        "gaussian_blur",
+        "jpeg",
+        "downscale",
+    }
+    assert cells_of(["seen", "seen"], [3, 3]) == cells_of(["seen"], [3])
+
+
+@pytest.mark.parametrize(
+    ("pools", "levels", "message"),
+    [
+        (["sen"], [1], "pools: expected .*, got 'sen'; did you mean 'seen'?"),
+        (["clean", "unsen"], [1], "did you mean 'unseen'?"),
+        ([], [1], "pools: expected .*, got none; name at least one pool"),
+        (["seen"], [], "levels: expected at least one level, got none"),
+        (["seen"], [0], "levels: expected 1 to . , the levels of gaussian_noise, got 0"),
+        (["clean", "seen"], [1, 9], "levels: expected 1 to .*got 9"),
+    ],
+)
+def test_an_unknown_pool_or_level_is_named(pools, levels, message):
+    with pytest.raises(ValueError, match=message.replace(". ,", ".,").replace("?", r"\?")):
+        cells_of(pools, levels)
+
+
+def test_the_pixels_of_a_cell_depend_on_the_example_and_the_seed_alone():
+    examples = _examples()
+    noise = Cell("seen", "gaussian_noise", 2)
+    every = DegradedImages(examples, cells_of(["clean", "seen"], [1, 2]), seed=7)
+    alone = DegradedImages(examples[3:], [noise], seed=7)
+    other = DegradedImages(examples[3:], [noise], seed=8)
+    np.testing.assert_array_equal(every.at(noise)[3][0], alone.at(noise)[0][0])
+    assert (alone.at(noise)[0][0] != other.at(noise)[0][0]).any()
+    assert every.at(noise)[0][0].shape == (32, 64, 3)
+    assert every.at(noise)[0][0].dtype == np.uint8
+
+
+def test_two_images_of_one_example_get_noise_of_their_own():
+    gray = Image.new("RGB", (64, 32), (128,) * 3)
+    example = Example("pair", (gray, gray), "<image> <image> same ?", "yes")
+    first, second = DegradedImages([example], [Cell("seen", "gaussian_noise", 3)]).at(
+        Cell("seen", "gaussian_noise", 3)
+    )[0]
+    assert (first != second).any()
+
+
+def test_images_are_resized_before_they_are_degraded_and_each_cell_is_made_once():
+    noise = Cell("seen", "gaussian_noise", 1)
+    images = DegradedImages(_examples(2), [Cell(), noise], resize=lambda image: image[::2, ::2])
+    assert images.at(Cell())[0][0].shape == images.at(noise)[0][0].shape == (16, 32, 3)
+    assert images.at(noise) is images.make_all().at(noise)
+    anew = DegradedImages(_examples(2), [noise], keep=False)
+    assert anew.at(noise) is not anew.at(noise)
+    with pytest.raises(KeyError):
+        anew.at(Cell("seen", "jpeg", 1))
+
+
+def test_levels_come_from_the_table_that_was_given_and_cells_survive_pickling():
+    jpeg = Cell("seen", "jpeg", 1)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 64, 3), dtype=np.uint8))
+    examples = [Example("0", (noise,), "<image> ?", "1")]
+    harder = {**CORRUPTIONS, "jpeg": replace(CORRUPTIONS["jpeg"], levels=(5,))}
+    mild, harsh = (
+        DegradedImages(examples, [jpeg], corruptions=table) for table in (CORRUPTIONS, harder)
+    )
+    assert (mild.at(jpeg)[0][0] != harsh.at(jpeg)[0][0]).any()
+    again = pickle.loads(pickle.dumps(mild.make_all()))
+    np.testing.assert_array_equal(again.at(jpeg)[0][0], mild.at(jpeg)[0][0])
+
+
+def test_no_examples_is_an_error():
+    with pytest.raises(ValueError, match="examples: expected at least one, got none"):
+        DegradedImages([], [Cell()])
+
+
+def test_evaluate_counts_right_answers_per_image_whatever_the_batch_size():
+    images = DegradedImages(_examples(5), cells_of(["clean", "seen"], [1]))
+    seen = []
+    result = evaluate(_read_brightness, images, batch_size=2, progress=seen.append)
+    assert seen == [2, 2, 1] * 5
+    assert result.cells[Cell()].correct.tolist() == [1] * 5
+    assert result.cells[Cell()].correct.dtype == np.uint8
+    assert result.cells[Cell()].texts[0] == r"<think> look </think> \boxed{50}"
+    again = evaluate(_read_brightness, images, batch_size=5)
+    assert all((again.cells[c].correct == result.cells[c].correct).all() for c in images.cells)
+
+
+def test_an_answer_that_does_not_end_by_itself_is_scored_as_unfinished():
+    images = DegradedImages(_examples(3), [Cell()])
+    handed = []
+
+    def score(rows):
+        handed.extend(rows)
+        return [{"overall": 0.0, "format": 0.0, "accuracy": float(r["finished"])} for r in rows]
+
+    def answer(problems, images):
+        return [Answer("\\boxed{1}", 9, finished=i > 0) for i in range(len(problems))]
+
+    assert evaluate(answer, images, score=score).cells[Cell()].correct.tolist() == [0, 1, 1]
+    assert handed[0] == {
+        "response": "\\boxed{1}",
+        "response_length": 9,
+        "ground_truth": "50",
+        "finished": False,
+    }
+
+
+def test_evaluate_refuses_a_bad_batch_size_and_missing_answers():
+    images = DegradedImages(_examples(2), [Cell()])
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
+        evaluate(_read_brightness, images, batch_size=0)
+    with pytest.raises(ValueError, match="answer: expected 2 answers, got 0"):
+        evaluate(lambda problems, images: [], images)
+
+
+def test_results_survive_a_file(tmp_path):
+    images = DegradedImages(_examples(3), cells_of(["clean", "unseen"], [2]))
+    result = evaluate(_read_brightness, images)
+    result.save(tmp_path / "result.json")
+    again = EvalResult.load(tmp_path / "result.json")
+    assert again.ids == result.ids and list(again.cells) == list(result.cells)
+    for cell, found in result.cells.items():
+        assert again.cells[cell].texts == found.texts
+        assert again.cells[cell].correct.tolist() == found.correct.tolist()
+
+
+def test_the_summary_averages_over_corruptions_first():
+    images = DegradedImages(_examples(4), cells_of(["clean", "seen"], [1, 3]))
+    summary = summarise(evaluate(_read_brightness, images))
+    assert summary["images"] == 4
+    assert list(summary["pools"]) == ["clean", "seen"]
+    assert set(summary["pools"]["clean"]) == {"mean", "low", "high", "n"}
+    rows = [row for row in summary["detail"] if (row["pool"], row["level"]) == ("seen", 3)]
+    assert len(rows) == sum(c.pool == "seen" for c in CORRUPTIONS.values())
+    by_hand = sum(row["mean"] for row in rows) / len(rows)
+    assert summary["pools"]["seen"]["L3"]["mean"] == pytest.approx(by_hand, abs=1e-3)
+
+
+def test_macro_average_by_hand():
+    assert macro([[1, 0, 1, 1], [0, 0, 1, 0]]).tolist() == [0.5, 0.0, 1.0, 0.5]
+    with pytest.raises(ValueError, match=r"scores: expected \[C, n\].*got \[3\]"):
+        macro([1, 0, 1])
+
+
+def test_the_bootstrap_is_the_exact_distribution_over_all_resamples():
+    """Four images have 4^4 equally likely resamples; each mean's share must match its probability.
+
+    Bound: 5 standard deviations of a share of R draws, √(p(1 − p)/R).
+    """
+    scores = np.array([0.0, 0.25, 0.5, 1.0])
+    exact = np.array([scores[list(draw)].mean() for draw in itertools.product(range(4), repeat=4)])
+    drawn = Bootstrap(4, resamples=RESAMPLES, seed=3).means([scores])[:, 0]
+    for value in np.unique(exact):
+        share = np.isclose(exact, value).mean()
+        bound = 5 * np.sqrt(share * (1 - share) / RESAMPLES)
+        assert abs(np.isclose(drawn, value).mean() - share) <= bound
+
+
+def test_the_interval_of_a_proportion_is_the_binomial_quantile():
+    """n·mean_r ~ Binomial(n, p̂): the interval's ends are that distribution's quantiles.
+
+    A quantile q of R draws lies, at 5 standard deviations, between the exact quantiles of
+    q ± 5·√(q(1 − q)/R).
+    """
+    from scipy.stats import binom
+
+    n, right = 500, 380
+    scores = np.repeat([1.0, 0.0], [right, n - right])
+    (interval,) = Bootstrap(n, resamples=RESAMPLES, seed=11).intervals([scores])
+    assert interval.mean == pytest.approx(76.0)
+    for end, quantile in ((interval.low, 0.025), (interval.high, 0.975)):
+        slack = 5 * np.sqrt(quantile * (1 - quantile) / RESAMPLES)
+        least, most = binom.ppf([quantile - slack, quantile + slack], n, right / n) * 100 / n
+        assert least <= end <= most
+
+
+def test_a_paired_difference_is_narrower_than_two_independent_arms():
+    """Two arms that share hard images: the interval's width is that of the per-image differences.
+
+    The normal width 2·1.96·sd(a − b)/√n holds for n = 2000; bound: 5 % covers the Monte-Carlo error
+    of a 2.5 % quantile, √(.025·.975/R)/φ(1.96)/1.96 = 1.4 % of the half-width, at 3 sd.
+    """
+    rng = np.random.default_rng(5)
+    hard = rng.random(2000)
+    first, second = (hard < 0.8).astype(float), (hard + rng.normal(0, 0.05, 2000) < 0.76) * 1.0
+    (paired,) = Bootstrap(2000, resamples=RESAMPLES).intervals([first - second])
+    half = 100 * 1.96 * (first - second).std() / np.sqrt(2000)
+    assert (paired.high - paired.low) / 2 == pytest.approx(half, rel=0.05)
+    apart = 100 * 1.96 * np.sqrt((first.var() + second.var()) / 2000)
+    assert (paired.high - paired.low) / 2 < 0.6 * apart
+    assert paired.mean == pytest.approx(100 * (first.mean() - second.mean()))
+
+
+def test_rows_are_resampled_alike_so_a_difference_of_means_is_the_mean_of_differences():
+    rng = np.random.default_rng(1)
+    first, second = rng.integers(0, 2, (2, 40)) * 1.0
+    together = Bootstrap(40, seed=2).means([first, second, first - second])
+    np.testing.assert_allclose(together[:, 0] - together[:, 1], together[:, 2], atol=1e-12)
+    (nothing,) = Bootstrap(40, seed=2).intervals([first - first])
+    assert nothing.as_dict() == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 40}
+
+
+def test_the_same_seed_gives_the_same_interval_and_another_one_another():
+    scores = np.random.default_rng(0).integers(0, 2, 57) * 1.0
+    assert Bootstrap(57, seed=4).intervals([scores]) == Bootstrap(57, seed=4).intervals([scores])
+    assert (Bootstrap(57, seed=4).means([scores]) != Bootstrap(57, seed=5).means([scores])).any()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Bootstrap(0), "images: expected at least 1, got 0"),
+        (lambda: Bootstrap(3, resamples=0), "resamples: expected at least 1, got 0"),
+        (lambda: Bootstrap(3, coverage=95), "coverage: expected a number between 0 and 1, got 95"),
+        (
+            lambda: Bootstrap(3).intervals([1, 0]),
+            r"scores: expected \[M, n\] = \[M, 3\], got \[2\]",
+        ),
+        (lambda: Bootstrap(3).intervals([[1, 0]]), r"got \[1, 2\]; give every arm the same"),
+    ],
+)
+def test_wrong_input_to_the_bootstrap_is_named(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    """An untrained model with the demo's shapes, and four of the demo's questions."""
+    from roma.data import DIGIT_WORDS, write_digits
+    from roma.models.small import build_small_vlm
+
+    folder = tmp_path_factory.mktemp("eval")
+    build_small_vlm(folder / "model", words=DIGIT_WORDS)
+    write_digits(folder / "data", train=1, val=1, test=4)
+    return folder
+
+
+def test_roma_eval_prints_a_table_and_writes_json_answers_and_a_plot(small_model, tmp_path):
+    console = Console(width=80, record=True, file=io.StringIO())
+    summary = run_eval(
+        small_model / "model",
+        f"{small_model / 'data'}@test",
+        pools=["clean", "seen"],
+        levels=[1, 3],
+        out=tmp_path,
+        batch_size=3,
+        max_new_tokens=4,
+        console=console,
+    )
+    assert json.loads((tmp_path / "eval.json").read_text(encoding="utf-8")) == summary
+    assert summary["images"] == 4 and len(summary["detail"]) == 1 + 4 * 2
+    assert summary["pools"]["seen"]["L3"]["n"] == 4
+    text = " ".join(console.export_text().split())
+    assert "seen: mean" in text and "gaussian_noise" in text and "eval.json" in text
+    assert "clean: {mean:.1f} [{low:.1f}".format(**summary["pools"]["clean"]) in text
+    with Image.open(tmp_path / "eval.png") as plot:
+        assert plot.width > 500
+    result = EvalResult.load(tmp_path / "answers.json")
+    assert len(result.cells) == 9 and len(result.ids) == 4
+
+
+def test_greedy_answers_do_not_depend_on_the_batch(small_model):
+    from roma.data import load_dataset_rows
+    from roma.models.qwen_vl import Policy
+
+    policy = Policy.load(small_model / "model")
+    images = DegradedImages(list(load_dataset_rows(small_model / "data", split="test")), [Cell()])
+    answer = policy_answerer(policy, max_new_tokens=6)
+    one, all_at_once = (evaluate(answer, images, batch_size=size) for size in (1, 4))
+    assert one.cells[Cell()].texts == all_at_once.cells[Cell()].texts
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pools": ["unsene"]}, "did you mean 'unseen'"),
+        ({"levels": [7]}, "levels: expected 1 to"),
+        ({"limit": 0}, "limit: expected at least 1, or None, got 0"),
+        ({"model": "data"}, "model: expected a Hugging Face model's folder, got no config.json"),
+    ],
+)
+def test_roma_eval_names_what_is_wrong_before_it_answers(small_model, options, message):
+    model = small_model / options.pop("model", "model")
+    with pytest.raises(ValueError, match=message):
+        run_eval(model, f"{small_model / 'data'}@test", **options)

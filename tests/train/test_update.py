@@ -1,0 +1,145 @@
+"""The update: distinct rows, micro-batches and ranks change nothing but the cost."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support import small_model
+
+from roma.models.qwen_vl import Policy
+from roma.train import update as step_module
+from roma.train.update import UpdateBatch, UpdateStep
+from roma_kernels.roma_loss.config import RomaConfig
+
+# Gradients up to 0.37, rms 6e-3 to 1e-2, summed in another order: 6e-8 was measured, 1e-6 is twice
+# eps32 · 0.37 · √500 tokens and views. One rollout given another's states moves them by 7e-2.
+CLOSE = {"rtol": 0, "atol": 2e-6}
+
+
+def batch_of(policy: Policy) -> UpdateBatch:
+    """Three prompts × 4 rollouts, some of them equal, K = 2."""
+    prompts = small_model.mixed_prompts(policy)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(9, 20, (12, 5), generator=generator)
+    tokens[1], tokens[7] = tokens[0], tokens[6]
+    mask = torch.arange(5) < torch.tensor([5, 5, 3, 4, 5, 2, 4, 4, 5, 1, 5, 3])[:, None]
+    views = [
+        policy.view_pixels(prompts, [[change(image) for image in own] for own in prompts.images])
+        for change in (lambda image: image // 2, lambda image: 255 - image)
+    ]
+    return UpdateBatch(
+        prompts=prompts,
+        view_pixels=views,
+        rows=torch.arange(3).repeat_interleave(4),
+        tokens=tokens,
+        mask=mask,
+        advantages=torch.randn(12, generator=generator),
+        correct=torch.arange(12) % 3 != 1,
+        aux_view=torch.randint(2, (12,), generator=generator),
+        old_logp=torch.full((12, 5), -3.7),
+        total_sequences=12,
+        total_tokens=int(mask.sum()),
+        total_correct=8,
+    )
+
+
+def gradients(policy: Policy, config: RomaConfig, batches: list[UpdateBatch]) -> dict:
+    policy.zero_grad()
+    for batch in batches:
+        UpdateStep(policy, config)(batch).loss.backward()
+    return {name: weight.grad.clone() for name, weight in policy.named_parameters()}
+
+
+def assert_equal_gradients(one: dict, other: dict) -> None:
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], **CLOSE, msg=lambda m, n=name: n + m)
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return small_model.policy()
+
+
+CONFIGS = [
+    RomaConfig(),
+    RomaConfig(aggregation="dapo", penalty_over="correct", worst_over="token", lambda_aux=1.0),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["default", "dapo"])
+def test_distinct_rows_change_nothing(
+    policy: Policy, config: RomaConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = batch_of(policy)
+    assert len(step_module.distinct_rows(batch.rows, batch.tokens, batch.mask)[0]) == 10
+    shared = gradients(policy, config, [batch])
+    every = torch.arange(12)
+    monkeypatch.setattr(step_module, "distinct_rows", lambda *rows: (*rows, every))
+    assert_equal_gradients(shared, gradients(policy, config, [batch]))
+    for part in ("lm_head.weight", "visual.patch_embed.proj.weight", "deepstack_merger_list.0"):
+        reached = [gradient for name, gradient in shared.items() if part in name]
+        assert reached and all(gradient.abs().max() > 0 for gradient in reached), part
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["default", "dapo"])
+def test_micro_batches_change_nothing(policy: Policy, config: RomaConfig) -> None:
+    whole = batch_of(policy)
+    parts = []
+    for start in range(3):
+        prompts, rows = slice(start, start + 1), slice(4 * start, 4 * start + 4)
+        patches = whole.prompts.patches(prompts)
+        part = {name: getattr(whole, name)[rows] for name in (
+            "tokens", "mask", "advantages", "correct", "aux_view", "old_logp"
+        )}  # fmt: skip
+        parts.append(
+            replace(
+                whole,
+                prompts=whole.prompts.select(prompts),
+                view_pixels=[pixels[patches] for pixels in whole.view_pixels],
+                rows=whole.rows[rows] - start,
+                **part,
+            )
+        )
+    assert_equal_gradients(gradients(policy, config, [whole]), gradients(policy, config, parts))
+
+
+def test_own_log_probs_are_the_old_ones_of_a_first_update(policy: Policy) -> None:
+    batch = batch_of(policy)
+    update = UpdateStep(policy, RomaConfig())
+    scored = update.old_logp(batch)
+    without, given = (update(replace(batch, old_logp=old)) for old in (None, scored))
+    assert without.metrics["ppo_kl"].abs() < 1e-6
+    torch.testing.assert_close(without.loss, given.loss, rtol=0, atol=1e-5)
+    assert (scored[~batch.mask] == 0).all()
+
+
+def _rank(rank: int, store: str, path: str) -> None:
+    """One of two ranks: its half of the rollout batch, wrapped; compares with the whole."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+    policy = Policy.load(path)
+    whole = batch_of(policy)
+    config = RomaConfig()
+    expected = gradients(policy, config, [whole])
+    rows = whole.rows % 3 == 0 if rank == 0 else whole.rows % 3 != 0  # 4 rollouts and 8
+    mine = {
+        name: getattr(whole, name)[rows]
+        for name in ("rows", "tokens", "mask", "advantages", "correct", "aux_view", "old_logp")
+    }
+    wrapped = torch.nn.parallel.DistributedDataParallel(UpdateStep(policy, config))
+    policy.zero_grad()
+    out = wrapped(replace(whole, **mine))  # the totals stay those of both ranks
+    (2 * out.loss).backward()  # DDP averages
+    found = {name: weight.grad for name, weight in policy.named_parameters()}
+    assert_equal_gradients(found, expected)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_add_up_to_one_process(tmp_path: Path) -> None:
+    """Data parallel: the loss runs inside the wrapped module, so every gradient is synchronised."""
+    path = str(small_model.folder() / "model")
+    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"), path), nprocs=2)
