@@ -150,11 +150,11 @@ def _quack(device: str) -> Score:
 
 OURS = "roma"
 PROVIDERS = [
-    Provider(OURS, "roma", 'the back end that "auto" takes there', _roma("auto")),
+    Provider(OURS, "roma", 'the back end that "auto" chooses', _roma("auto")),
     Provider("roma torch", "roma", "ours in plain PyTorch", _roma("torch")),
     Provider("naive fp32", "torch", "all logits in fp32, log_softmax, gather", _plain(_naive_fp32)),
     Provider(
-        "naive", "torch", "all logits in the inputs' dtype, then the same in fp32", _plain(_naive)
+        "naive", "torch", "all logits in the inputs' dtype, log_softmax in fp32", _plain(_naive)
     ),
     Provider("compile", "torch", "torch.compile of naive fp32", _compiled(_naive_fp32)),
     Provider("torch fused", "torch", "torch.nn.functional.linear_cross_entropy", _torch_fused),

@@ -1,4 +1,4 @@
-"""From a CSV to the README's table, the cost model's table and the plots beside the CSV."""
+"""From a CSV to the tables in docs/ and the plots beside the CSV."""
 
 import re
 from collections.abc import Callable
@@ -7,21 +7,27 @@ from pathlib import Path
 from bench.ops import ACTIVE
 from bench.providers import OURS, PROVIDERS
 from bench.results import FOLDER, Row, read
+from roma_kernels.errors import fail
 
 ROOT = Path(__file__).parents[1]
 HEAD = ("linear_logprob", "roma_loss")
 BEGIN, END = "<!-- bench:begin, written by python -m bench --report -->", "<!-- bench:end -->"
+BETWEEN = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
 
 
 def write(path: Path) -> None:
-    """Plots beside the CSV; the tables that it has the rows for into the documents' marks."""
+    """Plots beside the CSV, and each table for which it has the rows between a document's markers.
+
+    Raises:
+        ValueError: a document has lost its markers.
+    """
     rows = read(path)
     for plot in plots(rows, path):
         print(f"written: {plot}")
     ops = {row["op"] for row in rows if row.get("ms_p50")}
     tables = {}
     if set(HEAD) <= ops:
-        tables = {"README.md": table, "docs/COST.md": costs}
+        tables = {"docs/BENCHMARKS.md": table, "docs/COST.md": costs}
     elif ops == {"views"}:
         tables = {"docs/VIEWS.md": views}
     if not tables:
@@ -31,16 +37,22 @@ def write(path: Path) -> None:
         print(f"no tables: they link to CSVs in {FOLDER.relative_to(ROOT)}")
         return
     for name, make in tables.items():
-        made, text = make(rows, path), (ROOT / name).read_text()
-        between = f"{re.escape(BEGIN)}.*?{re.escape(END)}"
-        new = re.sub(between, lambda _, t=made: f"{BEGIN}\n{t}\n{END}", text, flags=re.DOTALL)
+        text = (ROOT / name).read_text()
+        new = between_markers(text, make(rows, path), name)
         if new != text:
             (ROOT / name).write_text(new)
             print(f"written: the table in {name}")
 
 
+def between_markers(text: str, made: str, name: str) -> str:
+    """The text of document `name` with `made` between its markers."""
+    if len(BETWEEN.findall(text)) != 1:
+        fail(name, f"one {BEGIN} … {END}", str(len(BETWEEN.findall(text))), "put the markers back")
+    return BETWEEN.sub(lambda _: f"{BEGIN}\n{made}\n{END}", text)
+
+
 def views(rows: list[Row], path: Path) -> str:
-    """Images per second of each corruption and size, and the loops' times over ours."""
+    """Images per second for each corruption and size; in brackets a loop's time over ours."""
     timed = [row for row in rows if row.get("ms_p50")]
     names = sorted({row["provider"] for row in timed} - {OURS})
     sizes = dict.fromkeys((row["depth"], row["tokens"]) for row in timed)
@@ -60,8 +72,8 @@ def views(rows: list[Row], path: Path) -> str:
     lines += [
         "",
         f"{first['machine']}; commit {first['commit']}; {called} a call, level 2; mix: the seen "
-        "corruptions, as many images of each. In brackets the time over ours within rounds, "
-        "“level” where its 95 % interval contains 1. "
+        "corruptions in equal numbers. In brackets: the time over ours, paired within rounds; "
+        "“level” where the 95 % interval contains 1. "
         f"Source: [{path.name}](../bench/results/{path.name}).",
     ]
     return "\n".join(lines)
@@ -76,7 +88,7 @@ def _rate(rows: list[Row], name: str) -> str:
 
 
 def costs(rows: list[Row], path: Path) -> str:
-    """Our times as the cost model has them: products that were executed, at one rate for all."""
+    """Our times beside the cost model's prediction: executed products at one rate for all."""
     ours = [r for r in rows if r["provider"] == OURS and r.get("executed_gflop")]
     ours = [r for r in ours if r["op"] in HEAD and r["phase"] == "both"]
     ours = [r for r in ours if r["dtype"] == ours[0]["dtype"]]
@@ -98,17 +110,17 @@ def costs(rows: list[Row], path: Path) -> str:
         )
     lines += [
         "",
-        f"One rate for all, that of the whole loss at its first size: {rate * 1e3:.0f} GFLOP/s. "
+        f"The rate is that of the first `roma_loss` row: {rate * 1e3:.0f} GFLOP/s. "
         f"{base['machine']}, {base['dtype']}; source: [{path.name}](../bench/results/{path.name}).",
     ]
     scaling = plot_of(path, "scaling")
     if scaling.exists():
         lines += [
             "",
-            "Along each axis, the floor being the useful products at the yardstick's rate, that of "
-            "one product in the inputs' dtype whose result is rounded:",
+            "Times along each axis. The floor is the useful products at the rate of one plain product "
+            "in the inputs' dtype, whose result is rounded to it:",
         ]
-    return "\n".join(lines + _image("cost along each axis", scaling, "../"))
+    return "\n".join(lines + _image("cost along each axis", scaling))
 
 
 def plot_of(path: Path, name: str) -> Path:
@@ -116,12 +128,12 @@ def plot_of(path: Path, name: str) -> Path:
     return path.with_name(f"{path.stem}-{name}.png")
 
 
-def _image(said: str, plot: Path, up: str = "") -> list[str]:
-    return ["", f"![{said}]({up}bench/results/{plot.name})"] if plot.exists() else []
+def _image(title: str, plot: Path) -> list[str]:
+    return ["", f"![{title}](../bench/results/{plot.name})"] if plot.exists() else []
 
 
 def table(rows: list[Row], path: Path) -> str:
-    """Every provider that was timed with everyone else, and why the others were not."""
+    """The peers at the size at which all were timed, and why the others were not timed."""
     timed = [row for row in rows if row.get("ms_p50")]
     first = timed[0]
     columns: list[tuple[str, Callable[[Row], bool]]] = [
@@ -157,14 +169,13 @@ def table(rows: list[Row], path: Path) -> str:
     drawn = f"median {shape['entropy_p50']} nats, largest logit {shape['logit_max']}"
     lines.append(
         f"{first['machine']}; torch {first['torch']}; commit {first['commit']}; {size}, V = "
-        f"{shape['vocab']}, {shape['dtype']}; whole loss: half of the rollouts right, worst view "
-        "of a sequence. Medians; in brackets the ratio to ours within rounds, “level” where its "
-        f"95 % interval contains 1. Entropy of the drawn soft-max: {drawn}. Source: "
-        f"[{path.name}](bench/results/{path.name})."
+        f"{shape['vocab']}, {shape['dtype']}. Whole loss: half of the rollouts right, worst view by "
+        "sequence. Medians; in brackets: the ratio to ours, paired within rounds, “level” where "
+        f"its 95 % interval contains 1. Entropy of the drawn softmax: {drawn}. Source: "
+        f"[{path.name}](../bench/results/{path.name})."
     )
     known = {p.name: p.what for p in PROVIDERS}
-    said = "; ".join(f"{n}: {known[n]}" for n in names if n in known)
-    lines += ["", f"Who is who. {said}."]
+    lines += ["", "The rows. " + "; ".join(f"{n}: {known[n]}" for n in names if n in known) + "."]
     if absent:
         lines += ["", "Not timed: " + "; ".join(f"{n} ({why})" for n, why in absent.items()) + "."]
     return "\n".join(lines + _image("time of the whole loss over ours", plot_of(path, "loss")))
@@ -175,7 +186,7 @@ def _both(row: Row, active: str) -> bool:
 
 
 def _base(row: Row, rows: list[Row]) -> bool:
-    """The loss at the size at which every provider was timed: the plan's first."""
+    """Whether it is the loss at the size at which every provider was timed, the plan's first."""
     first = next(r for r in rows if r["op"] == "roma_loss")
     keys = ("tokens", "views", "depth", "vocab", "dtype", "right", "worst_over")
     return all(row[key] == first[key] for key in keys)
@@ -189,7 +200,7 @@ def _cell(rows: list[Row], name: str, wanted: Callable[[Row], bool]) -> str:
 
 
 def _beside_ours(row: Row) -> str:
-    """In brackets, the time over ours."""
+    """In brackets: the time over ours."""
     if row["provider"] == OURS:
         return ""
     if float(row["ratio_low"]) <= 1 <= float(row["ratio_high"]):
@@ -198,7 +209,7 @@ def _beside_ours(row: Row) -> str:
 
 
 def plots(rows: list[Row], path: Path) -> list[Path]:
-    """Ratios with their intervals; cost along each axis with the physical floor, if measured."""
+    """The loss's times over ours with their intervals, and times along each axis, if measured."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -227,7 +238,7 @@ def plots(rows: list[Row], path: Path) -> list[Path]:
         axes.minorticks_off()
         axes.set_xlabel("time of the whole loss, forward + backward, over ours (95 % interval)")
         axes.set_title(
-            "blue: fp32 logits; red: rounded logits, whose worst view is near chance", fontsize=9
+            "blue: fp32 logits; red: rounded logits, whose choice of the worst view is near chance", fontsize=9
         )
         made.append(plot_of(path, "loss"))
         figure.savefig(made[-1], dpi=120)
