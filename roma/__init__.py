@@ -52,10 +52,20 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used, and keeps it."""
     if name not in _HOME:
-        raise AttributeError(f"module 'roma' has no attribute {name!r}")
+        raise AttributeError(f"module 'roma' has no attribute {name!r}{_hint(name)}")
     value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value
+
+
+def _hint(name: str) -> str:
+    """For who expects the other `roma`: that it is installed too."""
+    if name.startswith("_"):  # Python's own questions, which nobody reads the answer to
+        return ""
+    from roma.namesake import conflict
+
+    found = conflict()
+    return f"; {found}" if found else ""
 
 
 def __dir__() -> list[str]:

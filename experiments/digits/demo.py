@@ -141,8 +141,8 @@ class _Demo:
     def _make_data(self) -> None:
         from roma.data import write_digits
 
-        sizes = self.sizes
-        write_digits(self.out / "data", train=sizes.train, val=sizes.val, test=sizes.test)
+        sizes = {"train": self.sizes.train, "val": self.sizes.val, "test": self.sizes.test}
+        write_digits(self.out / "data", **sizes, overwrite=True)
 
     def _warm_start(self) -> None:
         from experiments.digits.warm_start import warm_start

@@ -249,10 +249,14 @@ def load_levels(path: str | Path) -> dict[str, Corruption]:
 
     Raises:
         ValueError: not such a file, an unknown name or key, or levels that make no sense.
+        FileNotFoundError: there is no such file.
         OSError: the file cannot be read.
     """
     import yaml
 
+    if not Path(path).is_file():
+        remedy = f"a relative path starts at {Path.cwd()}; correct it"
+        fail("level table", "a YAML file", f"no file {path}", remedy, error=FileNotFoundError)
     try:
         rows = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

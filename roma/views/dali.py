@@ -43,7 +43,7 @@ def _loaded() -> Any:
             raise
         raise ImportError(
             f"roma.views degrades images with NVIDIA DALI, which is not installed (no module "
-            f"{error.name}); pip install 'roma[views]'",
+            f"{error.name}); pip install 'roma-vlm[views]'",
             name=error.name,
         ) from error
     # DALI 2.4 sets up its codecs in the first JPEG of a process. Two threads at once fail there

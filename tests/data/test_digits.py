@@ -89,6 +89,6 @@ def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     digit_scans.cache_clear()
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(
-        ModuleNotFoundError, match=r"need scikit-learn; pip install 'roma\[train\]'"
+        ModuleNotFoundError, match=r"need scikit-learn; pip install 'roma-vlm\[train\]'"
     ):
         digit_scans("train")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from roma.data.synthetic.writer import Question, question_rng, write_splits
+from roma.data.synthetic.writer import Progress, Question, question_rng, write_splits
 
 HEIGHT, WIDTH = 224, 320  # multiples of 32: patch 16 and merge 2 of Qwen3-VL keep them as they are
 _LEFT, _RIGHT, _TOP, _BOTTOM = 34, 310, 34, 196  # the plot area
@@ -148,11 +148,22 @@ def write_charts(
     test: int = 500,
     seed: int = 0,
     format: str = "parquet",
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Path]:
     """Writes train, val and test; a size of 0 leaves a split out. Returns the path of each.
 
     Raises:
         ValueError: a negative size or seed, no rows at all, or an unknown format.
+        FileExistsError: a split stands in `out` and `overwrite` is false.
     """
     sizes = {"train": train, "val": val, "test": test}
-    return write_splits(out, chart_questions, sizes=sizes, seed=seed, format=format)
+    return write_splits(
+        out,
+        chart_questions,
+        sizes=sizes,
+        seed=seed,
+        format=format,
+        overwrite=overwrite,
+        progress=progress,
+    )

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from roma.data.synthetic.writer import Question, question_rng, write_splits
+from roma.data.synthetic.writer import Progress, Question, question_rng, write_splits
 from roma_kernels.errors import fail
 
 HEIGHT, WIDTH = 32, 64
@@ -43,7 +43,7 @@ def digit_scans(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
-        remedy = "the digits need scikit-learn; pip install 'roma[train]'"
+        remedy = "the digits need scikit-learn; pip install 'roma-vlm[train]'"
         raise ModuleNotFoundError(remedy, name=error.name) from error
     data = load_digits()
     labels = data.target.astype(np.int64)
@@ -101,11 +101,22 @@ def write_digits(
     test: int = 1000,
     seed: int = 0,
     format: str = "parquet",
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Path]:
     """Writes train, val and test; a size of 0 leaves a split out. Returns the path of each.
 
     Raises:
         ValueError: a negative size or seed, no rows at all, or an unknown format.
+        FileExistsError: a split stands in `out` and `overwrite` is false.
     """
     sizes = {"train": train, "val": val, "test": test}
-    return write_splits(out, digit_questions, sizes=sizes, seed=seed, format=format)
+    return write_splits(
+        out,
+        digit_questions,
+        sizes=sizes,
+        seed=seed,
+        format=format,
+        overwrite=overwrite,
+        progress=progress,
+    )

@@ -51,6 +51,9 @@ class Question:
 # Makes the first questions of a split from (split, size, seed=); number i must not depend on size.
 Source = Callable[..., Iterator[Question]]
 
+Progress = Callable[[str, int, int], None]
+"""Called with a split, the rows of it made so far, and its size: now and then, and at the end."""
+
 
 def question_rng(seed: int, split: str, index: int) -> np.random.Generator:
     """The random generator of one question.
@@ -64,9 +67,16 @@ def question_rng(seed: int, split: str, index: int) -> np.random.Generator:
 
 
 def write_splits(
-    out: str | Path, source: Source, *, sizes: dict[str, int], seed: int, format: str
+    out: str | Path,
+    source: Source,
+    *,
+    sizes: dict[str, int],
+    seed: int,
+    format: str,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Path]:
-    """Writes each split below `out`, over what stood there, and returns where each one is.
+    """Writes each split below `out` and returns where each one is.
 
     A file appears under its name only when it is whole. The columns are images, problem, answer and
     solution.
@@ -79,9 +89,12 @@ def write_splits(
         format: "parquet" (SPLIT.parquet, PNG bytes inside), "jsonl" (SPLIT.jsonl and
             SPLIT_images/*.png) or "hf" (what `datasets.DatasetDict.save_to_disk` writes; needs
             `datasets`).
+        overwrite: replaces splits that stand there; False: that is an error.
+        progress: told how far each split is.
 
     Raises:
         ValueError: a negative size, all sizes 0, a negative seed, or an unknown format.
+        FileExistsError: a split stands there and `overwrite` is false; nothing is written.
     """
     if format not in FORMATS:
         fail("format", " or ".join(FORMATS), repr(format), "choose one of them")
@@ -89,19 +102,38 @@ def write_splits(
         fail("seed", "0 or more", str(seed), "choose another")
     if min(sizes.values()) < 0 or not any(sizes.values()):
         fail("sizes", "0 or more rows of each split, not all 0", str(sizes), "ask for some rows")
-    out = Path(out)
+    out, ending = Path(out), "" if format == "hf" else f".{format}"
+    paths = {split: out / f"{split}{ending}" for split, size in sizes.items() if size}
+    # That of `datasets` lists its splits in one file, which a split more would replace.
+    for path in (*paths.values(), *([out / "dataset_dict.json"] if format == "hf" else [])):
+        if path.exists() and not overwrite:
+            expected = "a folder without this set"
+            remedy = "choose another, or overwrite it: --overwrite, overwrite=True"
+            fail("out", expected, str(path), remedy, error=FileExistsError)
     out.mkdir(parents=True, exist_ok=True)
-    splits = {split: source(split, size, seed=seed) for split, size in sizes.items() if size}
+    splits = {
+        split: _counted(source(split, sizes[split], seed=seed), split, sizes[split], progress)
+        for split in paths
+    }
     if format == "hf":
-        return _write_saved(out, splits)
+        _write_saved(out, splits)
+        return paths
     write = _write_parquet if format == "parquet" else _write_jsonl
-    paths = {}
     for split, questions in splits.items():
-        paths[split] = out / f"{split}.{format}"
         part = paths[split].with_suffix(".part")
         write(part, split, questions)
         os.replace(part, paths[split])
     return paths
+
+
+def _counted(
+    questions: Iterator[Question], split: str, size: int, progress: Progress | None
+) -> Iterator[Question]:
+    """The same questions; `progress` is told of every hundredth and of the last one."""
+    for done, question in enumerate(questions, 1):
+        yield question
+        if progress and (done % 100 == 0 or done == size):
+            progress(split, done, size)
 
 
 def _rows(questions: Iterator[Question]) -> list[dict[str, Any]]:
@@ -138,7 +170,7 @@ def _write_jsonl(path: Path, split: str, questions: Iterator[Question]) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _write_saved(out: Path, splits: dict[str, Iterator[Question]]) -> dict[str, Path]:
+def _write_saved(out: Path, splits: dict[str, Iterator[Question]]) -> None:
     # Takes a second to import, and only this form needs it.
     from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
@@ -149,4 +181,3 @@ def _write_saved(out: Path, splits: dict[str, Iterator[Question]]) -> dict[str, 
         for split, questions in splits.items()
     }
     DatasetDict(data).save_to_disk(str(out))
-    return {split: out / split for split in splits}
