@@ -3,11 +3,11 @@
     python -m bench                          times everything, writes a CSV to bench/results/
     python -m bench --preset full|paper      longer; paper: the sizes of a 4B policy on a GPU
     python -m bench --op roma_loss --providers "naive fp32,liger"
-    python -m bench --report                 plots and README table too, when it is done
-    python -m bench --report CSV             plots and README table of an earlier run
-    python -m bench --against CSV            what moved since an earlier run, beyond its noise
+    python -m bench --report                 afterwards the plots, and the tables in docs/
+    python -m bench --report CSV             the plots and tables of an earlier run
+    python -m bench --against CSV            which times moved since an earlier run, beyond noise
 
-A provider is timed only after it was held to float64 on this machine, dtype and shape. Method and
+A provider is timed only after it agreed with float64 on this machine, dtype and shape. Method and
 columns: bench/README.md.
 """
 
@@ -34,15 +34,15 @@ def main() -> int:
     parser.add_argument("--preset", choices=list(BUDGET), default="quick")
     parser.add_argument("--device", choices=["cpu", "cuda"], default=here)
     parser.add_argument("--op", choices=OPS)
-    parser.add_argument("--providers", help="names, with commas between; ours always takes part")
-    parser.add_argument("--states", metavar="FILE", help="states of your own: bench/data.py")
+    parser.add_argument("--providers", help="names, separated by commas; ours is always timed")
+    parser.add_argument("--states", metavar="FILE", help="a model's states and head: bench/data.py")
     parser.add_argument(
         "--out", type=Path, metavar="CSV", help="default: results/DEVICE-PRESET.csv"
     )
-    parser.add_argument("--resume", action="store_true", help="keep what the CSV holds already")
-    parser.add_argument("--no-memory", action="store_true", help="skip the processes for memory")
+    parser.add_argument("--resume", action="store_true", help="skip what the CSV already holds")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     parser.add_argument(
-        "--report", nargs="?", type=Path, const=True, metavar="CSV", help="plots and README table"
+        "--report", nargs="?", type=Path, const=True, metavar="CSV", help="plots, tables in docs/"
     )
     parser.add_argument("--against", type=Path, metavar="CSV", help="compare with an earlier run")
     options = parser.parse_args()

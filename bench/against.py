@@ -1,7 +1,7 @@
-"""This run and an earlier one: what moved beyond its own noise.
+"""Compares a run with an earlier one: which times moved by more than their noise.
 
-Compared are times in yardsticks (a product of the same rows with the same head, timed between the
-candidates), so that another machine, or a busy one, does not look like a change of the code.
+Times are compared in units of the yardstick (a product of the same rows with the same head, timed
+among the candidates), so that another machine, or a busy one, does not look like a code change.
 """
 
 from bench.providers import OURS
@@ -24,7 +24,7 @@ KEY = (
 
 
 def moved(earlier: list[Row], now: list[Row]) -> list[tuple[Row, float]]:
-    """Rows whose interval left the earlier one, with the factor of their times."""
+    """Rows whose interval does not meet the earlier one, with the factor between their times."""
     before = {_key(row): row for row in earlier if row.get("yardsticks")}
     found = []
     for row in now:

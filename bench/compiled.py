@@ -1,10 +1,10 @@
-"""What the compiler makes of every kernel on every chip; needs no GPU. `make kernels` runs it.
+"""Compiles every kernel for every chip and reports what came out; needs no GPU. `make kernels`.
 
     python -m bench.compiled            writes docs/KERNELS.md
     python -m bench.compiled --check    compiles only
 
-Either way it exits with 1 if a configuration that a launcher would choose spills registers,
-exceeds its chip's shared memory, or loses the matrix instructions of its chip.
+Both exit with 1 if a configuration that a launcher may choose spills registers, exceeds its chip's
+shared memory, or does not use the matrix instructions of its chip.
 """
 
 import argparse
@@ -33,7 +33,7 @@ DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "KERNELS.md"
 
 
 class Chip(NamedTuple):
-    """A target of the compiler, the shared memory a program may have, its matrix instruction."""
+    """A compiler's target, the shared memory that a program may have, the matrix instruction."""
 
     target: GPUTarget
     shared: int
@@ -51,7 +51,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Build:
-    """One kernel, one configuration: the types of its arguments, and how it is launched."""
+    """One kernel in one configuration: the types of its arguments and the launch options."""
 
     name: str
     variant: str
@@ -61,11 +61,11 @@ class Build:
     num_warps: int = 4
     num_stages: int = 3
     matrix: bool = False
-    """Whether the chip's matrix instruction must be in it."""
+    """Whether the code must contain the chip's matrix instruction."""
 
 
 class Made(NamedTuple):
-    """What came out."""
+    """What the compiler reports of a build."""
 
     registers: int
     spilled: int
@@ -75,7 +75,7 @@ class Made(NamedTuple):
 
 
 def _sweep_builds(chip: str) -> Iterator[Build]:
-    """The two kernels with a product, in every configuration and with few and with all options."""
+    """The two kernels with a product: every configuration, with few and with all options."""
     for role, tile in configs.TILES[chip]._asdict().items():
         full = role == "fp32"
         dtype = "fp32" if full else "bf16"
@@ -126,7 +126,7 @@ def _sweep_builds(chip: str) -> Iterator[Build]:
                 )  # fmt: skip
 
 
-# The options a role has to bear: none, the entropy, or every one (entropy, softcap, bias, a
+# The options with which a role is compiled: none, the entropy, or all (entropy, softcap, bias, a
 # temperature by row, fp16's boost).
 _EXTRAS = {
     "many": ("",),
@@ -200,7 +200,7 @@ def make(build: Build, chip: Chip) -> Made:
         return build.types.get(name) or "*fp32"  # the log-probs and sums: most pointers
 
     signature = {name: type_of(name) for name in names}
-    # What the launcher's tensors have: 16-byte addresses, and strides and sizes that are even.
+    # As the launcher's tensors are: 16-byte addresses, and strides and sizes divisible by 16.
     even = ("stride_hr", "stride_wv", "stride_dz", "stride", "stride_k", "D")
     aligned = {
         (i,): [["tt.divisibility", 16]]
@@ -217,7 +217,7 @@ def make(build: Build, chip: Chip) -> Made:
     copies = "TMA" if "cp.async.bulk.tensor" in assembly else ""
     if chip.target.backend == "hip":
         numbers = {k: int(v) for k, v in re.findall(r"\.(\w+):\s+(\d+)\n", assembly)}
-        # Scalar registers spill into lanes of vector ones, not into memory.
+        # Scalar registers spill into lanes of vector registers, not into memory.
         spilled = 4 * numbers["vgpr_spill_count"]
         registers = numbers["vgpr_count"]
     else:
@@ -226,7 +226,7 @@ def make(build: Build, chip: Chip) -> Made:
 
 
 def _assemble(ptx: str, arch: int) -> tuple[int, int]:
-    """Registers per thread and bytes spilled, as ptxas tells them."""
+    """Registers per thread and bytes spilled, as ptxas reports them."""
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     tool = folder / ("ptxas-blackwell" if arch >= 100 else "ptxas")
     if not tool.exists():
@@ -243,7 +243,7 @@ def _assemble(ptx: str, arch: int) -> tuple[int, int]:
 
 
 def faults(build: Build, made: Made, chip: Chip) -> list[str]:
-    """What must not be."""
+    """What is wrong with a build."""
     found = []
     if made.spilled:
         found.append(f"{made.spilled} bytes spilled")
@@ -255,7 +255,7 @@ def faults(build: Build, made: Made, chip: Chip) -> list[str]:
 
 
 def document(rows: dict[str, list[tuple[Build, Made]]]) -> str:
-    """docs/KERNELS.md."""
+    """The text of docs/KERNELS.md."""
     lines = [_PREFACE.format(version=triton.__version__, few=configs.FEW_ROWS, least=LEAST_ROWS)]
     for chip, made_of in rows.items():
         lines += [
@@ -283,8 +283,8 @@ def document(rows: dict[str, list[tuple[Build, Made]]]) -> str:
 
 _PREFACE = """# The kernels, compiled
 
-Written by `make kernels` with Triton {version}; no GPU takes part. `make check` fails when a
-configuration below spills, needs more shared memory than its chip has, or loses its chip's matrix
+Written by `make kernels` with Triton {version}, without a GPU. `make check` fails if a configuration
+below spills registers, needs more shared memory than its chip has, or does not use its chip's matrix
 instruction.
 
 ## Which configuration is chosen when
@@ -298,9 +298,9 @@ instruction.
 
 "all" in a configuration means entropy, softcap, bias, a temperature by row and fp16's boost at once.
 
-Tensor descriptors (TMA) are used on sm_90 and sm_100 where both matrices have 16-byte addresses and
-rows and their elements side by side; otherwise the same kernel loads through pointers. A device of
-compute capability 8.6, 8.9 or 12.x takes the rows of sm_120, any AMD device those of gfx942.
+Tensor descriptors (TMA) are used on sm_90 and sm_100 where both matrices have 16-byte addresses,
+16-byte row strides and contiguous elements; otherwise the same kernel loads through pointers. A device of compute
+capability 8.6, 8.9 or 12.x takes the rows of sm_120, any AMD device those of gfx942.
 
 ## What a token costs
 
@@ -317,8 +317,8 @@ For K views, hidden size D, vocabulary V, A active rows a token, two bytes an el
 
 At D = 4096, V = 151,936, K = 4, A = 2 that is 6.2 GFLOP forward and 7.5 GFLOP backward a token.
 
-The token-local path (worst_over="token", a workspace of {least} rows or of the whole batch) does
-without the dlogits product:
+The token-local path (worst_over="token", a workspace of {least} rows or of the whole batch) does not
+need the dlogits product:
 
 | step | FLOP a token | bytes a token, to and from memory |
 |---|---|---|

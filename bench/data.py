@@ -1,17 +1,17 @@
-"""Hidden states and a head that look like a language model's, from a seed.
+"""Hidden states and a head that resemble a language model's, drawn from a seed.
 
-Gaussian states and heads give logits of one size and a flat soft-max, on which a wrong kernel
-hardly shows and a filter of small probabilities finds nothing. Here
+Gaussian states and heads give logits of one size and a flat softmax. On these a wrong kernel hardly
+shows, and a filter of small probabilities has nothing to filter. So here
 
 * the spectrum of states and head falls like i^(-1/4): a few directions matter more than the rest,
 * the head's rows have log-normal lengths, and a common direction shifts all logits,
-* the states lean towards one entry each, drawn from Zipf's law, by an amount that differs from
-  token to token: most are nearly certain, some are not,
-* tokens are sampled from the soft-max of the clean states, as a policy's are,
-* a view's states are the clean ones, each moved by one part in a hundred.
+* each state points towards one entry, drawn from Zipf's law, by an amount that differs from token
+  to token: most tokens are nearly certain, some are not,
+* tokens are sampled from the softmax of the clean states, as a policy samples them,
+* a view's states are the clean ones, each changed by 1 %.
 
-`describe` says what came out; the table of a run shows it. States of a real model can take their
-place: `--states file.pt`, a dict of "hidden" [N, D] and "weight" [V, D] as torch.save writes it.
+`describe` gives statistics of the data, and a run's table shows them. `--states file.pt` takes the
+states of a real model: a dict of "hidden" [N, D] and "weight" [V, D], written by torch.save.
 """
 
 import math
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SHIFT = 0.01  # of a view's states, in parts of the clean ones
+SHIFT = 0.01  # relative change of a view's states
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Shape:
     dtype: torch.dtype = torch.bfloat16
 
     def __str__(self) -> str:
-        """As the live table names it."""
+        """Its name in the live table."""
         kind = str(self.dtype).removeprefix("torch.")
         return f"N={self.tokens} K={self.views} D={self.depth} V={self.vocab} {kind}"
 
@@ -60,10 +60,10 @@ class Case:
 
 
 def load(file: str, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """States [N, D] and head [V, D] of a file.
+    """States [N, D] and head [V, D] from a file.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: the file holds something else.
     """
     found = torch.load(file, map_location=device, weights_only=True)
     if not isinstance(found, dict) or not {"hidden", "weight"} <= set(found):
@@ -76,7 +76,7 @@ def load(file: str, device: str = "cpu") -> tuple[Tensor, Tensor]:
 
 
 def make(shape: Shape, device: str, *, seed: int = 0, states: str = "") -> Case:
-    """The case of a shape; with `states`, a file's rows and head in the place of drawn ones."""
+    """The case of a shape, drawn from `seed`; or with the rows and head of the file `states`."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
@@ -105,7 +105,7 @@ def _draw(shape: Shape, normal, generator: torch.Generator) -> tuple[Tensor, Ten
     weight = lengths * normal(shape.vocab, depth) * spectrum / depth**0.5
     weight += 0.3 * common
     uniform = torch.rand(shape.tokens, generator=generator, device=generator.device)
-    # Zipf's law over the vocabulary, and how sure of it each token is.
+    # The entry, by Zipf's law over the vocabulary, and how certain of it each token is.
     target = (shape.vocab**uniform).long().clamp(max=shape.vocab) - 1
     sure = math.log(shape.vocab) + 6 + 2.5 * normal(shape.tokens, 1)
     states = normal(shape.tokens, depth) * spectrum.flip(0)
@@ -115,14 +115,14 @@ def _draw(shape: Shape, normal, generator: torch.Generator) -> tuple[Tensor, Ten
 
 
 def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """One token of each row's soft-max."""
+    """One token from each row's softmax."""
     p = torch.softmax(logits.float(), 1)
     return torch.multinomial(p, 1, generator=generator)[:, 0]
 
 
 @torch.no_grad()
 def describe(case: Case, rows: int = 256) -> dict[str, float]:
-    """Entropy in nats and size of the logits of some clean rows."""
+    """Entropies in nats and sizes of the logits of the first clean rows."""
     logits = case.states[0, :rows].float() @ case.weight.float().T
     logp = torch.log_softmax(logits, 1)
     entropy = -(logp.exp() * logp).sum(1)

@@ -1,9 +1,10 @@
-"""Correct first: log-probs and gradients of a provider held to float64 before it is timed.
+"""Correct first: a provider's log-probs and gradients are compared with float64 before it is timed.
 
-The first `ROWS` tokens of a case, on every view. A provider is refused where it errs by more than
-bf16 logits would: twice half a unit of the last place of the largest logit, for the target and for
-lse; or where a gradient is off by 5 % of its norm: of the peers that round their logits the worst
-was off by 1.3 % (bench/results/cpu-full.csv). What passes has its errors in the table.
+Compared are the first `ROWS` tokens of a case, on every view. A provider is refused if a log-prob
+is off by more than bf16 logits cost: half a unit in the last place of the largest logit for the
+target and for lse, times two. It is refused too if a gradient is off by 5 % of its norm; of the
+peers that round their logits the worst was off by 1.3 % (bench/results/cpu-full.csv). A provider
+that passes has its errors in the table.
 """
 
 import math
@@ -25,14 +26,14 @@ class Wrong(Exception):
 
 @dataclass(frozen=True)
 class Errors:
-    """Of the log-probs in nats, of the choice of the worst view, and of the gradients."""
+    """Errors of the log-probs (nats), of the choice of the worst view, and of the gradients."""
 
     logp_rms: float
     logp_max: float
     worst_view: float
     """Share of tokens whose worst view (largest k3) is float64's; NaN without views."""
     dhidden: float
-    """‖got − want‖ / ‖want‖, as is the next."""
+    """‖got − want‖ / ‖want‖; so is dweight."""
     dweight: float
 
 
@@ -49,7 +50,7 @@ class Truth:
 
 
 def truth(case: Case) -> Truth:
-    """What every provider is held to; by blocks of rows, so that large heads fit."""
+    """What every provider is compared with; in blocks of rows, so that large heads fit."""
     part = Case(case.shape, case.states[:, :ROWS], case.weight, case.tokens[:ROWS])
     weight = part.weight.double()
     generator = torch.Generator(weight.device).manual_seed(1)
@@ -76,7 +77,7 @@ def truth(case: Case) -> Truth:
 
 
 def hold(score: Score, want: Truth) -> Errors:
-    """The errors of a provider; raises Wrong."""
+    """The errors of a provider; raises Wrong if one is out of bounds."""
     case = want.case
     rows = case.rows.detach().clone().requires_grad_()
     weight = case.weight.detach().clone().requires_grad_()
@@ -100,7 +101,7 @@ def hold(score: Score, want: Truth) -> Errors:
 
 
 def agreement(got: Tensor, want: Tensor) -> float:
-    """Share of tokens on which two [K+1, n] of log-probs choose the same worst view."""
+    """Share of tokens for which two sets of log-probs [K+1, n] have the same worst view."""
     if len(got) < 2:
         return math.nan
     choices = []

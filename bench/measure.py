@@ -1,8 +1,8 @@
 """Times: providers interleaved, each round in another order, cold caches, medians and intervals.
 
-A round times every candidate once; whatever else the machine does falls on all alike. A ratio is
-taken within a round, and its interval is a bootstrap over rounds, widened by what one run differs
-from the next (`DRIFT`): where a process's memory lies, and what the neighbours do for minutes.
+A round times every candidate once, so that other load on the machine falls on all alike. A ratio is
+taken within a round. Its interval is a bootstrap over rounds, widened by how much one run differs
+from the next (`DRIFT`): by the addresses of a process's memory, and by load that lasts minutes.
 """
 
 import random
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-# Two runs of one commit on a shared machine of 2 cores: of 99 ratios 5 had bootstrap intervals that
-# did not meet, and all met when widened by 10 %. For a GPU of one's own: assumed.
+# Two runs of one commit on a shared machine of 2 cores: 5 of 99 ratios had bootstrap intervals that
+# did not meet; widened by 10 %, all met. The GPU's figure is assumed, not measured.
 DRIFT = {"cpu": 1.10, "cuda": 1.02}
 
 FLUSH = 256 * 2**20  # bytes written between timings: more than any L2 or last-level cache
@@ -24,13 +24,13 @@ Run = Callable[[], None]
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds of one candidate, one of each round."""
+    """Milliseconds of one candidate, one value a round."""
 
     ms: tuple[float, ...]
     drift: float = 1.0
 
     def quantile(self, share: float) -> float:
-        """Linear between the two nearest."""
+        """The quantile, linear between the two nearest values."""
         ordered = sorted(self.ms)
         place = share * (len(ordered) - 1)
         low = int(place)

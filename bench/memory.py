@@ -2,8 +2,8 @@
 
     python -m bench.memory '{"op": "roma_loss", …}' "naive fp32" cpu
 
-The call is made once to warm up (libraries, compilers, autotuning), what it left is freed, and the
-second one is watched: torch's own statistics on a GPU, the peak of resident memory on a CPU
+The call is made once to warm up (libraries, compilers, autotuning), and what it left is freed. The
+second call is measured: by torch's statistics on a GPU, by the peak of resident memory on a CPU
 (Linux). Inputs do not count, gradients do.
 """
 
@@ -16,15 +16,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Large blocks go back to the system when they are freed, so that a second call shows its own.
+# Large blocks go back to the system when they are freed, so that the second call's are seen.
 _ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def extra_mib(line: str, name: str, device: str) -> float:
-    """Measured in a new process.
+    """Extra memory of one call, measured in a new process.
 
     Raises:
-        RuntimeError: it ended badly; the last line that it wrote.
+        RuntimeError: the process failed; the message has the last line that it wrote.
     """
     command = [sys.executable, "-m", "bench.memory", line, name, device]
     done = subprocess.run(

@@ -1,14 +1,14 @@
 """The measured ops: from a variant and a provider to a call that can be timed.
 
 `run` gives the call, or raises `Unavailable` or `Wrong`: a provider's log-probs and gradients are
-held to float64 first (gate.py).
+compared with float64 first (gate.py).
 
-For the whole loss every provider of log-probs is completed, twice, by the same view loss:
+For the whole loss every provider of log-probs is completed by `roma_loss_from_logp`, in two ways:
 
     dense    log-probs of all (K+1)·N rows, roma_loss_from_logp, backward through all of them
     active   log-probs of all rows without a graph, the loss's coefficients, then the provider's
-             forward and backward on the rows whose coefficient is not 0: what a careful user of
-             that provider would write
+             forward and backward on the rows whose coefficient is not 0, as a careful user of that
+             provider would do
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ AMONG = {
 }
 ACTIVE = " active"
 GRPO = roma.RomaConfig(lambda_inv=0.0)
-LIGER_GRPO = "liger grpo"  # a whole loss of its own, but of one image
+LIGER_GRPO = "liger grpo"  # a whole loss, of the clean image alone
 
 
 class Bench(Protocol):
@@ -39,7 +39,7 @@ class Bench(Protocol):
     variant: Variant
     errors: dict[str, gate.Errors]
     flop: float
-    """What must be computed, no recompute counted; 0 where products are not the point."""
+    """FLOP that must be computed, without any recompute; 0 where products are not what is timed."""
 
     @property
     def names(self) -> Sequence[str]:
@@ -47,26 +47,26 @@ class Bench(Protocol):
 
     @property
     def yardstick(self) -> Run:
-        """What the machine can do, timed among the candidates."""
+        """A measure of the machine, timed among the candidates."""
 
     def package(self, name: str) -> str:
-        """The distribution whose version a candidate's row gives."""
+        """The distribution whose version stands in a candidate's row."""
 
     def run(self, name: str) -> Run:
         """One call of a candidate."""
 
     def executed(self) -> float:
-        """FLOP of the products that ours really did."""
+        """FLOP of the products that our kernels executed."""
 
     def describe(self) -> dict[str, float]:
-        """What the data are like."""
+        """Statistics of the data."""
 
 
 class HeadBench:
     """linear_logprob: log-probs of the (K+1)·N rows of a case."""
 
     def __init__(self, variant: Variant, device: str, hold: bool) -> None:
-        """`hold`: whether a provider is held to float64 before its call is handed out."""
+        """`hold`: whether a provider is compared with float64 before it is timed."""
         self.variant = variant
         self.device = device
         self.case = data.make(variant.shape, device, states=variant.states)
@@ -75,7 +75,7 @@ class HeadBench:
 
     @property
     def names(self) -> Sequence[str]:
-        """Of all providers, or of some."""
+        """The providers that this variant times."""
         every = [p.name for p in PROVIDERS]
         return [name for name in every if name in AMONG.get(self.variant.among, every)]
 
@@ -123,14 +123,14 @@ class HeadBench:
         return forward if self.variant.phase == "forward" else both
 
     def executed(self) -> float:
-        """As our kernels report of themselves."""
+        """FLOP that our kernels report."""
         run = self.run(OURS)
         with listen() as reports:
             run()
         return float(sum(report.flop for report in reports))
 
     def describe(self) -> dict[str, float]:
-        """Entropy and size of the logits."""
+        """Entropies and sizes of the logits."""
         return data.describe(self.case)
 
     def _held(self, name: str) -> Score:
@@ -153,13 +153,13 @@ class LossBench(HeadBench):
     """roma_loss, forward and backward."""
 
     def __init__(self, variant: Variant, device: str, hold: bool) -> None:
-        """As of the head."""
+        """As `HeadBench`."""
         super().__init__(variant, device, hold)
         self.logp, self.options = loss_case(variant, self.case)
 
     @property
     def names(self) -> Sequence[str]:
-        """Each peer dense and active; a back end of ours skips rows by itself."""
+        """Each peer dense and active; our back ends skip inactive rows themselves."""
         found = list(super().names)
         found += [name + ACTIVE for name in found if not name.startswith(OURS)]
         return found if self.variant.views else [*found, LIGER_GRPO]
@@ -174,7 +174,7 @@ class LossBench(HeadBench):
         return "liger-kernel" if name == LIGER_GRPO else super().package(name)
 
     def run(self, name: str) -> Run:
-        """Ours, a peer's log-probs completed, or a peer's own loss."""
+        """One call of our loss, of a peer's log-probs completed, or of a peer's own loss."""
         if name == LIGER_GRPO:
             return self._liger_grpo()
         if name == OURS:
@@ -213,7 +213,7 @@ class LossBench(HeadBench):
         return loss.detach()
 
     def _liger_grpo(self) -> Run:
-        """GRPO's loss on the clean image; held to ours, which is held to float64."""
+        """GRPO's loss on the clean image, compared with ours, which is compared with float64."""
         from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
         options, config = self.options, self.options["config"]
@@ -257,7 +257,7 @@ class ViewLossBench:
     names: Sequence[str] = (OURS, "eager", "compile")
 
     def __init__(self, variant: Variant, device: str) -> None:
-        """Log-probs are what matters: they come from a small head."""
+        """Only log-probs are needed: they come from a small head."""
         self.variant = variant
         self.errors: dict[str, gate.Errors] = {}
         shape = data.Shape(variant.tokens, variant.views, 8, 64)
@@ -265,7 +265,7 @@ class ViewLossBench:
 
     @property
     def yardstick(self) -> Run:
-        """One expm1 of all log-probs."""
+        """expm1 of all log-probs."""
         return lambda: (torch.expm1(self.logp), None)[1]
 
     def package(self, name: str) -> str:
@@ -273,7 +273,7 @@ class ViewLossBench:
         return OURS if name == OURS else "torch"
 
     def run(self, name: str) -> Run:
-        """A form of the loss, held to its value in float64: fp32's rounding leaves 1e-7 of it."""
+        """A form of the loss, compared with its value in float64; fp32 rounding costs 1e-7."""
         forms: dict[str, Callable[..., Tensor]] = {
             OURS: lambda clean, views, **named: (
                 roma.roma_loss_from_logp(clean, views, **named).loss
@@ -298,12 +298,12 @@ class ViewLossBench:
         return 0.0
 
     def describe(self) -> dict[str, float]:
-        """Nothing of a head."""
+        """There is no head to describe."""
         return {}
 
 
 def bench_of(variant: Variant, device: str, *, hold: bool = True) -> Bench:
-    """A variant's data on a device."""
+    """The bench of a variant, with its data on a device."""
     if variant.op == "views":
         from bench.views import ViewsBench
 
@@ -333,7 +333,7 @@ def plain_loss(
     aux_view: Tensor,
     config: roma.RomaConfig,
 ) -> Tensor:
-    """The default loss in the lines that one would write (docs/MATH.md, sections 1 to 3)."""
+    """The default loss as one would write it (docs/MATH.md, sections 2 and 3)."""
     lengths = mask.sum(-1).clamp(min=1)
 
     def clipped(logp: Tensor) -> Tensor:
@@ -354,7 +354,7 @@ def plain_loss(
 
 
 def loss_case(variant: Variant, case: data.Case) -> tuple[Tensor, dict[str, Any]]:
-    """Log-probs [K+1, B, T] of N = B·T tokens, and the constants of the loss near them."""
+    """Log-probs [K+1, B, T] of N = B·T tokens, and the loss's other arguments."""
     device = case.tokens.device
     generator = torch.Generator(device).manual_seed(2)
     length = min(variant.tokens, 16 if device.type == "cpu" else 256)

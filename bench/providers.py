@@ -1,6 +1,6 @@
-"""Who is measured: each a function (states [R, D], weight [V, D], tokens [R]) → log-probs [R].
+"""The providers: functions (states [R, D], weight [V, D], tokens [R]) → log-probs [R].
 
-A provider that cannot run here says why, and is listed with its reason.
+A provider that cannot run here is listed with the reason.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 import roma
 
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]
-TRL_CHUNK = 32768  # columns; what its trainers pass
+TRL_CHUNK = 32768  # columns, as its trainers pass
 
 
 class Unavailable(Exception):
@@ -22,7 +22,7 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to the log-probs of the sampled tokens."""
+    """One implementation of the log-probs of the sampled tokens."""
 
     name: str
     package: str

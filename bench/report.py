@@ -117,8 +117,8 @@ def costs(rows: list[Row], path: Path) -> str:
     if scaling.exists():
         lines += [
             "",
-            "Times along each axis. The floor is the useful products at the rate of one plain product "
-            "in the inputs' dtype, whose result is rounded to it:",
+            "Times along each axis. The floor is the useful products at the rate of one plain "
+            "product in the inputs' dtype, whose result is rounded to it:",
         ]
     return "\n".join(lines + _image("cost along each axis", scaling))
 
@@ -169,8 +169,8 @@ def table(rows: list[Row], path: Path) -> str:
     drawn = f"median {shape['entropy_p50']} nats, largest logit {shape['logit_max']}"
     lines.append(
         f"{first['machine']}; torch {first['torch']}; commit {first['commit']}; {size}, V = "
-        f"{shape['vocab']}, {shape['dtype']}. Whole loss: half of the rollouts right, worst view by "
-        "sequence. Medians; in brackets: the ratio to ours, paired within rounds, “level” where "
+        f"{shape['vocab']}, {shape['dtype']}. Whole loss: half of the rollouts right, worst view "
+        "by sequence. Medians; in brackets: the ratio to ours, paired within rounds, “level” where "
         f"its 95 % interval contains 1. Entropy of the drawn softmax: {drawn}. Source: "
         f"[{path.name}](../bench/results/{path.name})."
     )
@@ -238,7 +238,7 @@ def plots(rows: list[Row], path: Path) -> list[Path]:
         axes.minorticks_off()
         axes.set_xlabel("time of the whole loss, forward + backward, over ours (95 % interval)")
         axes.set_title(
-            "blue: fp32 logits; red: rounded logits, whose choice of the worst view is near chance", fontsize=9
+            "blue: fp32 logits; red: rounded logits (worst view near chance)", fontsize=9
         )
         made.append(plot_of(path, "loss"))
         figure.savefig(made[-1], dpi=120)

@@ -1,4 +1,4 @@
-"""The tidy CSV: one row per candidate and variant, with all that is needed to read it."""
+"""The CSV: one row per candidate and variant, with machine, versions, sizes and times."""
 
 import csv
 import os
@@ -29,13 +29,13 @@ def _git(*words: str) -> str:
 
 
 def machine(device: str) -> dict[str, str]:
-    """Where, when and with what: the first columns of every row."""
+    """Date, commit, machine and versions: the first columns of every row."""
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:
         found = re.search(r"model name\s*: (.+)", _read("/proc/cpuinfo"))
         name = f"{found[1] if found else platform.processor()}, {torch.get_num_threads()} threads"
-    # What a run writes itself is no change.
+    # What a run writes is not a change of the code.
     changed = _git("-C", "..", "status", "--porcelain", "-uno", "--", ".", ":!bench/results")
     dirty = str(bool(changed)) if _git("rev-parse", "HEAD") else "-"
     return {
@@ -52,7 +52,7 @@ def machine(device: str) -> dict[str, str]:
 
 
 def copy_rate(device: str) -> float:
-    """Bytes read and written by a copy of 256 MiB, per nanosecond: the median of seven."""
+    """GB/s read and written by a copy of 256 MiB: the median of seven."""
     clock, source = Clock(device), torch.ones(2**26, device=device)
     target = torch.empty_like(source)
     times = sorted(clock.time(lambda: (target.copy_(source), None)[1]) for _ in range(7))
@@ -64,7 +64,7 @@ def _read(path: str) -> str:
 
 
 def variant_columns(variant: Variant) -> dict[str, str]:
-    """What was measured."""
+    """The columns that say what was measured."""
     found = asdict(variant)
     del found["among"]
     return {name: f"{x:g}" if isinstance(x, float) else str(x) for name, x in found.items()}
@@ -79,7 +79,7 @@ def measured(
     extra_mib: float | None,
     data: dict[str, float],
 ) -> Row:
-    """Columns of a candidate that was timed."""
+    """The columns of a candidate that was timed."""
     mine = times[name]
     ratio, low, high = mine.over(times[OURS])
     units, units_low, units_high = mine.over(times[YARDSTICK])
@@ -113,7 +113,7 @@ def measured(
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    """The rows, with every column that one of them has."""
+    """Writes the rows, with every column that any of them has."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:

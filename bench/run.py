@@ -1,4 +1,4 @@
-"""One run: plan, gate, interleaved timing, memory, CSV; a live table while it goes on."""
+"""One run: plan, gate, interleaved timing, memory, CSV, and a live table meanwhile."""
 
 import sys
 from collections.abc import Iterable
@@ -19,22 +19,22 @@ BUDGET = {
     "paper": (9, 6.0),
     "views": (15, 15.0),
 }
-"""Rounds, and seconds after which a variant gets no more of them, by preset."""
+"""By preset: rounds, and the seconds after which a variant gets no further round."""
 
 
 class Live:
-    """Lines of the table, and one that is written over while something runs."""
+    """Prints the table's lines, and a status line that is overwritten."""
 
     def __init__(self) -> None:
         self._over = sys.stdout.isatty()
 
     def doing(self, what: str) -> None:
-        """Shows what runs, on a terminal."""
+        """Shows what is running, if stdout is a terminal."""
         if self._over:
             print(f"\r\033[K  … {what}", end="", flush=True)
 
     def line(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays."""
         print(("\r\033[K" if self._over else "") + text, flush=True)
 
 
@@ -48,7 +48,7 @@ def run(
     with_memory: bool = True,
     resume: bool = False,
 ) -> list[Row]:
-    """Measures the variants and writes `out` after each; resumed, without those it holds."""
+    """Measures the variants and writes `out` after each; `resume` skips those that it holds."""
     live, clock = Live(), Clock(device)
     rows = results.read(out) if resume and out.exists() else []
     where = results.machine(device)
@@ -106,13 +106,13 @@ def _measure(
 def _candidates(
     bench: Bench, providers: list[str] | None, live: Live
 ) -> tuple[dict[str, Run], dict[str, str]]:
-    """What can be timed, and why the others cannot."""
+    """The candidates that can be timed, and why the others cannot."""
     found: dict[str, Run] = {}
     refused: dict[str, str] = {}
     for name in bench.names:
         if providers is not None and name not in (*providers, OURS):
             continue
-        live.doing(f"{name}: held to float64")
+        live.doing(f"{name}: compared with float64")
         try:
             found[name] = bench.run(name)
         except (Unavailable, ImportError) as why:
@@ -129,7 +129,7 @@ HEADER = (
 
 
 def verdict(row: Row) -> str:
-    """The ratio to ours with its interval; one that contains 1 is no win of either."""
+    """The ratio to ours with its interval; “level” if the interval contains 1."""
     low, high = float(row["ratio_low"]), float(row["ratio_high"])
     if row["provider"] == OURS:
         return "1"

@@ -1,4 +1,4 @@
-"""What is measured: one `Variant` a line of the plan, and the plans by preset and device."""
+"""What is measured: `Variant`, one line of a plan, and the plans by preset and device."""
 
 import itertools
 import json
@@ -36,28 +36,28 @@ class Variant:
     what: str = ""
     """views: a corruption, or "mix"; there tokens are images, and depth their side in pixels."""
     states: str = ""
-    """A file of states and a head (`data.load`) in the place of drawn ones."""
+    """A file of states and a head (`data.load`), or "": they are drawn."""
     among: str = "all"
     """"all" providers, "few" or the "core" of them (ops.AMONG)."""
 
     @property
     def memory(self) -> bool:
-        """Whether its memory is measured too: each candidate takes a process of its own."""
+        """Whether memory is measured too; each candidate takes a process."""
         dense = self.phase == "both" and self.active == 1
         return self.among == "all" and self.op in ("linear_logprob", "roma_loss") and dense
 
     @property
     def shape(self) -> Shape:
-        """Of its data."""
+        """The shape of its data."""
         return Shape(self.tokens, self.views, self.depth, self.vocab, DTYPES[self.dtype])
 
     @property
     def line(self) -> str:
-        """JSON, for the process that measures memory."""
+        """The variant as JSON, for the process that measures memory."""
         return json.dumps(asdict(self))
 
     def __str__(self) -> str:
-        """As the live table names it."""
+        """Its name in the live table."""
         if self.op == "views":
             return f"views, {self.what}, {self.tokens} images of {self.depth}×{self.depth}"
         if self.op == "update_step":
@@ -73,7 +73,7 @@ class Variant:
 def on_states(
     variants: list[Variant], file: str, rows: int, depth: int, vocab: int
 ) -> list[Variant]:
-    """The variants of a head, on a file's states: its depth and vocabulary, at most its rows."""
+    """The variants with a head, at a file's depth and vocabulary, with at most its rows."""
     found = [
         replace(v, states=file, tokens=min(v.tokens, rows), depth=depth, vocab=vocab)
         for v in variants
@@ -151,7 +151,7 @@ def _on_gpu(preset: str) -> list[Variant]:
 
 
 def _around(base: dict[str, int]) -> list[Variant]:
-    """One option changed at a time; fewer providers."""
+    """One option changed at a time, with fewer providers."""
     return [
         *(Variant("roma_loss", "both", **base | {"views": k}, among="few") for k in (0, 1, 2, 8)),
         *(Variant("roma_loss", "both", **base, right=r, among="few") for r in (0.0, 1.0)),
@@ -162,7 +162,7 @@ def _around(base: dict[str, int]) -> list[Variant]:
 def _scaling(
     base: dict[str, int], *, tokens: tuple[int, ...], vocab: tuple[int, ...]
 ) -> list[Variant]:
-    """One axis at a time."""
+    """One axis changed at a time."""
     depth = (base["depth"] // 2, base["depth"] * 2)
     changes = [("tokens", tokens), ("vocab", vocab), ("depth", depth)]
     return [

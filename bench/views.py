@@ -1,10 +1,10 @@
 """Images per second: views at model resolution, DALI against loops over OpenCV and Pillow.
 
-One call degrades every image once. "mix" is what training draws: four corruptions, one image in
-four each, at level 2. On a GPU ours has its images there, the loops theirs in main memory. A
-provider is held to ours by how far it moves the pixels: the mean absolute change of each corruption
-must agree within a tenth. At 448×448 it does within 3 %; at 64×64 Pillow's blur of three boxes is
-7.5 % off, OpenCV's motion blur 5.6 % (another angle), impulses up to 5 % (other places).
+One call degrades every image once. "mix" is what training draws: four corruptions in equal numbers,
+at level 2. On a GPU our images lie on the GPU, those of the loops in main memory. A provider is
+compared with ours by how much it changes the pixels: the mean absolute change of each corruption
+must agree within 10 %. At 448×448 it does within 3 %. At 64×64 Pillow's blur, three box filters, is
+7.5 % off, OpenCV's motion blur 5.6 % (another angle), impulses up to 5 % (at other pixels).
 """
 
 import io
@@ -33,7 +33,7 @@ class ViewsBench:
     names = (OURS, "opencv", "pillow")
 
     def __init__(self, variant: Variant, device: str = "cpu") -> None:
-        """`variant`: tokens images of depth × depth pixels; `what`, a corruption or "mix"."""
+        """`variant`: `tokens` images of `depth` × `depth` pixels; `what`: a corruption or "mix"."""
         self.variant, self.device = variant, device
         self.errors: dict[str, Any] = {}
         y, x = np.indices((variant.depth, variant.depth))
@@ -51,13 +51,13 @@ class ViewsBench:
         return lambda: ([image.copy() for image in self.images], None)[1]
 
     def package(self, name: str) -> str:
-        """DALI's for ours: its operators are what is timed."""
+        """DALI for ours: its operators are what is timed."""
         return {OURS: "nvidia-dali-cuda130", "opencv": "opencv-python-headless"}.get(name, name)
 
     def run(self, name: str) -> Run:
         """One call of a provider; raises Unavailable, ImportError or Wrong."""
         make = {OURS: self._dali, "opencv": self._opencv, "pillow": self._pillow}[name]()
-        found = make()  # DALI is imported here, not in the clock's time
+        found = make()  # imports DALI before anything is timed
         if name != OURS:
             self._hold(found, [np.asarray(torch.as_tensor(view).cpu()) for view in self._dali()()])
         return lambda: (make(), None)[1]
@@ -67,7 +67,7 @@ class ViewsBench:
         return 0.0
 
     def describe(self) -> dict[str, float]:
-        """Nothing is drawn."""
+        """There are no statistics of these images."""
         return {}
 
     def _hold(self, got: list[Pixels], ours: list[Pixels]) -> None:
@@ -87,7 +87,7 @@ class ViewsBench:
         return CORRUPTIONS[corruption].parameter(LEVEL)
 
     def _in_pixels(self, corruption: str) -> Any:
-        """A blur's σ is given for images of a reference size."""
+        """The parameter, scaled where it is given for images of a reference size."""
         from roma.views import CORRUPTIONS
 
         parameter, reference = self._parameter(corruption), CORRUPTIONS[corruption].reference_size
@@ -201,7 +201,7 @@ _random = _generator.random
 
 
 def _noise(image: Pixels, sigma: float) -> Pixels:
-    """σ in parts of the range 0 to 1."""
+    """Gaussian noise; σ for pixels in [0, 1]."""
     drawn = _generator.standard_normal(image.shape, dtype=np.float32)
     return np.rint(image + 255 * sigma * drawn).clip(0, 255).astype(np.uint8)
 
