@@ -110,6 +110,30 @@ def test_the_command(tmp_path: Path) -> None:
     assert [path.exists() for path in report.plots(rows, out)] == [True]
     table = report.table(rows, out)
     assert "| **roma** |" in table and "| naive fp32 |" in table
+    assert f"](../bench/results/{out.name})" in table  # as seen from docs/BENCHMARKS.md
+
+
+@pytest.mark.parametrize(
+    ("run", "documents"),
+    [("cpu-full", ["docs/BENCHMARKS.md", "docs/COST.md"]), ("cpu-views", ["docs/VIEWS.md"])],
+)
+def test_the_documents_hold_the_committed_runs_tables(run: str, documents: list[str]) -> None:
+    """And README none: what `--report` would write is what stands there."""
+    path = results.FOLDER / f"{run}.csv"
+    rows = results.read(path)
+    made = [report.views] if run == "cpu-views" else [report.table, report.costs]
+    for name, make in zip(documents, made, strict=True):
+        text = (ROOT / name).read_text()
+        assert report.between_markers(text, make(rows, path), name) == text
+    assert report.BEGIN not in (ROOT / "README.md").read_text()
+
+
+def test_a_document_without_its_markers_is_an_error() -> None:
+    """A table that is written nowhere would leave the old figures in place, unnoticed."""
+    with pytest.raises(
+        ValueError, match=r"docs/X\.md: expected one <!-- bench:begin.*, got 0; put"
+    ):
+        report.between_markers("no markers\n", "a table", "docs/X.md")
 
 
 def test_ligers_own_loss_is_ours_of_one_image(tmp_path: Path) -> None:
