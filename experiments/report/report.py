@@ -79,8 +79,8 @@ def build_report(
         return tree_of(first.columns, bootstrap.intervals(macros(arm, seeds)))
 
     def difference(one: str, other: str, seeds: Sequence[int]) -> dict[str, Any]:
-        rows = macros(one, seeds) - macros(other, seeds)
-        return tree_of(first.columns, bootstrap.intervals(rows))
+        found = bootstrap.differences(macros(one, seeds), macros(other, seeds))
+        return tree_of(first.columns, found)
 
     differences = {}
     for one, other in COMPARISONS:
@@ -100,7 +100,8 @@ def build_report(
         "detail": list(_detail(results, arms, bootstrap)),
         "tuned_on": tuned_on,
         "intervals": {
-            "kind": "percentile bootstrap over test images, paired between arms and corruptions",
+            "kind": "percentile bootstrap over test images, paired between arms and corruptions;"
+            " Clopper-Pearson where all images score alike",
             "covers": "the choice of test images, not the choice of training seeds",
             "coverage": bootstrap.coverage,
             "resamples": RESAMPLES,

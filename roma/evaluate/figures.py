@@ -27,7 +27,7 @@ class LineStyle:
 
 
 KINDS = "#332288 #999933 #88CCEE #AA4499 #117733 #CC6677 #44AA99 #DDCC77 #882255".split()
-"""Colours of corruptions, in turn."""
+"""Colours of corruptions, in order; the tenth has the first one's again."""
 
 _STYLE: dict[Any, Any] = {  # matplotlib types the keys as literals
     "font.size": 10.5,

@@ -8,6 +8,21 @@ the n images enters resample r,
 (percentile bootstrap; Efron and Tibshirani 1993, section 13.3). One `Bootstrap` holds one matrix w,
 so two arms, two corruptions or two seeds are always compared on the same draws. The interval covers
 the choice of test images. It does not cover the training seeds, which a report shows one by one.
+
+Where all n images score the same value c, every resample has the mean c, and the percentiles say
+nothing about the images that were not drawn. What n equal scores do say is how common other scores
+can be: with confidence 1 − α, at least the share
+
+    p = (α/2)^(1/n)
+
+of all images scores c, the Clopper-Pearson bound of n hits in n draws (Clopper and Pearson 1934,
+Biometrika 26, 404-413). The rest may score anything from `least` to `most`, so
+
+    interval = [p·c + (1 − p)·least, p·c + (1 − p)·most]
+
+Accuracies lie in 0..1: none right of n gives [0, 1 − p], all right [p, 1], which are the
+Clopper-Pearson intervals of 0 and n hits. Paired differences lie in −1..1: two arms that agree on
+all n images give ±(1 − p), 9 points for n = 40 and 0.7 for n = 500, not "no difference".
 """
 
 from dataclasses import dataclass
@@ -18,6 +33,7 @@ from numpy.typing import ArrayLike, NDArray
 from roma_kernels.errors import fail
 
 _BLOCK = 1000  # resamples turned to float64 at a time: 4 MB for 500 images
+_SAME = 1e-9  # scores closer than this differ by the rounding of an average alone
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,8 @@ class Bootstrap:
     Example:
         >>> Bootstrap(4).intervals([[1, 1, 0, 1]])
         [Interval(mean=75.0, low=25.0, high=100.0, n=4)]
+        >>> Bootstrap(2).intervals([[0, 0]])[0].as_dict()
+        {'mean': 0.0, 'low': 0.0, 'high': 84.189, 'n': 2}
     """
 
     def __init__(
@@ -98,23 +116,48 @@ class Bootstrap:
         return np.concatenate([block.astype(np.float64) @ rows.T for block in blocks]) / self.images
 
     def intervals(self, scores: ArrayLike) -> list[Interval]:
-        """Means in percent with their intervals, one for each of M rows.
-
-        An arm's accuracies are rows of 0..1; the average over training seeds is taken per image,
-        before. A paired difference of two arms is a row s_a − s_b of −1..1: an image that both find
-        hard enters both means of a resample, so what they share cancels,
-        Var(a − b) = Var a + Var b − 2 Cov(a, b).
+        """Mean accuracies in percent with their intervals, one for each of M rows.
 
         Args:
-            scores: [M, n], per image.
+            scores: [M, n] in 0..1, per image; an average over training seeds is taken per image,
+                before.
 
         Raises:
-            ValueError: `scores` is not [M, n] with this bootstrap's n.
+            ValueError: `scores` is not [M, n] with this bootstrap's n, or leaves 0..1.
         """
+        return self._intervals(scores, least=0.0)
+
+    def differences(self, first: ArrayLike, second: ArrayLike) -> list[Interval]:
+        """Mean paired differences, first minus second, in points with their intervals.
+
+        An image that both arms find hard enters both means of a resample, so what they share
+        cancels: Var(a − b) = Var a + Var b − 2 Cov(a, b).
+
+        Args:
+            first: [M, n] in 0..1, per image.
+            second: the same of the other arm.
+
+        Raises:
+            ValueError: the two are not [M, n] with this bootstrap's n, or leave 0..1.
+        """
+        rows = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+        return self._intervals(rows, least=-1.0)
+
+    def _intervals(self, scores: ArrayLike, *, least: float) -> list[Interval]:
+        """Means of rows in least..1, ×100, with their intervals."""
         means, tail = self.means(scores), 50 * (1 - self.coverage)
-        ends = 100 * np.percentile(means, [tail, 100 - tail], axis=0)
-        middle = 100 * np.asarray(scores, dtype=np.float64).mean(1)
-        found = zip(middle.tolist(), *ends.tolist(), strict=True)
+        rows = np.asarray(scores, dtype=np.float64)
+        if rows.min() < least - _SAME or rows.max() > 1 + _SAME:
+            got = f"{rows.min():g} to {rows.max():g}"
+            remedy = "give shares; two arms are compared by `differences`"
+            fail("scores", f"values from {least:g} to 1", got, remedy)
+        ends = np.percentile(means, [tail, 100 - tail], axis=0)
+        middle = rows.mean(1)
+        equal = np.ptp(rows, axis=1) < _SAME
+        share = (tail / 100) ** (1 / self.images)
+        for end, limit in zip(ends, (least, 1.0), strict=True):
+            end[equal] = share * middle[equal] + (1 - share) * limit
+        found = zip((100 * middle).tolist(), *(100 * ends).tolist(), strict=True)
         return [Interval(mean, low, high, self.images) for mean, low, high in found]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -70,7 +71,7 @@ class EvalResult:
 
 
 def summarise(result: EvalResult, *, bootstrap: Bootstrap | None = None) -> dict[str, Any]:
-    """Accuracies in percent with 95 % bootstrap intervals, as JSON.
+    """Accuracies in percent with 95 % intervals over images, as JSON.
 
     Args:
         result: of `evaluate`.
@@ -109,27 +110,41 @@ def tree_of(columns: Sequence[tuple[str, int]], intervals: Sequence[Interval]) -
     return tree
 
 
-def summary_table(summary: Mapping[str, Any]) -> Table:
-    """A summary as a table for the terminal: a row per corruption, a macro average below each pool.
+# One cell of the table: in a line where the terminal is wide enough for it, else in two.
+_BESIDE, _BELOW = "{mean:.1f} [{low:.1f}, {high:.1f}]", "{mean:.1f}\n{low:.1f}–{high:.1f}"
+_COLUMNS = 80
+
+
+def summary_table(summary: Mapping[str, Any]) -> Group:
+    """A summary for the terminal: a row per corruption, a macro average below each pool.
 
     Args:
         summary: of `summarise`.
     """
-    form = "{mean:.1f} [{low:.1f}, {high:.1f}]"
     pools = dict(summary["pools"])
+    # Not the table's title, which would wrap at the table's own width.
     title = f"Accuracy, % [95 % interval], {summary['images']} images"
     if clean := pools.pop("clean", None):
-        title += "\nclean: " + form.format(**clean)
+        title += "\nclean: " + _BESIDE.format(**clean)
+    rows: list[tuple[str, list[Mapping[str, Any]]]] = []
+    for pool, macros in pools.items():
+        found = [row for row in summary["detail"] if row["pool"] == pool]
+        for kind in dict.fromkeys(row["corruption"] for row in found):
+            rows.append((kind, [row for row in found if row["corruption"] == kind]))
+        rows.append((f"{pool}: mean", list(macros.values())))
+    if not rows:
+        return Group(Text(title))
     levels = sorted({row["level"] for row in summary["detail"]} - {0})
-    table = Table(title=Text(title), box=box.SIMPLE_HEAD)
-    table.add_column("corruption")
+    widest = max(len(_BESIDE.format(**entry)) for _, entries in rows for entry in entries)
+    first = max(len(name) for name, _ in rows)
+    fits = 2 + first + len(levels) * (widest + 2) <= _COLUMNS  # 2: between columns, at the edges
+    form = _BESIDE if fits else _BELOW
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
+    table.add_column("corruption", no_wrap=True)
     for level in levels:
         table.add_column(f"L{level}", justify="right", no_wrap=True)
-    for pool, macros in pools.items():
-        rows = [row for row in summary["detail"] if row["pool"] == pool]
-        for kind in dict.fromkeys(row["corruption"] for row in rows):
-            cells = [Text(form.format(**row)) for row in rows if row["corruption"] == kind]
-            table.add_row(kind, *cells)
-        cells = [Text(form.format(**entry)) for entry in macros.values()]
-        table.add_row(f"{pool}: mean", *cells, style="bold", end_section=True)
-    return table
+    for name, entries in rows:
+        mean = name.endswith(": mean")
+        cells = [Text(form.format(**entry)) for entry in entries]
+        table.add_row(name, *cells, style="bold" if mean else None, end_section=mean)
+    return Group(Text(title), table)

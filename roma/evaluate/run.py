@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from roma.data import load_dataset_rows
 from roma.evaluate.conditions import DegradedImages, Image, cells_of
 from roma.evaluate.result import CellResult, EvalResult, summarise, summary_table
+from roma.models.device import resolve_device
 from roma.rewards import RewardFunction, compute_score
 from roma.views import CORRUPTIONS, load_levels
 from roma_kernels.errors import fail
@@ -24,7 +26,7 @@ if TYPE_CHECKING:  # importing it takes seconds, and `roma eval --help` needs no
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said: decoded text, its length in tokens, and whether it ended by itself."""
+    """What a model said: decoded text, its length in tokens, and whether an end token closed it."""
 
     text: str
     length: int
@@ -138,8 +140,8 @@ def run_eval(
         data: a dataset in the loader's form, `folder@split` for a split.
         pools: see `cells_of`.
         levels: see `cells_of`.
-        out: the folder for the files; None: runs/eval/ and the model's name.
-        limit: the first so many examples only; None: all.
+        out: the folder for the files; None: runs/eval/MODEL-DATA.
+        limit: only the first `limit` examples; None: all.
         batch_size: examples answered at once.
         max_new_tokens: budget of an answer, tokens.
         level_table: YAML with other levels, for small images; None: the customary ones.
@@ -152,15 +154,18 @@ def run_eval(
         What eval.json holds: `summarise`'s keys, and how they came about.
 
     Raises:
-        ValueError: an unknown pool or level, a limit below 1, no model's folder, or a bad dataset.
+        ValueError: an unknown pool or level, a limit below 1, a device that is not here, no model's
+            folder, or a bad dataset.
+        FileNotFoundError: there is no such level table.
     """
+    where = resolve_device(device or "auto")
     corruptions = load_levels(level_table) if level_table else CORRUPTIONS
     cells = cells_of(pools, levels, corruptions)
     if limit is not None and limit < 1:
         fail("limit", "at least 1, or None", str(limit), "leave it out to measure on every example")
     rows = load_dataset_rows(data)
     examples = [rows[i] for i in range(min(len(rows), limit or len(rows)))]
-    policy = _load_policy(model, device)
+    policy = _load_policy(model, where)
     images = DegradedImages(
         examples,
         cells,
@@ -190,20 +195,26 @@ def run_eval(
         "max_new_tokens": max_new_tokens,
     } | summarise(result)
     console.print(summary_table(summary))
-    folder = Path(out) if out else Path("runs", "eval", Path(model).resolve().name)
+    folder = Path(out) if out else Path("runs", "eval", _name(model, data))
     wrote = f"wrote {_write_eval(folder, result, summary)}"
     console.print(wrote, highlight=False, soft_wrap=True)  # paths stay whole, to be copied
     return summary
 
 
-def _load_policy(model: str | Path, device: str | None) -> "Policy":
-    """The model, on a GPU in bf16 where there is one and nothing else was asked for."""
-    import torch
+def _name(model: str | Path, data: str | Path) -> str:
+    """MODEL-DATA, for a folder; a checkpoint's "actor" folder goes by its run and step."""
+    folder = Path(model).resolve()
+    parts = folder.parts[-3:-1] if folder.name == "actor" else (folder.name,)
+    path, _, split = str(data).partition("@")
+    place = Path(path).resolve()
+    return "-".join([*parts, place.name if place.is_dir() else place.stem, *filter(None, [split])])
 
+
+def _load_policy(model: str | Path, device: torch.device) -> "Policy":
+    """The model, in fp32 on a CPU and in bf16 elsewhere."""
     from roma.models.qwen_vl import Policy
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     policy = Policy.load(model, dtype=dtype, device=device)
     policy.eval()
     return policy

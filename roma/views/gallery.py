@@ -92,13 +92,15 @@ def write_gallery(
 
     Raises:
         ValueError: there is no such file, it is not an image or a damaged one, or `out` is not
-            called .png.
+            called .png or is the image itself.
         OSError: the gallery cannot be written.
         ImportError: DALI is not installed.
     """
     out = Path(out)
     if out.suffix.lower() != ".png":
         fail("out", "a name that ends in .png", str(out), f"call it {out.stem}.png")
+    if out.exists() and Path(image_path).exists() and out.samefile(image_path):
+        fail("out", "another file than the image", str(out), "choose another name")
     image = decode_image(Path(image_path), name="IMAGE")
     out.parent.mkdir(parents=True, exist_ok=True)
     draw_gallery(image, corruptions=corruptions, window=window, seed=seed).save(out, optimize=True)

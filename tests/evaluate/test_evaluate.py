@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import pickle
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -14,14 +15,8 @@ from rich.console import Console
 from roma.data import Example
 from roma.evaluate.conditions import Cell, DegradedImages, cells_of
 from roma.evaluate.intervals import Bootstrap, macro
-from roma.evaluate.run import (
-    Answer,
-    EvalResult,
-    evaluate,
-    policy_answerer,
-    run_eval,
-    summarise,
-)
+from roma.evaluate.result import CellResult, EvalResult, summarise, summary_table
+from roma.evaluate.run import Answer, evaluate, policy_answerer, run_eval
 from roma.views import CORRUPTIONS
 
 RESAMPLES = 10_000
@@ -232,7 +227,7 @@ def test_a_paired_difference_is_narrower_than_two_independent_arms():
     rng = np.random.default_rng(5)
     hard = rng.random(2000)
     first, second = (hard < 0.8).astype(float), (hard + rng.normal(0, 0.05, 2000) < 0.76) * 1.0
-    (paired,) = Bootstrap(2000, resamples=RESAMPLES).intervals([first - second])
+    (paired,) = Bootstrap(2000, resamples=RESAMPLES).differences([first], [second])
     half = 100 * 1.96 * (first - second).std() / np.sqrt(2000)
     assert (paired.high - paired.low) / 2 == pytest.approx(half, rel=0.05)
     apart = 100 * 1.96 * np.sqrt((first.var() + second.var()) / 2000)
@@ -245,8 +240,71 @@ def test_rows_are_resampled_alike_so_a_difference_of_means_is_the_mean_of_differ
     first, second = rng.integers(0, 2, (2, 40)) * 1.0
     together = Bootstrap(40, seed=2).means([first, second, first - second])
     np.testing.assert_allclose(together[:, 0] - together[:, 1], together[:, 2], atol=1e-12)
-    (nothing,) = Bootstrap(40, seed=2).intervals([first - first])
-    assert nothing.as_dict() == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 40}
+    (interval,) = Bootstrap(40, seed=2).differences([first], [second])
+    low, high = 100 * np.percentile(together[:, 2], [2.5, 97.5])
+    assert (interval.low, interval.high) == (pytest.approx(low), pytest.approx(high))
+
+
+@pytest.mark.parametrize("n", [1, 2, 40, 500])
+@pytest.mark.parametrize("coverage", [0.9, 0.95])
+def test_equal_scores_have_the_clopper_pearson_interval(n, coverage):
+    """None and all right of n, against scipy; so a bootstrap of constants is no interval."""
+    from scipy.stats import binomtest
+
+    none, every = Bootstrap(n, coverage=coverage).intervals([np.zeros(n), np.ones(n)])
+    for found, right in ((none, 0), (every, n)):
+        exact = binomtest(right, n).proportion_ci(coverage, method="exact")
+        assert found.low == pytest.approx(100 * exact.low, abs=1e-9)
+        assert found.high == pytest.approx(100 * exact.high, abs=1e-9)
+        assert found.low < found.high and found.mean == 100 * right / n
+
+
+@pytest.mark.parametrize("value", [-0.5, 0.0, 1.0])
+def test_equal_differences_leave_room_for_images_that_were_not_drawn(value):
+    """Two arms that agree on all images may differ on the share of others that n allows."""
+    from scipy.stats import binomtest
+
+    first = np.full(40, max(value, 0.0))
+    (found,) = Bootstrap(40).differences([first], [first - value])
+    share = binomtest(40, 40).proportion_ci(0.95, method="exact").low
+    assert found.mean == 100 * value
+    assert found.low == pytest.approx(100 * (share * value - (1 - share)))
+    assert found.high == pytest.approx(100 * (share * value + (1 - share)))
+    assert found.low < found.high
+
+
+def test_equal_averages_between_the_ends_have_an_interval_too():
+    """One corruption right and one wrong on every image: 50, but not [50, 50]."""
+    scores = macro([np.ones(10), np.zeros(10)])
+    (found,) = Bootstrap(10).intervals([scores])
+    share = 0.025 ** (1 / 10)
+    assert found.mean == 50
+    assert (found.low, found.high) == (
+        pytest.approx(50 * share),
+        pytest.approx(50 * share + 100 * (1 - share)),
+    )
+    rounded = scores + np.linspace(0, 1e-15, 10)  # as an average over seeds may leave it
+    assert Bootstrap(10).intervals([rounded])[0].as_dict() == found.as_dict()
+
+
+@pytest.mark.parametrize("right", [0.02, 0.5, 0.98])
+def test_small_samples_keep_the_coverage_where_all_scores_are_equal(right):
+    """With n = 8 images: of those draws whose scores are equal, the interval holds the truth.
+
+    A bootstrap of constants never would. Draws with p = ½ are equal too rarely to be asked for.
+    """
+    drawn = np.random.default_rng(0).random((400, 8)) < right
+    equal = [row for row in drawn if row.min() == row.max()]
+    found = Bootstrap(8, resamples=50).intervals(np.array(equal, dtype=float))
+    held = [each.low <= 100 * right <= each.high for each in found if right != 0.5]
+    assert all(held) and (right == 0.5 or len(held) > 300)
+
+
+def test_differences_are_not_taken_for_accuracies():
+    with pytest.raises(ValueError, match=r"scores: expected values from 0 to 1, got -1 to 0; give"):
+        Bootstrap(2).intervals([[0, -1]])
+    with pytest.raises(ValueError, match=r"scores: expected values from -1 to 1, got 0 to 2"):
+        Bootstrap(2).differences([[2, 0]], [[0, 0]])
 
 
 def test_the_same_seed_gives_the_same_interval_and_another_one_another():
@@ -327,9 +385,63 @@ def test_greedy_answers_do_not_depend_on_the_batch(small_model):
         ({"levels": [7]}, "levels: expected 1 to"),
         ({"limit": 0}, "limit: expected at least 1, or None, got 0"),
         ({"model": "data"}, "model: expected a Hugging Face model's folder, got no config.json"),
+        ({"device": "tpu"}, "device: expected a device that torch can use here, got 'tpu'"),
+        ({"device": "cuda:99"}, "device: expected a device that torch can use here, got 'cuda:99'"),
+        (
+            {"level_table": "no.yaml"},
+            "level table: expected a YAML file, got no file no.yaml; a rel",
+        ),
     ],
 )
 def test_roma_eval_names_what_is_wrong_before_it_answers(small_model, options, message):
     model = small_model / options.pop("model", "model")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_eval(model, f"{small_model / 'data'}@test", **options)
+
+
+@pytest.mark.parametrize("options", [{"device": "tpu"}, {"level_table": "no.yaml"}])
+def test_a_device_and_a_level_table_are_looked_at_before_the_model(options):
+    with pytest.raises((ValueError, FileNotFoundError), match=r"device|level table"):
+        run_eval("no-such-model", "no-such-data", **options)
+
+
+def test_two_datasets_and_two_checkpoints_have_folders_of_their_own(
+    small_model, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(small_model / "model", tmp_path / "run" / "global_step_3" / "actor")
+    options = {"pools": ["clean"], "batch_size": 4, "max_new_tokens": 1}
+    for data in ("data@test", "data@val", "data/val.parquet"):
+        run_eval(small_model / "model", small_model / data, console=_quiet(), **options)
+    run_eval("run/global_step_3/actor", small_model / "data@val", console=_quiet(), **options)
+    assert sorted(path.parent.name for path in tmp_path.glob("runs/eval/*/eval.json")) == [
+        "model-data-test",
+        "model-data-val",
+        "model-val",
+        "run-global_step_3-data-val",
+    ]
+
+
+def _quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+@pytest.mark.parametrize("levels", [[1], [1, 2, 3], [1, 2, 3, 4, 5]])
+@pytest.mark.parametrize("right", [0.0, 0.8, 1.0])
+def test_the_table_shows_every_number_in_80_columns(levels, right):
+    cells = cells_of(["clean", "seen", "unseen"], levels)
+    drawn = np.random.default_rng(0)
+    found = {c: CellResult((drawn.random(30) < right).astype(np.uint8), [""] * 30) for c in cells}
+    summary = summarise(EvalResult([str(i) for i in range(30)], found))
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(summary_table(summary))
+    text = console.export_text()
+    lines = text.splitlines()
+    assert lines[0] == "Accuracy, % [95 % interval], 30 images"
+    assert lines[1].startswith("clean: ") and lines[1].endswith("]")
+    assert max(map(len, lines)) <= 80 and "…" not in text
+    for row in summary["detail"]:
+        name = row["corruption"] or "clean"
+        assert name in text and f"{row['mean']:.1f}" in text
+        low, high = f"{row['low']:.1f}", f"{row['high']:.1f}"
+        assert f"[{low}, {high}]" in text or f"{low}–{high}" in text

@@ -21,6 +21,7 @@ from experiments.report.report import (
     write_report,
 )
 from roma.data import Example
+from roma.evaluate import figures
 from roma.evaluate.conditions import Cell, DegradedImages, cells_of
 from roma.evaluate.result import CellResult, EvalResult, summarise
 from roma.views import CORRUPTIONS
@@ -278,7 +279,7 @@ def test_figures_of_few_arms_or_one_model():
     assert alone["differences"] == {}
     assert isinstance(plots.robustness(alone), Figure)
     assert isinstance(plots.corruptions(alone), Figure)
-    figure = plots.one_model(summarise(results["roma"][0]))
+    figure = figures.one_model(summarise(results["roma"][0]))
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
         "seen corruptions",
         "unseen corruptions",

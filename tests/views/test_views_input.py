@@ -164,7 +164,7 @@ def test_missing_dali_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(dali, "_loaded", dali._loaded.__wrapped__)
     for name in ("nvidia.dali", "nvidia.dali.experimental.dynamic"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=r"pip install 'roma\[views\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'roma-vlm\[views\]'"):
         degrade(GOOD, "jpeg", level=1, seed=0)
 
 

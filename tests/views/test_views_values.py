@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-import views_reference as reference
+from support import views_reference as reference
 from support.views_checks import LIMIT, ROUNDED_ONCE, UNSCALED, error, flat, view
 from support.views_reference import picture, smooth
 
