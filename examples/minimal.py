@@ -1,34 +1,45 @@
-"""The loss in a plain PyTorch loop: a stand-in policy, two degraded views, no roma trainer."""
+"""A whole loop around the loss in plain PyTorch, without the trainer; a stand-in for the policy.
+
+python examples/minimal.py
+"""
 
 import torch
 
 import roma
 
 torch.manual_seed(0)
-B, T, K, D, V = 8, 12, 2, 32, 1000  # sequences, tokens, views, hidden size, vocabulary
+B, T, K, D, V = 64, 4, 2, 32, 20  # sequences, tokens, views, hidden size, vocabulary
 body, head = torch.nn.Linear(D, D), torch.nn.Linear(D, V, bias=False)
-optimizer = torch.optim.AdamW([*body.parameters(), *head.parameters()], lr=3e-3)
-clean = torch.randn(B, T, D)  # stands for your model's input; yours are images and a prompt
-views = clean + 0.5 * torch.randn(K, B, T, D)  # the same rollouts on K degraded images
-tokens, mask = torch.randint(V, (B, T)), torch.ones(B, T, dtype=torch.bool)
-advantages, correct = torch.randn(B), torch.rand(B) > 0.5  # from your rewards
-aux_view = torch.randint(K, (B,))  # the view of each sequence's auxiliary loss
-with torch.no_grad():
-    old_logp = roma.linear_logprob(body(clean), head.weight, tokens).logp
+optimizer = torch.optim.AdamW([*body.parameters(), *head.parameters()], lr=3e-2)
 
 for step in range(10):
-    out = roma.roma_loss(
-        body(clean),
-        body(views),
-        head.weight,
-        tokens,
-        mask=mask,
-        advantages=advantages,
-        correct=correct,
-        old_logp=old_logp,
-        aux_view=aux_view,
-    )
-    optimizer.zero_grad()
-    out.loss.backward()
-    optimizer.step()
-    print(f"step {step}: loss {out.loss:.4f}, worst view {out.metrics['roma_penalty_worst']:.4f}")
+    # The rollouts. Yours are prompts with images, and tokens that your policy sampled on them.
+    clean = torch.randn(B, T, D)
+    views = clean + 0.5 * torch.randn(K, B, T, D)  # the same prompts with degraded images
+    with torch.no_grad():
+        tokens = torch.distributions.Categorical(logits=head(body(clean))).sample()
+    mask = torch.arange(T) < torch.randint(1, T + 1, (B, 1))  # True where a token counts
+    correct = tokens[:, 0] % 2 == 0  # the stand-in's reward: an even first token
+    advantages = correct.float() - correct.float().mean()
+    aux_view = torch.randint(K, (B,))  # the view of each sequence's auxiliary loss
+
+    old_logp = None  # first update: this very policy sampled
+    for _ in range(2):
+        out = roma.roma_loss(
+            body(clean),
+            body(views),
+            head.weight,
+            tokens,
+            mask=mask,
+            advantages=advantages,
+            correct=correct,
+            old_logp=old_logp,
+            aux_view=aux_view,
+        )
+        if old_logp is None:
+            old_logp = out.logp.detach()
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+    right, worst = correct.float().mean(), out.metrics["roma_penalty_worst"]
+    print(f"step {step}: loss {out.loss:.4f}, right {right:.0%}, worst view {worst:.4f} nats")

@@ -1,6 +1,6 @@
-"""A kernel of your own, held to the oracle of this package; and the same with a bug in it.
+"""Compares a kernel of your own with this package's oracle, and then the same kernel with a bug.
 
-python examples/own_kernel.py
+python examples/own_kernel.py          needs hypothesis: pip install '.[testing]'
 """
 
 import torch
@@ -16,9 +16,9 @@ BLOCK = 64
 def blockwise(
     hidden: Tensor, weight: Tensor, tokens: Tensor, *, forget_the_tail: bool = False, **_: object
 ) -> roma.TokenLogprobs:
-    """The soft-max in blocks of the vocabulary; takes what roma.linear_logprob takes.
+    """The softmax in blocks of the vocabulary, with the arguments of roma.linear_logprob.
 
-    The bug: the last block is filled up with rows of zeros, and their logits of 0 are counted.
+    The bug: the last block is padded with rows of zeros, and their logits, which are 0, count.
     """
     states = hidden.float().reshape(-1, hidden.shape[-1])
     lse = states.new_full((len(states),), -torch.inf)
@@ -34,16 +34,16 @@ def blockwise(
 
 
 def with_the_bug(*tensors: Tensor, **options: object) -> roma.TokenLogprobs:
-    """What passes wherever V is a multiple of 64, and hardly shows where logits are near 0."""
+    """Right where V is a multiple of 64, and nearly right where one logit is large."""
     return blockwise(*tensors, forget_the_tail=True, **options)
 
 
-# What this kernel does not claim to do.
+# The options that this kernel does not support are held at their defaults.
 SCOPE = dict(bias=False, softcap=None, temperature="one", entropy=False)
 
 
 def main() -> None:
-    """Hold both to the oracle."""
+    """Compares both with the oracle."""
     check_backend(blockwise, op="linear_logprob", **SCOPE)
     print("blockwise: values and gradients within the bounds on 200 inputs")
     try:
