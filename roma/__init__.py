@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         view_divergence,
     )
     from roma_kernels.roma_loss.config import RomaConfig
-    from roma_kernels.roma_loss.packed import METRICS
+    from roma_kernels.roma_loss.batch import METRICS
 
 __all__ = [
     "METRICS",
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "METRICS": "roma_kernels.roma_loss.packed",
+    "METRICS": "roma_kernels.roma_loss.batch",
     "RomaConfig": "roma_kernels.roma_loss.config",
     "RomaLoss": "roma_kernels.roma_loss.api",
     "TokenLogprobs": "roma_kernels.linear_logprob.api",

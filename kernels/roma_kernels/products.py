@@ -1,6 +1,6 @@
-"""Torch's matrix products with fp32 sums, and a count of all that an op really did.
+"""Matrix products with fp32 sums, and a count of all that an op really multiplied.
 
-The launchers report here, so that skipped rows can be proved; `roma.testing.count_products`
+The launchers report here, so that skipped rows can be proved: `roma.testing.count_products`
 listens.
 """
 
@@ -14,12 +14,12 @@ from torch import Tensor
 
 
 class Products(NamedTuple):
-    """So many products [rows, D] × [D, columns] (or one of its two transposes) in one launch."""
+    """One launch of [rows, D] × [D, columns], or of one of the two transposes."""
 
     purpose: str
     """ "forward", "recompute", "dhidden" or "dweight"."""
     rows: int
-    """Rows computed, those that only fill a block included."""
+    """Rows computed, padding of the last block included."""
     columns: int
     depth: int
 
@@ -55,31 +55,25 @@ def report(purpose: str, rows: int, columns: int, depth: int) -> None:
         reports.append(Products(purpose, rows, columns, depth))
 
 
-def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+def mm(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left·right in `dtype`, to which the sums are kept."""
     if left.dtype == dtype:
         return torch.mm(left, right)
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=dtype)
-    return torch.mm(left.to(dtype), right.to(dtype))
+    return torch.mm(left.to(dtype), right.to(dtype))  # only GPU libraries have a widening product
 
 
-def multiply(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
-    """Writes left·right to out, or adds it; summed in fp32 (or float64), rounded to out once.
-
-    What is added to is fp32 (or float64).
-    """
-    if add:
-        add_product(out, left, right)
-    else:
-        out.copy_(product(left, right, torch.promote_types(out.dtype, torch.float32)))
+def mm_out(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """Writes left·right to `out`; summed in fp32 (or float64), rounded once."""
+    out.copy_(mm(left, right, torch.promote_types(out.dtype, torch.float32)))
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def addmm_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Adds left·right to an fp32 (or float64) total, in whose precision the sum is kept."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     elif total.is_cuda:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:  # only CUDA's and ROCm's libraries have a product that widens
+    else:
         total.addmm_(left.to(total.dtype), right.to(total.dtype))

@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import roma
 from roma.testing import oracle, strategies, tolerance
 from roma.testing.candidate import Backend, on
 from roma.testing.strategies import HeadSpec
+from roma_kernels.linear_logprob.api import linear_logprob
+from roma_kernels.linear_logprob.reference import HeadReference
 
 
 def run_oracle(
     inputs: dict, upstream: dict[str, Tensor], dtype: torch.dtype
-) -> tuple[oracle.Head, dict]:
+) -> tuple[HeadReference, dict]:
     """The oracle on flattened rows; gradients of Σ upstream·output by hidden, weight and bias."""
     d = inputs["hidden"].shape[-1]
     leaves = {
@@ -58,7 +59,7 @@ def call(
         for name in ("hidden", "weight", "bias")
         if inputs[name] is not None
     }
-    out = on(roma.linear_logprob, backend)(
+    out = on(linear_logprob, backend)(
         leaves["hidden"],
         leaves["weight"],
         inputs["tokens"],
@@ -143,15 +144,15 @@ def check_against_oracle(spec: HeadSpec, backend: Backend, frozen: tuple[str, ..
 
 def score(inputs: dict[str, Any], backend: Backend, **changes: Any) -> Any:
     """linear_logprob on the inputs of a HeadSpec."""
-    return on(roma.linear_logprob, backend)(**(inputs | changes))
+    return on(linear_logprob, backend)(**(inputs | changes))
 
 
-def truth(inputs: dict[str, Any], dtype: torch.dtype = torch.float64) -> oracle.Head:
+def truth(inputs: dict[str, Any], dtype: torch.dtype = torch.float64) -> HeadReference:
     """The oracle on the same inputs, whose rows have one leading dimension."""
     return oracle.head(**inputs, dtype=dtype)
 
 
-def row_noise(inputs: dict[str, Any], want: oracle.Head) -> Tensor:
+def row_noise(inputs: dict[str, Any], want: HeadReference) -> Tensor:
     """Rounding error of logp and lse at temperature 1."""
     return tolerance.logp_noise(
         want, inputs["hidden"], inputs["weight"], 1.0, inputs["hidden"].dtype

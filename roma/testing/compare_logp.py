@@ -9,28 +9,21 @@ import torch
 from hypothesis import assume, currently_in_test_context
 from torch import Tensor
 
-import roma
 from roma.testing import oracle, strategies, tolerance
 from roma.testing.candidate import Backend, on
 from roma.testing.strategies import LossSpec
+from roma_kernels.roma_loss.api import roma_loss_from_logp
+from roma_kernels.roma_loss.batch import METRICS
 
-# The scalars that are compared by value: metric, and the oracle's part of the loss behind it.
-SCALARS = {"loss": None, "roma_penalty_worst": "inv", "roma_aux_loss": "aux", "pg_loss": "main"}
-
-
-METRICS = {
-    "loss",
-    "pg_loss",
-    "pg_clipfrac_higher",
-    "pg_clipfrac_lower",
-    "ppo_kl",
-    "ref_kl",
-    "roma_aux_loss",
-    "roma_aux_clipfrac",
-    "roma_penalty_mean",
-    "roma_penalty_worst",
+TERMS = {
+    "pg_loss": "main",
+    "ref_kl": "ref",
+    "roma_aux_loss": "aux",
+    "roma_penalty_worst": "inv",
+    "roma_penalty_mean": "mean",
+    "ppo_kl": "moved",
 }
-
+"""Metric → the oracle's token terms that it sums; the loss sums several, the others are shares."""
 
 LOGPS = ("logp", "view_logp")
 
@@ -56,7 +49,7 @@ def on_leaves(case: dict[str, Any]) -> dict[str, Any]:
 def call(case: dict[str, Any], backend: Backend) -> Any:
     """The public function on a case of the strategies."""
     case = dict(case)
-    run = on(roma.roma_loss_from_logp, backend)
+    run = on(roma_loss_from_logp, backend)
     return run(case.pop("logp"), case.pop("view_logp"), **case)
 
 
@@ -77,17 +70,23 @@ def slopes(value: Tensor, leaves: list[Tensor], **how: Any) -> list[Tensor]:
 
 
 def check_choice(
-    got: Tensor, want: oracle.Expected, eager: oracle.Expected, noise: float, worst_over: str
+    got: Any, want: oracle.Expected, eager: oracle.Expected, noise: float, worst_over: str
 ) -> None:
-    """The chosen view's penalty is the largest, to rounding; masked tokens hold -1."""
-    assert got.dtype == torch.int64 and not got.requires_grad, "worst_view: expected int64 indices"
-    assert got.shape == want.worst_view.shape, (
-        f"worst_view: expected {list(want.worst_view.shape)}, got {list(got.shape)}"
+    """The chosen view's penalty is the largest, to rounding; masked tokens hold -1.
+
+    Of views with the same log-probs the lowest index must be chosen.
+    """
+    chosen = got.worst_view
+    assert chosen.dtype == torch.int64 and not chosen.requires_grad, "worst_view: expected int64"
+    assert chosen.shape == want.worst_view.shape, (
+        f"worst_view: expected {list(want.worst_view.shape)}, got {list(chosen.shape)}"
     )
     if want.penalty.shape[1] == 0:
+        assert worst_over == "token" or not bool(chosen.any()), "worst_view: expected 0 for K = 0"
         return
     limit = tolerance.bound(want.penalty, eager.penalty, torch.float32, noise).largest
-    flat, by_oracle = got.reshape(-1), want.worst_view.reshape(-1)
+    scored = got.view_logp.detach().reshape(want.penalty.shape[1], -1)
+    flat, by_oracle = chosen.reshape(-1), want.worst_view.reshape(-1)
     for row, (mine, theirs) in enumerate(zip(flat.tolist(), by_oracle.tolist(), strict=True)):
         if theirs < 0:
             assert worst_over == "token" and mine == -1, f"worst_view: −1 where masked, got {mine}"
@@ -97,6 +96,30 @@ def check_choice(
         assert float(values[theirs] - values[mine]) <= 2 * limit, (
             f"worst_view: chose {mine} in row {row}, where the penalties are {values.tolist()}"
         )
+        own = scored[:, want.sets[row]]
+        for lower in range(mine):
+            assert not torch.equal(own[lower], own[mine]), (
+                f"worst_view: chose {mine} in row {row}, where view {lower} has the same "
+                "log-probs; of equal views the lowest index is the worst"
+            )
+
+
+def check_metrics(
+    got: Any, want: oracle.Expected, eager: oracle.Expected, leaves: list[Tensor], noise: float
+) -> None:
+    """Every metric, and the loss itself; `leaves` are the oracle's log-probs."""
+    assert got.metrics.keys() == METRICS.keys(), f"metrics: got {list(got.metrics)}"
+    for name, result in got.metrics.items():
+        bare = result.shape == () and not result.requires_grad
+        assert bare, f"{name}: expected a detached 0-dim tensor"
+        value, spread = want.metrics[name], 0.0  # a share: away from kinks the counts are exact
+        if name in TERMS or name == "loss":
+            parts = want.terms.values() if name == "loss" else [want.terms[TERMS[name]]]
+            by_leaf = slopes(value, leaves, retain_graph=True)
+            spread = tolerance.scalar_noise(torch.cat(list(parts)), by_leaf, noise)
+        for scalar in (result, got.loss) if name == "loss" else (result,):
+            how = {"dtype": scalar.dtype, "noise": spread}
+            tolerance.check(name, scalar, value, eager.metrics[name], **how)
 
 
 def penalty_noise(want: oracle.Expected, logp_error: float, slope: float) -> float:
@@ -123,27 +146,10 @@ def check_against_oracle(spec: LossSpec, backend: Backend) -> None:
     noise = tolerance.eps(torch.float32) * max(want.reach, 1.0)
     require_clear_of_kinks(want, noise)
 
-    check_choice(
-        got.worst_view,
-        want,
-        eager,
-        penalty_noise(want, noise, math.exp(want.reach)),
-        spec.config.worst_over,
-    )
+    spread = penalty_noise(want, noise, math.exp(want.reach))
+    check_choice(got, want, eager, spread, spec.config.worst_over)
     leaves, plain_leaves = [theirs[n] for n in LOGPS], [plain[n] for n in LOGPS]
-    assert got.metrics.keys() == METRICS, f"metrics: got {list(got.metrics)}"
-    for metric, part in SCALARS.items():
-        value = want.loss if part is None else want.scalar(part)
-        bare = got.metrics[metric].shape == () and not got.metrics[metric].requires_grad
-        assert bare, f"{metric}: expected a detached 0-dim tensor"
-        if metric == "pg_loss" and spec.config.ref_coef:
-            continue  # whether the reference's share is inside is a matter of naming
-        terms = torch.cat(list(want.terms.values())) if part is None else want.terms[part]
-        spread = tolerance.scalar_noise(terms, slopes(value, leaves, retain_graph=True), noise)
-        rough = eager.loss if part is None else eager.scalar(part)
-        results = [got.metrics[metric]] + ([got.loss] if part is None else [])
-        for result in results:
-            tolerance.check(metric, result, value, rough, dtype=torch.float32, noise=spread)
+    check_metrics(got, want, eager, leaves, noise)
 
     rate = slopes(want.loss, leaves, create_graph=True, retain_graph=True)
     curve = slopes(torch.stack([g.sum() for g in rate]).sum(), leaves)
@@ -163,12 +169,8 @@ def check_against_oracle(spec: LossSpec, backend: Backend) -> None:
         )
 
     for name in LOGPS:
-        result, given_ = getattr(got, name), case[name]
-        assert (
-            not result.requires_grad
-            and result.dtype == torch.float32
-            and result.shape == given_.shape
-        )
+        result, given_ = getattr(got, name).detach(), case[name]
+        assert result.dtype == torch.float32 and result.shape == given_.shape, name
         assert torch.equal(result, given_.masked_fill(masked, 0.0)), (
             f"{name} is handed back, 0 where masked"
         )

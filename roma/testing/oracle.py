@@ -1,11 +1,9 @@
-"""The oracle: MATH.md in plain PyTorch, float64, full logits, loops over sequences.
+"""The oracle: the reference formulas in float64, on the tokens that a plain loop picks out.
 
-Autograd differentiates.
-
-It shares no line with a kernel and is slow on purpose. The same lines run in float32 are the
-"eager" number that a tolerance is built from (`dtype=torch.float32`). Masked tokens are *removed*
-before anything is computed, so agreement with the oracle is also the proof that masking equals
-removing.
+The formulas stand once, in roma_kernels' reference.py, and share no line with a kernel. What stands
+here shares no line with the package's own way from [B, T] to counted tokens: masked tokens are
+removed one by one before anything is computed, so agreement with the oracle also proves that
+masking equals removing. The same in float32 is the "eager" number that a tolerance is built from.
 """
 
 from __future__ import annotations
@@ -17,45 +15,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Head:
-    """Section 1 for rows [R, D]: every intermediate that a test may want to differentiate by.
-
-    raw is the bare product W h [R, V], z the final logits, p the softmax; logp, lse, entropy are
-    [R].
-    """
-
-    raw: Tensor
-    z: Tensor
-    p: Tensor
-    logp: Tensor
-    lse: Tensor
-    entropy: Tensor
+from roma_kernels.linear_logprob.reference import HeadReference, linear_logprob_reference
+from roma_kernels.roma_loss.batch import Batch
+from roma_kernels.roma_loss.config import RomaConfig
+from roma_kernels.roma_loss.reference import roma_loss_reference
 
 
-def head(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    *,
-    bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> Head:
-    """Log-probabilities of section 1 for hidden [R, D], tokens [R]; temperature a float or [R]."""
-    raw = hidden.to(dtype) @ weight.to(dtype).T
-    z = raw if bias is None else raw + bias.to(dtype)
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    z = z / (temperature.to(dtype)[:, None] if isinstance(temperature, Tensor) else temperature)
-    lse = torch.logsumexp(z, dim=1)
-    p = torch.exp(z - lse[:, None])
-    logp = z.gather(1, tokens[:, None])[:, 0] - lse
-    # H = lse - Σ p z, written so that p's own rounding is not multiplied by |z|.
-    entropy = -(p * (z - lse[:, None])).sum(dim=1)
-    return Head(raw=raw, z=z, p=p, logp=logp, lse=lse, entropy=entropy)
+def head(hidden, weight, tokens, *, dtype: torch.dtype = torch.float64, **options) -> HeadReference:
+    """Section 1 of MATH.md for hidden [R, D], tokens [R]: `linear_logprob_reference`."""
+    return linear_logprob_reference(hidden, weight, tokens, dtype=dtype, **options)
 
 
 def counted_rows(mask: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
@@ -73,60 +41,31 @@ def counted_rows(mask: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
 
 @dataclass
 class Expected:
-    """What sections 2 and 3 say.
+    """What sections 2 and 3 of MATH.md say.
 
-    Every scalar is a sum of weighted token terms, kept for the error bounds.
-
-    terms: "main" (without the reference KL), "ref", "aux", "inv": weighted token losses, no λ.
-    penalty: what the max runs over: D [B, K], d [N, K] ("token") or Σ m·D / denominator [1, K]
-    ("batch").
+    terms: weighted token terms of every scalar, see `LossReference.terms`.
+    penalty: what the max runs over: D [B, K], d [positions, K] ("token", 0 where masked) or
+    Σ m·D / denominator [1, K] ("batch").
+    sets: for each row of `penalty` the counted tokens whose divergence it holds.
     kink: the smallest distance, in nats, of any log-ratio from a place where a derivative jumps.
     reach: the largest clamped log-ratio, in nats.
     """
 
     loss: Tensor
+    metrics: dict[str, Tensor]
     terms: dict[str, Tensor]
     penalty: Tensor
+    sets: list[Tensor]
     worst_view: Tensor
     kink: float
     reach: float
     logp: Tensor | None = None
     view_logp: Tensor | None = None
-    heads: dict[str, Head] = field(default_factory=dict)
+    heads: dict[str, HeadReference] = field(default_factory=dict)
 
     def scalar(self, name: str) -> Tensor:
         """One part of the loss, before its λ."""
         return self.terms[name].sum()
-
-
-def _clamp(log_ratio: Tensor, limit: float) -> Tensor:
-    # Written out so that the derivative is plain to see: 1 up to and at the limit, 0 beyond.
-    inside = log_ratio.abs() <= limit
-    return torch.where(inside, log_ratio, limit * torch.sign(log_ratio).detach())
-
-
-def k3(delta: Tensor) -> Tensor:
-    """e^δ - 1 - δ, never negative."""
-    return torch.expm1(delta) - delta
-
-
-def surrogate(log_ratio: Tensor, advantages: Tensor, config) -> Tensor:
-    """Section 3: the clipped surrogate's loss per token, dual clip included.
-
-    log_ratio already clamped.
-    """
-    ratio = torch.exp(log_ratio)
-    clipped = torch.clamp(ratio, 1 - config.clip_low, 1 + config.clip_high)
-    plain, cut = ratio * advantages, clipped * advantages
-    loss = -torch.where(plain <= cut, plain, cut)
-    if config.dual_clip is not None:
-        ceiling = -config.dual_clip * advantages
-        loss = torch.where((advantages < 0) & (loss > ceiling), ceiling, loss)
-    return loss
-
-
-def _lowest_argmax(values: list[float]) -> int:
-    return max(range(len(values)), key=lambda k: (values[k], -k)) if values else 0
 
 
 def view_loss(
@@ -136,8 +75,8 @@ def view_loss(
     mask: Tensor,
     advantages: Tensor,
     correct: Tensor,
-    old_logp: Tensor,
-    config,
+    old_logp: Tensor | None,
+    config: RomaConfig,
     ref_logp: Tensor | None = None,
     aux_view: Tensor | None = None,
     view_old_logp: Tensor | None = None,
@@ -148,135 +87,85 @@ def view_loss(
     dtype: torch.dtype = torch.float64,
     worst_view: Tensor | None = None,
 ) -> Expected:
-    """L = L_main + λ_aux·L_aux + λ_inv·L_inv of section 2, one sequence at a time.
+    """L = L_main + λ_aux·L_aux + λ_inv·L_inv of section 2.
 
-    worst_view: the choice to take in the place of the argmax. A kernel in float32 may choose either
-    of two views whose penalties differ by less than rounding; its gradients are then compared under
+    worst_view: the choice to take instead of the argmax. A kernel in float32 may choose either of
+    two views whose penalties differ by less than rounding; its gradients are then compared under
     its own choice.
     """
-    sequences = counted_rows(mask, cu_seqlens)
-    views, size = view_logp.shape[0], len(sequences)
-    per_token = advantages.shape == mask.shape and advantages.numel() != size
-    clean, old = logp.to(dtype).reshape(-1), old_logp.to(dtype).reshape(-1)
-    view = view_logp.to(dtype).reshape(views, clean.shape[0])
-    ref = None if ref_logp is None else ref_logp.to(dtype).reshape(-1)
-    view_old = None if view_old_logp is None else view_old_logp.to(dtype).reshape(-1)
-    limit = config.log_ratio_clamp
+    rows = counted_rows(mask, cu_seqlens)
+    index = torch.cat(rows)
+    sequence = torch.cat([torch.full_like(n, i) for i, n in enumerate(rows)])
 
-    def count(given, own):
-        return float(own if given is None else given)
+    def counted(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        lead = x.shape[: x.ndim - mask.ndim]
+        return x.reshape(*lead, mask.numel())[..., index].to(dtype)
 
-    over_sequences = count(total_sequences, size)
-    over_tokens = max(count(total_tokens, sum(len(n) for n in sequences)), 1.0)
-    over_correct = max(count(total_correct, int(correct.sum())), 1.0)
-    over_penalty = over_correct if config.penalty_over == "correct" else over_sequences
+    def number(given: float | Tensor | None, own: int) -> Tensor:
+        return torch.tensor(float(own if given is None else given), dtype=dtype)
 
-    def token_weight(length: int) -> float:
-        if config.aggregation == "grpo":
-            return 1 / (length * over_sequences)
-        if config.aggregation == "dapo":
-            return 1 / over_tokens
-        return 1 / (over_sequences * config.max_length)
-
-    kinks, reaches = [math.inf], [0.0]
-
-    def clamped(log_ratio: Tensor) -> Tensor:
-        kinks.extend((log_ratio.detach().abs() - limit).abs().reshape(-1).tolist())
-        result = _clamp(log_ratio, limit)
-        reaches.extend(result.detach().abs().reshape(-1).tolist())
-        return result
-
-    def clipped(log_ratio: Tensor, a: Tensor) -> Tensor:
-        edges = [1 - config.clip_low, 1 + config.clip_high, config.dual_clip or 0.0]
-        kinks.extend(
-            abs(x - math.log(edge))
-            for x in log_ratio.detach().tolist()
-            for edge in edges
-            if edge > 0
-        )
-        return surrogate(log_ratio, a, config)
-
-    empty = clean.new_zeros(0)
-    terms: dict[str, list[Tensor]] = {
-        "main": [empty],
-        "ref": [empty],
-        "aux": [empty],
-        "inv": [empty],
-    }
-    by_sequence: list[Tensor] = []  # each [K, counted tokens]: d of every view
-    for i, rows in enumerate(sequences):
-        delta = view[:, rows] - clean[rows].detach()
-        by_sequence.append(k3(clamped(delta if config.penalty_ratio == "view/clean" else -delta)))
-        if len(rows) == 0:
-            continue
-        weight = token_weight(len(rows))
-        a = (
-            advantages.to(dtype).reshape(-1)[rows]
-            if per_token
-            else advantages[i].to(dtype).expand(len(rows))
-        )
-        if config.main is not None:
-            terms["main"].append(weight * clipped(clamped(clean[rows] - old[rows]), a))
-            if config.ref_coef > 0:
-                assert ref is not None
-                terms["ref"].append(weight * k3(clamped(ref[rows] - clean[rows])))
-        if aux_view is not None:
-            before = old[rows]
-            if config.aux_old == "view":
-                assert view_old is not None
-                before = view_old[rows]
-            log_ratio = clamped(view[int(aux_view[i])][rows] - before)
-            terms["aux"].append(weight * clipped(log_ratio, a))
-
-    # The penalty: share[i] weighs sequence i; |y_i| at least 1 so that an empty sequence has D = 0.
-    share = [float(correct[i]) / over_penalty for i in range(size)]
-    mean_d = [d.sum(dim=1) / max(d.shape[1], 1) for d in by_sequence]
-    penalty = torch.stack(mean_d)
-    chosen: Tensor
-    if config.worst_over == "token":
-        penalty = clean.new_zeros(clean.shape[0], views)
-        chosen = torch.full((clean.shape[0],), -1, dtype=torch.int64)
-        for i, (rows, d) in enumerate(zip(sequences, by_sequence, strict=True)):
-            for column, n in enumerate(rows.tolist()):
-                penalty[n] = d[:, column].detach()
-                chosen[n] = _lowest_argmax(d[:, column].tolist())
-                if views:
-                    pick = int(chosen[n] if worst_view is None else worst_view.reshape(-1)[n])
-                    terms["inv"].append((share[i] / len(rows) * d[pick, column])[None])
-        chosen = chosen.reshape(mask.shape)
+    per_token = advantages.shape == mask.shape and advantages.numel() != len(rows)
+    per_row = counted(advantages) if per_token else advantages.to(dtype)[sequence]
+    old, view_old = counted(old_logp), counted(view_old_logp)
+    batch = Batch(
+        logp=counted(logp),
+        view_logp=counted(view_logp),
+        old_logp=old if old is None else old.detach(),
+        ref_logp=counted(ref_logp),
+        view_old_logp=view_old if config.aux_old == "view" else None,
+        advantages=per_row,
+        sequence=sequence,
+        lengths=torch.tensor([len(n) for n in rows]),
+        correct=correct,
+        aux_view=aux_view,
+        total_sequences=number(total_sequences, len(rows)),
+        total_tokens=number(total_tokens, len(index)),
+        total_correct=number(total_correct, int(correct.sum())),
+        lambda_inv=number(config.lambda_inv, 0),
+        lambda_aux=number(config.lambda_aux, 0),
+    )
+    by_token = config.worst_over == "token"
+    if worst_view is not None and by_token:
+        worst_view = worst_view.reshape(-1)[index]
+    found = roma_loss_reference(batch, config, worst_view=worst_view)
+    chosen, penalty, sets = found.worst_view, found.penalty.detach(), rows
+    if by_token:
+        sets = [torch.tensor([n]) for n in range(mask.numel())]
+        penalty = penalty.new_zeros(mask.numel(), penalty.shape[1]).index_copy(0, index, penalty)
+        chosen = torch.full((mask.numel(),), -1).index_copy(0, index, chosen).reshape(mask.shape)
     elif config.worst_over == "batch":
-        penalty = torch.stack([s * m for s, m in zip(share, mean_d, strict=True)]).sum(
-            dim=0, keepdim=True
-        )
-        chosen = torch.tensor(_lowest_argmax(penalty[0].tolist()))
-        pick = int(chosen if worst_view is None else worst_view)
-        if views:
-            terms["inv"] += [
-                s * d[pick] / max(d.shape[1], 1) for s, d in zip(share, by_sequence, strict=True)
-            ]
-    else:
-        chosen = torch.tensor([_lowest_argmax(row.tolist()) for row in penalty], dtype=torch.int64)
-        for i, d in enumerate(by_sequence):
-            if views and d.shape[1]:
-                pick = int(chosen[i] if worst_view is None else worst_view[i])
-                token_d = d.mean(dim=0) if config.worst_over == "mean" else d[pick]
-                terms["inv"].append(share[i] / d.shape[1] * token_d)
-
-    joined = {name: torch.cat(parts) for name, parts in terms.items()}
-    loss = (
-        joined["main"].sum()
-        + config.ref_coef * joined["ref"].sum()
-        + config.lambda_aux * joined["aux"].sum()
-        + config.lambda_inv * joined["inv"].sum()
-    )
+        right = [n for n, is_right in zip(rows, correct.tolist(), strict=True) if is_right]
+        sets = [torch.cat(right) if right else index[:0]]
+    kink, reach = _extremes(found.log_ratios, config)
     return Expected(
-        loss=loss,
-        terms=joined,
-        penalty=penalty.detach(),
+        loss=found.loss,
+        metrics=found.metrics,
+        terms=found.terms,
+        penalty=penalty,
+        sets=sets,
         worst_view=chosen,
-        kink=min(kinks),
-        reach=max(reaches),
+        kink=kink,
+        reach=reach,
     )
+
+
+def _extremes(log_ratios: dict[str, Tensor], config: RomaConfig) -> tuple[float, float]:
+    """Distance of the log-ratios from the nearest kink, and the largest of them, clamped."""
+    limit = config.log_ratio_clamp
+    clips = [1 - config.clip_low, 1 + config.clip_high, config.dual_clip or 0.0]
+    kinks, reach = [math.inf], 0.0
+    for name, values in log_ratios.items():
+        sizes = values.detach().abs().reshape(-1)
+        if not len(sizes):
+            continue
+        kinks.append(float((sizes - limit).abs().min()))
+        reach = max(reach, min(float(sizes.max()), limit))
+        if name in ("main", "aux"):
+            edges = [math.log(edge) for edge in clips if edge > 0]
+            kinks += [float((values.detach() - edge).abs().min()) for edge in edges]
+    return min(kinks), reach
 
 
 def roma_loss(
@@ -286,7 +175,7 @@ def roma_loss(
     tokens: Tensor,
     *,
     mask: Tensor,
-    config,
+    config: RomaConfig,
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
     **of_view_loss,
@@ -295,17 +184,10 @@ def roma_loss(
     counted = mask.reshape(-1).nonzero()[:, 0]
     targets = tokens.reshape(-1)[counted]
 
-    def score(states: Tensor) -> tuple[Tensor, Head]:
+    def score(states: Tensor) -> tuple[Tensor, HeadReference]:
         flat = states.reshape(-1, states.shape[-1])[counted]
-        out = head(
-            flat,
-            weight,
-            targets,
-            bias=bias,
-            temperature=config.temperature,
-            softcap=config.softcap,
-            dtype=dtype,
-        )
+        options = {"temperature": config.temperature, "softcap": config.softcap}
+        out = head(flat, weight, targets, bias=bias, dtype=dtype, **options)
         full = out.logp.new_zeros(mask.numel()).index_copy(0, counted, out.logp)
         return full.reshape(mask.shape), out
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from roma.testing.oracle import Head
+from roma_kernels.linear_logprob.reference import HeadReference
 
 # Noise below is one standard deviation of a sum of independent rounding errors. Among 10^4 normal
 # draws the largest is near 4 of them; a sum of n ≤ 400 terms in sequence is off by up to 0.2·√n ≤ 4
@@ -148,7 +148,7 @@ def refuses(name: str, got: Tensor, want: Tensor, eager: Tensor, **how) -> bool:
 
 
 def logp_noise(
-    out: Head, hidden: Tensor, weight: Tensor, scale: Tensor | float, dtype: torch.dtype
+    out: HeadReference, hidden: Tensor, weight: Tensor, scale: Tensor | float, dtype: torch.dtype
 ) -> Tensor:
     """Rounding error of logp (and of lse) per row [R].
 
@@ -176,7 +176,7 @@ class DLogits:
 
 
 def dlogits(
-    out: Head,
+    out: HeadReference,
     tokens: Tensor,
     dlogp: Tensor,
     dentropy: Tensor | float,

@@ -20,7 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from roma_kernels.linear_logprob.rows import Active, Head, Kernels, Rows, packed_places
+from roma_kernels.linear_logprob.rows import (
+    Active,
+    Head,
+    Kernels,
+    Rows,
+    Upstream,
+    packed_index,
+)
 from roma_kernels.products import report
 
 
@@ -28,25 +35,21 @@ def linear_logprob_bwd(
     kernels: Kernels,
     rows: Rows,
     head: Head,
-    lse: Tensor,
-    entropy: Tensor | None,
-    dlogp: Tensor,
-    dentropy: Tensor | None,
+    upstream: Upstream,
     *,
     needs: tuple[bool, bool, bool],
     workspace: int,
     group: "dist.ProcessGroup | None",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients by hidden, view_hidden, weight and bias, each None where `needs` has no use for it.
+    """Gradients by hidden, view_hidden, weight and bias, each None where `needs` is False.
 
-    All of lse, entropy, dlogp and dentropy are [R]. With `group` the head is a slice of the
-    vocabulary and dh is summed over the ranks.
+    With `group` the head is a slice of the vocabulary and dh is summed over the ranks.
     """
     dtype = kernels.dtype(rows.hidden, head.weight)
-    active = _active_rows(kernels, rows, head, lse, entropy, dlogp, dentropy, dtype)
+    active = _active_rows(kernels, rows, head, upstream, dtype)
     need_states, need_weight, need_bias = needs
     count, depth = active.states.shape
-    dstates = lse.new_zeros(count if need_states else 0, depth)
+    dstates = upstream.lse.new_zeros(count if need_states else 0, depth)
     blank = torch.empty_like if count else torch.zeros_like
     dweight = blank(head.weight) if need_weight else None
     dbias = blank(head.bias) if need_bias and head.bias is not None else None
@@ -56,26 +59,26 @@ def linear_logprob_bwd(
             head.scale, head.softcap, head.start + vocab.start,
         )  # fmt: skip
         width = len(part.weight)
-        # A tile of dW that has one block is summed and rounded in its place.
-        in_place = len(blocks) == 1 and active.boost is None
+        # A tile of dW that has one block is summed and rounded where it belongs.
+        in_place = len(blocks) == 1 and active.loss_scale is None
         dtile = None
         if dweight is not None:
-            dtile = dweight[vocab] if in_place else lse.new_empty(width, depth)
-        dtile_bias = lse.new_zeros(0 if dbias is None else width)
+            dtile = dweight[vocab] if in_place else upstream.lse.new_empty(width, depth)
+        dtile_bias = upstream.lse.new_zeros(0 if dbias is None else width)
         for block in blocks:
             piece = active.part(block)
             dz = kernels.dlogits(piece, part)
             if need_states:
-                kernels.multiply(dstates[block], dz, part.weight, True)
+                kernels.addmm_(dstates[block], dz, part.weight)
                 report("dhidden", len(dz), width, depth)
             if dtile is not None:
-                kernels.multiply(dtile, dz.T, piece.states, block.start > 0)
+                (kernels.addmm_ if block.start else kernels.mm_out)(dtile, dz.T, piece.states)
                 report("dweight", len(dz), width, depth)
             if dbias is not None:
-                dtile_bias += dz.sum(0, dtype=lse.dtype)
-        if active.boost is not None:
-            dtile = None if dtile is None else dtile.div_(active.boost)
-            dtile_bias /= active.boost
+                dtile_bias += dz.sum(0, dtype=upstream.lse.dtype)
+        if active.loss_scale is not None:
+            dtile = None if dtile is None else dtile.div_(active.loss_scale)
+            dtile_bias /= active.loss_scale
         if dweight is not None and dtile is not None and not in_place:
             dweight[vocab] = dtile
         if dbias is not None:
@@ -84,55 +87,49 @@ def linear_logprob_bwd(
         return None, None, dweight, dbias
     if group is not None:
         dist.all_reduce(dstates, group=group)
-    if active.boost is not None:
-        dstates /= active.boost
-    dhidden, dviews = kernels.give(rows, active.chosen, active.wanted, dstates)
+    if active.loss_scale is not None:
+        dstates /= active.loss_scale
+    dhidden, dviews = kernels.scatter(rows, active.rows, active.num_active, dstates)
     return dhidden, dviews, dweight, dbias
 
 
 def _active_rows(
-    kernels: Kernels,
-    rows: Rows,
-    head: Head,
-    lse: Tensor,
-    entropy: Tensor | None,
-    dlogp: Tensor,
-    dentropy: Tensor | None,
-    dtype: torch.dtype,
+    kernels: Kernels, rows: Rows, head: Head, upstream: Upstream, dtype: torch.dtype
 ) -> Active:
     """Packs the rows with an upstream gradient."""
+    dlogp, dentropy = upstream.dlogp, upstream.dentropy
     mask = (dlogp != 0) if dentropy is None else (dlogp != 0) | (dentropy != 0)
-    wanted = None
+    num_active = None
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
-        wanted = mask.sum()
-        chosen = packed_places(mask)
+        num_active = mask.sum()
+        chosen = packed_index(mask)
     else:
         chosen = mask.nonzero()[:, 0]
-    token_of = chosen // rows.views
+    token_of = chosen // rows.per_token
     row_scale = None if rows.row_scale is None else rows.row_scale[token_of]
     g, e = dlogp[chosen], None if dentropy is None else dentropy[chosen]
-    if wanted is not None:
-        beyond = torch.arange(len(chosen), device=chosen.device) >= wanted
+    if num_active is not None:
+        beyond = torch.arange(len(chosen), device=chosen.device) >= num_active
         g = g.masked_fill(beyond, 0)
         e = None if e is None else e.masked_fill(beyond, 0)
-    boost = None
+    loss_scale = None
     if dtype == torch.float16 and len(chosen):
-        boost = boost_for(g, e, head.scale if row_scale is None else row_scale)
+        loss_scale = loss_scale_for(g, e, head.scale if row_scale is None else row_scale)
     return Active(
-        chosen=chosen,
-        wanted=wanted,
-        states=kernels.take(rows, chosen, wanted).to(dtype),
+        rows=chosen,
+        num_active=num_active,
+        states=kernels.gather(rows, chosen, num_active).to(dtype),
         tokens=rows.tokens[token_of],
         row_scale=row_scale,
-        lse=lse[chosen],
-        entropy=None if entropy is None or e is None else entropy[chosen],
+        lse=upstream.lse[chosen],
+        entropy=None if upstream.entropy is None else upstream.entropy[chosen],
         dlogp=g,
         dentropy=e,
-        boost=boost,
+        loss_scale=loss_scale,
     )
 
 
-def boost_for(dlogp: Tensor, dentropy: Tensor | None, scale: Tensor | float) -> Tensor:
+def loss_scale_for(dlogp: Tensor, dentropy: Tensor | None, scale: Tensor | float) -> Tensor:
     """A power of two that brings the largest upstream gradient near 2⁸.
 
     fp16 ends at 6e-8, and a token's share of a mean over 10⁵ tokens times p = 1e-4 is 1e-9. Above,

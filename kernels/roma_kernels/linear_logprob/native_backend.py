@@ -66,8 +66,8 @@ def _rows(states: Tensor, tokens: Tensor, scale: Tensor) -> _Rows:
 
 
 def _head(head: Head, bias: Tensor | None) -> _Head:
-    place = None if bias is None else bias.data_ptr()
-    return _Head(_matrix(head.weight), len(head.weight), place, head.softcap or 0.0, head.start)
+    pointer = None if bias is None else bias.data_ptr()
+    return _Head(_matrix(head.weight), len(head.weight), pointer, head.softcap or 0.0, head.start)
 
 
 def _plain(x: Tensor | None) -> Tensor | None:
@@ -83,35 +83,37 @@ def _call(name: str, flop: int, *arguments: object) -> None:
 
 
 def _filled(rows: int) -> int:
-    """As many rows as are computed: vectors are filled."""
+    """Rows that are computed for `rows`: whole vectors."""
     block = native().library.roma_row_block(level())
     return -(-rows // block) * block
 
 
 def sweep(rows: Rows, head: Head, sums: Tensor) -> None:
     """Fills `sums` [3 or 4, R] with peak, total, target and (if four) moment of each row."""
+    rows = rows.trimmed()
     vocab, depth = head.weight.shape
     bias = _plain(head.bias)
-    numbers = torch.arange(rows.count)
+    numbers = torch.arange(rows.num_rows)
     step = max(SWEEP_BYTES // (depth * rows.hidden.itemsize), _LEAST_ROWS)
-    for start in range(0, rows.count, step):
+    for start in range(0, rows.num_rows, step):
         block = numbers[start : start + step]
-        token_of = block // rows.views
+        token_of = block // rows.per_token
         if rows.view_hidden is None and rows.index is None:
             states = rows.hidden[start : start + step]
         else:
-            states = torch_backend.take(rows, block, None)
+            states = torch_backend.gather(rows, block, None)
         tokens = rows.tokens[token_of]
         scale = torch.full(block.shape, head.scale, dtype=torch.float32)
         if rows.row_scale is not None:
             scale = rows.row_scale[token_of].float()
-        asked, of = _rows(states, tokens, scale), _head(head, bias)
+        c_rows, c_head = _rows(states, tokens, scale), _head(head, bias)
         part = sums[:, start:]
         _call(
-            "roma_sweep", 2 * len(block) * vocab * depth, ctypes.byref(asked), ctypes.byref(of),
-            _pointer(part.data_ptr()), _int64(sums.stride(0)), ctypes.c_int32(len(sums) == 4),
+            "roma_sweep", 2 * len(block) * vocab * depth, ctypes.byref(c_rows),
+            ctypes.byref(c_head), _pointer(part.data_ptr()), _int64(sums.stride(0)),
+            ctypes.c_int32(len(sums) == 4),
         )  # fmt: skip
-    report("forward", _filled(rows.count), vocab, depth)
+    report("forward", _filled(rows.num_rows), vocab, depth)
 
 
 def dlogits(active: Active, head: Head) -> Tensor:
@@ -125,9 +127,9 @@ def dlogits(active: Active, head: Head) -> Tensor:
     tensors = [_plain(x) for x in (active.lse, active.entropy, active.dlogp, active.dentropy)]
     upstream = _Upstream(*(None if x is None else x.data_ptr() for x in tensors))
     tokens, scale = active.tokens.contiguous(), scale.float().contiguous()
-    asked, of = _rows(active.states, tokens, scale), _head(head, bias)
+    c_rows, c_head = _rows(active.states, tokens, scale), _head(head, bias)
     _call(
-        "roma_dlogits", 2 * count * vocab * depth, ctypes.byref(asked), ctypes.byref(of),
+        "roma_dlogits", 2 * count * vocab * depth, ctypes.byref(c_rows), ctypes.byref(c_head),
         ctypes.byref(upstream), _pointer(dz.data_ptr()), _int64(dz.stride(0)),
         ctypes.c_int32(_DTYPES[dz.dtype]),
     )  # fmt: skip
@@ -135,19 +137,37 @@ def dlogits(active: Active, head: Head) -> Tensor:
     return dz[:, :count].T
 
 
-def multiply(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
-    """Writes left·right to out, or adds it; summed in fp32, rounded to out once."""
+def mm_out(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """Writes left·right to `out`; summed in fp32, rounded once."""
+    if _writable(out):
+        _multiply(out, left, right, accumulate=False)
+    else:
+        exact = torch.empty(out.shape)
+        _multiply(exact, left, right, accumulate=False)
+        out.copy_(exact)
+
+
+def addmm_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds left·right to an fp32 total."""
+    if _writable(total):
+        _multiply(total, left, right, accumulate=True)
+    else:
+        exact = torch.empty(total.shape)
+        _multiply(exact, left, right, accumulate=False)
+        total.add_(exact)
+
+
+def _writable(out: Tensor) -> bool:
+    return out.dtype in (torch.float32, torch.bfloat16) and out.stride(1) == 1
+
+
+def _multiply(out: Tensor, left: Tensor, right: Tensor, *, accumulate: bool) -> None:
     (m, k), n = left.shape, right.shape[1]
-    if out.dtype not in (torch.float32, torch.bfloat16) or out.stride(1) != 1:
-        exact = torch.empty(m, n)
-        multiply(exact, left, right, False)
-        out.add_(exact) if add else out.copy_(exact)
-        return
-    one, other = _matrix(left), _matrix(right)
+    c_left, c_right = _matrix(left), _matrix(right)
     _call(
-        "roma_multiply", 2 * m * n * k, _int64(m), _int64(n), _int64(k), ctypes.byref(one),
-        ctypes.byref(other), _pointer(out.data_ptr()), _int64(out.stride(0)),
-        ctypes.c_int32(_DTYPES[out.dtype]), ctypes.c_int32(add),
+        "roma_multiply", 2 * m * n * k, _int64(m), _int64(n), _int64(k), ctypes.byref(c_left),
+        ctypes.byref(c_right), _pointer(out.data_ptr()), _int64(out.stride(0)),
+        ctypes.c_int32(_DTYPES[out.dtype]), ctypes.c_int32(accumulate),
     )  # fmt: skip
 
 
@@ -159,10 +179,11 @@ def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 KERNELS = Kernels(
     sweep=sweep,
-    take=torch_backend.take,
-    give=torch_backend.give,
+    gather=torch_backend.gather,
+    scatter=torch_backend.scatter,
     dlogits=dlogits,
-    multiply=multiply,
+    mm_out=mm_out,
+    addmm_=addmm_,
     dtype=product_dtype,
     workspace=torch_backend.WORKSPACE_BYTES,
     least_columns=torch_backend.VOCAB_TILE,

@@ -12,6 +12,7 @@ torch.compile sees one node each way. Saved for the backward: the inputs, and ls
 """
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,15 +21,15 @@ from torch import Tensor
 
 from roma_kernels.arguments import check_values
 from roma_kernels.backends import choose
+from roma_kernels.differentiation import refuse_second_derivative
 from roma_kernels.linear_logprob.backward import linear_logprob_bwd
-from roma_kernels.linear_logprob.rows import Head, Kernels, Rows
-from roma_kernels.once import refuse
+from roma_kernels.linear_logprob.rows import Head, Kernels, Rows, Upstream
 
 _MODULES = {"native": "native_backend", "torch": "torch_backend", "triton": "triton_backend"}
 
 
 def kernels_of(backend: str) -> Kernels:
-    """What a back end provides; of "auto", from a compiled graph, the one that this CPU has."""
+    """What a back end provides; "auto", from a compiled graph, is the one that this CPU has."""
     if backend == "auto":
         backend = choose("cpu")[0]
     # Imported when used: Triton is not there on every machine.
@@ -38,28 +39,25 @@ def kernels_of(backend: str) -> Kernels:
 def _process_group(name: str | None) -> "dist.ProcessGroup | None":
     if name is None:
         return None
-    # What torch's own functional collectives do with a name, for want of a public way.
+    # torch's own functional collectives resolve a name in this way; there is no public one.
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
 
 
-def _arguments(
+def _rows_and_head(
     hidden: Tensor,
     view_hidden: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    tokens: Tensor,
-    index: Tensor | None,
-    counted: Tensor | None,
-    row_scale: Tensor | None,
+    places: Sequence[Tensor | None],
     scale: float,
     softcap: float | None,
     group: "dist.ProcessGroup | None",
 ) -> tuple[Rows, Head]:
+    tokens, index, num_tokens, row_scale = places
+    assert tokens is not None  # the operators' own callers pass it
     start = 0 if group is None else dist.get_rank(group) * len(weight)
-    return (
-        Rows(hidden, view_hidden, tokens, row_scale, index, counted),
-        Head(weight, bias, scale, softcap, start),
-    )
+    rows = Rows(hidden, view_hidden, tokens, row_scale, index, num_tokens)
+    return rows, Head(weight, bias, scale, softcap, start)
 
 
 @torch.library.custom_op("roma::linear_logprob", mutates_args=())
@@ -68,10 +66,8 @@ def linear_logprob_op(
     view_hidden: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    tokens: Tensor,
-    index: Tensor | None,
-    counted: Tensor | None,
-    row_scale: Tensor | None,
+    places: Sequence[Tensor | None],
+    *,
     scale: float,
     softcap: float | None,
     entropy: bool,
@@ -79,33 +75,28 @@ def linear_logprob_op(
     group: str | None,
     workspace: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logp, lse and entropy, each [n, K+1], of the tokens [n] on K+1 views.
+    """logp, lse and entropy, each [n, K+1], of the tokens [n] on K+1 images.
 
     Args:
         hidden: [M, D].
         view_hidden: [K, M, D] or None.
         weight: [V, D].
         bias: [V] or None.
-        tokens: [n].
-        index: [n], places of the tokens among the M; None: n = M, in order.
-        counted: 0-dim; only the first so many tokens are computed (the rest: finite, no meaning).
-        row_scale: [n], 1/τ; None: `scale`.
-        scale: 1/τ of every row, unless row_scale is given.
+        places: tokens [n]; index [n] or None; num_tokens 0-dim or None; 1/τ [n] or None: `Rows`.
+        scale: 1/τ of every row, where places has none.
         softcap: s or None.
-        entropy: whether to return the entropy; if not, [0] comes in its place.
+        entropy: whether to return the entropy; if not, a tensor [0] is returned for it.
         backend: "triton", "native" or "torch"; "auto" in a compiled graph on a CPU.
         group: name of the process group over which the vocabulary is split.
         workspace: bytes for the backward's tiles; None: the back end's own choice.
     """
     ranks = _process_group(group)
-    rows, head = _arguments(
-        hidden, view_hidden, weight, bias, tokens, index, counted, row_scale, scale, softcap, ranks
-    )
+    rows, head = _rows_and_head(hidden, view_hidden, weight, bias, places, scale, softcap, ranks)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    sums = torch.zeros(4 if entropy else 3, rows.count, dtype=dtype, device=hidden.device)
-    sums[1] = 1  # of a row that nobody sweeps: log 1 = 0
+    sums = torch.zeros(4 if entropy else 3, rows.num_rows, dtype=dtype, device=hidden.device)
+    sums[1] = 1  # of a row that is not computed: log 1 = 0
     with torch.autocast(hidden.device.type, enabled=False):
-        if rows.count:
+        if rows.num_rows:
             kernels_of(backend).sweep(rows, head, sums)
     if ranks is not None:
         sums = _fold(sums, len(weight), ranks)
@@ -113,7 +104,7 @@ def linear_logprob_op(
     logarithm = total.log()
     # target ≤ peak and total ≥ 1 (the peak's own e⁰), so logp ≤ 0 in floating point too.
     logp, lse = (target - peak) - logarithm, peak + logarithm
-    shape = (len(tokens), rows.views)
+    shape = (len(rows.tokens), rows.per_token)
     if not entropy:
         return logp.view(shape), lse.view(shape), lse.new_empty(0)
     return logp.view(shape), lse.view(shape), (lse - sums[3] / total).view(shape)
@@ -148,63 +139,61 @@ def _fake_forward(
     view_hidden: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    tokens: Tensor,
-    index: Tensor | None,
-    counted: Tensor | None,
-    row_scale: Tensor | None,
-    scale: float,
-    softcap: float | None,
+    places: Sequence[Tensor | None],
+    *,
     entropy: bool,
-    backend: str,
-    group: str | None,
-    workspace: int | None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    views = 1 if view_hidden is None else 1 + view_hidden.shape[0]
-    shape = (tokens.shape[0], views)
+    assert places[0] is not None
+    shape = (places[0].shape[0], 1 if view_hidden is None else 1 + view_hidden.shape[0])
     logp, lse = (hidden.new_empty(shape, dtype=dtype) for _ in range(2))
     return logp, lse, hidden.new_empty(shape if entropy else 0, dtype=dtype)
 
 
 @torch.library.custom_op("roma::linear_logprob_backward", mutates_args=())
 def linear_logprob_backward_op(
-    dlogp: Tensor,
-    dentropy: Tensor | None,
-    lse: Tensor,
-    entropy: Tensor | None,
+    upstream: Sequence[Tensor | None],
     hidden: Tensor,
     view_hidden: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    tokens: Tensor,
-    index: Tensor | None,
-    counted: Tensor | None,
-    row_scale: Tensor | None,
+    places: Sequence[Tensor | None],
+    *,
     scale: float,
     softcap: float | None,
     backend: str,
     group: str | None,
     workspace: int | None,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients by hidden, view_hidden, weight and bias; [0] in the place of one not needed."""
+    """Gradients by hidden, view_hidden, weight and bias; a tensor [0] for one that is not needed.
+
+    Args:
+        upstream: lse, entropy or None, dlogp, dentropy or None, each [n, K+1]: `Upstream`.
+        hidden: as in the forward, as are all others but `needs`.
+        view_hidden: [K, M, D] or None.
+        weight: [V, D].
+        bias: [V] or None.
+        places: `Rows`.
+        scale: 1/τ.
+        softcap: s or None.
+        backend: "triton", "native", "torch" or "auto".
+        group: name of a process group.
+        workspace: bytes or None.
+        needs: whether the gradients by the hidden states (of either kind), weight, bias are needed.
+    """
     ranks = _process_group(group)
-    rows, head = _arguments(
-        hidden, view_hidden, weight, bias, tokens, index, counted, row_scale, scale, softcap, ranks
-    )
+    rows, head = _rows_and_head(hidden, view_hidden, weight, bias, places, scale, softcap, ranks)
     kernels = kernels_of(backend)
+    need_states, need_weight, need_bias = needs
     with torch.autocast(hidden.device.type, enabled=False):
         gradients = linear_logprob_bwd(
             kernels,
             rows,
             head,
-            lse.reshape(-1),
-            None if entropy is None else entropy.reshape(-1),
-            dlogp.reshape(-1),
-            None if dentropy is None else dentropy.reshape(-1),
-            needs=(need_hidden, need_weight, need_bias),
+            Upstream(*(None if x is None else x.reshape(-1) for x in upstream)),  # type: ignore[arg-type]  # lse, dlogp are there
+            needs=(need_states, need_weight, need_bias),
             workspace=kernels.workspace if workspace is None else workspace,
             group=ranks,
         )
@@ -214,69 +203,69 @@ def linear_logprob_backward_op(
 
 @linear_logprob_backward_op.register_fake
 def _fake_backward(
-    dlogp: Tensor,
-    dentropy: Tensor | None,
-    lse: Tensor,
-    entropy: Tensor | None,
+    upstream: Sequence[Tensor | None],
     hidden: Tensor,
     view_hidden: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    tokens: Tensor,
-    index: Tensor | None,
-    counted: Tensor | None,
-    row_scale: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    backend: str,
-    group: str | None,
-    workspace: int | None,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    places: Sequence[Tensor | None],
+    *,
+    needs: Sequence[bool],
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need_states, need_weight, need_bias = needs
+
     def like(x: Tensor | None, needed: bool) -> Tensor:
         return hidden.new_empty(0) if x is None or not needed else x.new_empty(x.shape)
 
     return (
-        like(hidden, need_hidden),
-        like(view_hidden, need_hidden),
+        like(hidden, need_states),
+        like(view_hidden, need_states),
         like(weight, need_weight),
         like(bias, need_bias),
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, scale, softcap, entropy, backend, group, workspace = inputs
+def _setup_context(
+    ctx: Any,
+    inputs: tuple[Any, ...],
+    keyword_only_inputs: dict[str, Any],
+    output: tuple[Tensor, ...],
+) -> None:
+    *tensors, places = inputs
     _, lse, row_entropy = output
-    ctx.save_for_backward(lse, row_entropy if entropy else None, *tensors)
-    ctx.options = (scale, softcap, backend, group, workspace)
+    options = dict(keyword_only_inputs)
+    entropy = options.pop("entropy")
+    ctx.options = options
+    ctx.save_for_backward(lse, row_entropy if entropy else None, *tensors, *places)
     ctx.mark_non_differentiable(*([lse] if entropy else [lse, row_entropy]))
 
 
 def _backward(
     ctx: Any, dlogp: Tensor, _dlse: Tensor, dentropy: Tensor
 ) -> tuple[Tensor | None, ...]:
-    lse, entropy, *tensors = ctx.saved_tensors
-    hidden, views, weight, bias = ctx.needs_input_grad[:4]
+    lse, entropy, hidden, view_hidden, weight, bias, *places = ctx.saved_tensors
+    needed = ctx.needs_input_grad[:4]
     gradients = linear_logprob_backward_op(
-        dlogp.contiguous(),
-        None if entropy is None else dentropy.contiguous(),
-        lse,
-        entropy,
-        *tensors,
-        *ctx.options,
-        hidden or views,
+        [lse, entropy, dlogp, None if entropy is None else dentropy],
+        hidden,
+        view_hidden,
         weight,
         bias,
+        places,
+        needs=[needed[0] or needed[1], needed[2], needed[3]],
+        **ctx.options,
     )
-    wanted = (hidden, views, weight, bias)
-    return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), *[None] * 10
+    return *(g if need else None for g, need in zip(gradients, needed, strict=True)), None
+
+
+def _keep_nothing(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    """The second derivative is refused: nothing to keep."""
 
 
 def _refuse(ctx: Any, *gradients: Tensor) -> None:
-    refuse("linear_logprob")
+    refuse_second_derivative("linear_logprob")
 
 
 linear_logprob_op.register_autograd(_backward, setup_context=_setup_context)
-linear_logprob_backward_op.register_autograd(_refuse)
+linear_logprob_backward_op.register_autograd(_refuse, setup_context=_keep_nothing)

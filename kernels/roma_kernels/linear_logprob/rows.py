@@ -1,4 +1,4 @@
-"""What a head is asked: the rows, their tokens, the weights; and what every back end provides."""
+"""What kernels work on: rows of hidden states, a head, active rows; what a back end provides."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,46 +13,68 @@ TRITON_WORKSPACE = 512 * 2**20
 
 @dataclass(frozen=True)
 class Rows:
-    """The R = n·(K+1) rows of n tokens; the K+1 views of a token stand side by side.
+    """The R = n·(K+1) rows of n tokens; the K+1 rows of a token lie side by side.
 
-    Row r belongs to token r // (K+1); its view is r % (K+1), of which 0 is the clean one.
+    Row r belongs to token r // (K+1); its image is r % (K+1): 0 the clean one, k view k − 1.
     """
 
     hidden: Tensor  # [M, D]
     view_hidden: Tensor | None  # [K, M, D]; None: K = 0
     tokens: Tensor  # [n] int64
     row_scale: Tensor | None  # [n], 1/τ of each token; None: Head.scale for all
-    index: Tensor | None  # [n] int64, places of the tokens among the M; None: n = M, in order
-    counted: Tensor | None  # 0-dim int64: only the first so many tokens are wanted; None: all
+    index: Tensor | None  # [n] int64, position of each token among the M; None: n = M, in order
+    num_tokens: Tensor | None  # 0-dim int64: only the first num_tokens are computed; None: all n
 
     @property
-    def views(self) -> int:
+    def per_token(self) -> int:
         """K+1."""
         return 1 if self.view_hidden is None else 1 + len(self.view_hidden)
 
     @property
-    def count(self) -> int:
+    def num_rows(self) -> int:
         """R."""
-        return len(self.tokens) * self.views
+        return len(self.tokens) * self.per_token
+
+    def trimmed(self) -> "Rows":
+        """The rows that are computed, and no others; reads num_tokens from the device."""
+        if self.num_tokens is None:
+            return self
+        n = int(self.num_tokens)
+
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[:n]
+
+        index, scale = cut(self.index), cut(self.row_scale)
+        return Rows(self.hidden, self.view_hidden, self.tokens[:n], scale, index, None)
 
 
 @dataclass(frozen=True)
 class Head:
-    """A head, or this rank's slice of its vocabulary."""
+    """A head, or a slice of its vocabulary."""
 
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
     scale: float  # 1/τ
     softcap: float | None
-    start: int  # token of the first weight row
+    start: int  # token id of the first weight row
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """What the backward gets of each row [R]: results of the forward, and the gradients by them."""
+
+    lse: Tensor
+    entropy: Tensor | None  # None together with dentropy
+    dlogp: Tensor
+    dentropy: Tensor | None
 
 
 @dataclass(frozen=True)
 class Active:
     """The A rows that have an upstream gradient, and all that their dlogits depend on."""
 
-    chosen: Tensor  # [A] int64, numbers of rows
-    wanted: Tensor | None  # 0-dim int64: only the first so many of them; None: all
+    rows: Tensor  # [A] int64, numbers of rows
+    num_active: Tensor | None  # 0-dim int64: only the first num_active count; None: all
     states: Tensor  # [A, D]
     tokens: Tensor  # [A]
     row_scale: Tensor | None  # [A]
@@ -60,17 +82,18 @@ class Active:
     entropy: Tensor | None  # [A]
     dlogp: Tensor  # [A]
     dentropy: Tensor | None  # [A]
-    boost: Tensor | None  # 0-dim: a power of two on every dlogit, so that fp16 can hold them
+    loss_scale: Tensor | None  # 0-dim: a power of two on every dlogit, so that fp16 can hold it
 
     def part(self, rows: slice) -> "Active":
-        """Some of the rows."""
+        """A range of the rows."""
 
         def cut(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[rows]
 
         return Active(
-            self.chosen[rows], None, self.states[rows], self.tokens[rows], cut(self.row_scale),
-            self.lse[rows], cut(self.entropy), self.dlogp[rows], cut(self.dentropy), self.boost,
+            self.rows[rows], None, self.states[rows], self.tokens[rows], cut(self.row_scale),
+            self.lse[rows], cut(self.entropy), self.dlogp[rows], cut(self.dentropy),
+            self.loss_scale,
         )  # fmt: skip
 
 
@@ -78,15 +101,17 @@ class Kernels(NamedTuple):
     """What a back end provides."""
 
     sweep: Callable[[Rows, Head, Tensor], None]
-    """Fills sums [3 or 4, R] with peak, total, target and (if four) moment of each wanted row."""
-    take: Callable[[Rows, Tensor, Tensor | None], Tensor]
-    """Hidden states [A, D] of the chosen rows."""
-    give: Callable[[Rows, Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor | None]]
-    """Gradients by hidden and view_hidden from those of the chosen rows."""
+    """Fills sums [3 or 4, R] with peak, total, target and (if four) moment of each row."""
+    gather: Callable[[Rows, Tensor, Tensor | None], Tensor]
+    """Hidden states [A, D] of rows [A]; zeros from row num_active on."""
+    scatter: Callable[[Rows, Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor | None]]
+    """Gradients by hidden and view_hidden from those of rows [A], zeros elsewhere."""
     dlogits: Callable[[Active, Head], Tensor]
     """dz [A, V] for a head of V entries, in the dtype of the rows' states."""
-    multiply: Callable[[Tensor, Tensor, Tensor, bool], None]
-    """Writes left·right to the first, or adds it if the last is true; sums in fp32 (or float64)."""
+    mm_out: Callable[[Tensor, Tensor, Tensor], None]
+    """out, left, right: writes left·right to out; sums in fp32 (or float64), rounds once."""
+    addmm_: Callable[[Tensor, Tensor, Tensor], None]
+    """total, left, right: adds left·right to an fp32 (or float64) total."""
     dtype: Callable[[Tensor, Tensor], torch.dtype]
     """The dtype that states, weights and dlogits are multiplied in, of (hidden, weight)."""
     workspace: int
@@ -95,12 +120,12 @@ class Kernels(NamedTuple):
     """A tile of dlogits is no narrower, however many rows there are."""
 
 
-def packed_places(mask: Tensor) -> Tensor:
-    """Where `mask` [M] holds, in order and at the front of [M]; zeros behind, as many as it lacks.
+def packed_index(mask: Tensor) -> Tensor:
+    """Positions where `mask` [M] holds, in order, at the front of [M]; zeros behind.
 
     `mask.nonzero()` without its wait for the device: a prefix sum and a scatter.
     """
     size = len(mask)
-    numbers = torch.arange(size, device=mask.device)
+    positions = torch.arange(size, device=mask.device)
     slots = torch.where(mask, mask.cumsum(0) - 1, size)
-    return numbers.new_zeros(size + 1).scatter_(0, slots, numbers)[:size]
+    return positions.new_zeros(size + 1).scatter_(0, slots, positions)[:size]

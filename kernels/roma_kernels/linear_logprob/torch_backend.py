@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from roma_kernels.linear_logprob.rows import Active, Head, Kernels, Rows
-from roma_kernels.products import multiply, report
+from roma_kernels.products import addmm_, mm_out, report
 
 # 1024 rows × 2048 entries, twice, in fp32: within 4 % of the fastest of the sizes tried on a CPU
 # (4 to 128 MiB).
@@ -44,11 +44,12 @@ def _logits(
 
 def sweep(rows: Rows, head: Head, sums: Tensor) -> None:
     """Fills `sums` [3 or 4, R] with peak, total, target and (if four) moment of each row."""
+    rows = rows.trimmed()
     vocab, depth = head.weight.shape
-    numbers = torch.arange(rows.count, device=sums.device)
-    for block in _tiles(rows.count, max(WORKSPACE_BYTES // (2 * VOCAB_TILE * sums.itemsize), 1)):
-        token_of = numbers[block] // rows.views
-        states = take(rows, numbers[block], None).to(sums.dtype)
+    numbers = torch.arange(rows.num_rows, device=sums.device)
+    for block in _tiles(rows.num_rows, max(WORKSPACE_BYTES // (2 * VOCAB_TILE * sums.itemsize), 1)):
+        token_of = numbers[block] // rows.per_token
+        states = gather(rows, numbers[block], None).to(sums.dtype)
         labels = rows.tokens[token_of] - head.start
         scale = head.scale if rows.row_scale is None else rows.row_scale[token_of, None]
         # The lowest finite number, not −∞: a tile may hold nothing but −∞ (a vocabulary masked by
@@ -74,36 +75,36 @@ def sweep(rows: Rows, head: Head, sums: Tensor) -> None:
             peak = higher
         for row, value in zip(sums, (peak, total, target, moment), strict=False):
             row[block] = value
-    report("forward", rows.count, vocab, depth)
+    report("forward", rows.num_rows, vocab, depth)
 
 
-def take(rows: Rows, chosen: Tensor, wanted: Tensor | None) -> Tensor:
+def gather(rows: Rows, chosen: Tensor, num_active: Tensor | None) -> Tensor:
     """Hidden states [A, D] of the chosen rows."""
-    token, view = chosen // rows.views, chosen % rows.views
-    place = token if rows.index is None else rows.index[token]
-    states = rows.hidden.index_select(0, place)
+    token, image = chosen // rows.per_token, chosen % rows.per_token
+    position = token if rows.index is None else rows.index[token]
+    states = rows.hidden.index_select(0, position)
     if rows.view_hidden is None:
         return states
     flat = rows.view_hidden.reshape(-1, states.shape[1])
-    degraded = flat.index_select(0, place + (view - 1).clamp(min=0) * len(rows.hidden))
-    return torch.where((view == 0)[:, None], states, degraded)
+    degraded = flat.index_select(0, position + (image - 1).clamp(min=0) * len(rows.hidden))
+    return torch.where((image == 0)[:, None], states, degraded)
 
 
-def give(
-    rows: Rows, chosen: Tensor, wanted: Tensor | None, dstates: Tensor
+def scatter(
+    rows: Rows, chosen: Tensor, num_active: Tensor | None, dstates: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients by hidden and view_hidden, zero but on the chosen rows."""
-    token, view = chosen // rows.views, chosen % rows.views
-    place = token if rows.index is None else rows.index[token]
+    token, image = chosen // rows.per_token, chosen % rows.per_token
+    position = token if rows.index is None else rows.index[token]
     dstates = dstates.to(rows.hidden.dtype)
     shape, like = rows.hidden.shape, dstates
     if rows.view_hidden is None:
-        return like.new_zeros(shape).index_copy_(0, place, dstates), None
-    clean = view == 0
-    dhidden = like.new_zeros(shape).index_copy_(0, place[clean], dstates[clean])
+        return like.new_zeros(shape).index_copy_(0, position, dstates), None
+    clean = image == 0
+    dhidden = like.new_zeros(shape).index_copy_(0, position[clean], dstates[clean])
     dviews = like.new_zeros(rows.view_hidden.shape)
-    places = (place + (view - 1) * shape[0])[~clean]
-    dviews.view(-1, shape[1]).index_copy_(0, places, dstates[~clean])
+    positions = (position + (image - 1) * shape[0])[~clean]
+    dviews.view(-1, shape[1]).index_copy_(0, positions, dstates[~clean])
     return dhidden, dviews
 
 
@@ -111,7 +112,7 @@ def dlogits(active: Active, head: Head) -> Tensor:
     """The gradient dz [A, V] for a head, or a slice of one, of V entries."""
     scale = head.scale if active.row_scale is None else active.row_scale[:, None]
     logits = _logits(active.states, head.weight, head.bias, scale, head.softcap)
-    # dz = −p·g + 1[v=y]·g − p·e·(log p + H), written in place over p.
+    # dz = −p·g + 1[v=y]·g − p·e·(log p + H), written over p.
     log_p = logits - active.lse[:, None]
     dz = torch.exp(log_p)
     g = active.dlogp[:, None]
@@ -138,10 +139,11 @@ def accumulation(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 KERNELS = Kernels(
     sweep=sweep,
-    take=take,
-    give=give,
+    gather=gather,
+    scatter=scatter,
     dlogits=dlogits,
-    multiply=multiply,
+    mm_out=mm_out,
+    addmm_=addmm_,
     dtype=accumulation,
     workspace=WORKSPACE_BYTES,
     least_columns=VOCAB_TILE,

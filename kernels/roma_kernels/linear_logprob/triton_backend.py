@@ -4,15 +4,16 @@ from roma_kernels.linear_logprob.rows import TRITON_WORKSPACE, Kernels
 from roma_kernels.linear_logprob.triton.configs import promoted
 from roma_kernels.linear_logprob.triton.dlogits import dlogits
 from roma_kernels.linear_logprob.triton.forward import sweep
-from roma_kernels.linear_logprob.triton.gather import give_rows, take_rows
-from roma_kernels.products import multiply
+from roma_kernels.linear_logprob.triton.gather import gather_rows, scatter_rows
+from roma_kernels.products import addmm_, mm_out
 
 KERNELS = Kernels(
     sweep=sweep,
-    take=take_rows,
-    give=give_rows,
+    gather=gather_rows,
+    scatter=scatter_rows,
     dlogits=dlogits,
-    multiply=multiply,
+    mm_out=mm_out,
+    addmm_=addmm_,
     dtype=promoted,
     workspace=TRITON_WORKSPACE,
     least_columns=2048,

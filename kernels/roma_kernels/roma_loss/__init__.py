@@ -1,1 +1,1 @@
-"""K+1 log-probs per token → the loss and one coefficient per (view, token)."""
+"""Hidden states of K+1 images of a rollout → the ROMA loss and its gradients."""

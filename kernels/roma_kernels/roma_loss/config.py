@@ -1,8 +1,13 @@
 """`RomaConfig`: every option of the loss in one frozen dataclass."""
 
-import json
-from dataclasses import asdict, dataclass, fields
-from typing import ClassVar, Literal, get_args
+import ast
+import functools
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor
 
 from roma_kernels.errors import fail
 
@@ -19,7 +24,7 @@ _CHOICES = {
     "aggregation": get_args(Aggregation),
     "aux_old": get_args(AuxOld),
 }
-_NUMBERS = {  # name -> (smallest, whether the smallest itself is allowed, whether None is)
+_NUMBERS = {  # name -> (lower end, whether the end itself is allowed, whether None is)
     "lambda_inv": (0.0, True, False),
     "lambda_aux": (0.0, True, False),
     "clip_low": (0.0, True, False),
@@ -31,6 +36,12 @@ _NUMBERS = {  # name -> (smallest, whether the smallest itself is allowed, wheth
     "softcap": (0.0, False, True),
     "max_length": (1.0, True, True),
 }
+_TENSORS = ("lambda_inv", "lambda_aux")  # may be 0-dim tensors
+_COMBINE = (  # what the operators need to know; the two lambdas travel as tensors
+    *("penalty_ratio", "worst_over", "penalty_over", "main", "aggregation", "clip_low"),
+    *("clip_high", "dual_clip", "ref_coef", "aux_old", "log_ratio_clamp", "temperature"),
+    *("softcap", "max_length"),
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,31 @@ class RomaConfig:
     """Options of `roma_loss`, in the terms of docs/MATH.md.
 
     Where the paper is silent the defaults are the package's own.
+
+    Attributes:
+        lambda_inv: Weight of the invariance penalty, ≥ 0; a number or a 0-dim tensor. Its scale
+            depends on how many tokens depend on the image.
+        lambda_aux: Weight of the auxiliary clipped loss on the sampled view, ≥ 0; a number or a
+            0-dim tensor. Without aux_view there is no such loss.
+        penalty_ratio: Direction of r in r − 1 − log r. "view/clean": expectation KL(clean ‖ view),
+            bounded slope. "clean/view": literal GRPO.
+        worst_over: What shares one worst view: each "sequence", each "token", the whole "batch" (of
+            this call); "mean": no maximum.
+        penalty_over: Denominator of the penalty: "all" sequences (total_sequences) or the "correct"
+            ones (total_correct, at least 1).
+        main: The clean objective; None for a trainer that adds its own, on `RomaLoss.logp`.
+        aggregation: Mean over tokens within a sequence, then over sequences ("grpo"); over all
+            tokens ("dapo"); by max_length ("dr_grpo").
+        clip_low: ε_low, at most 1: the ratio is clipped below at 1 − ε_low.
+        clip_high: ε_high: the ratio is clipped above at 1 + ε_high.
+        dual_clip: c > 1: where A < 0 the loss of a token is at most −c·A; None for none.
+        ref_coef: β ≥ 0: weight of the k3 estimate of KL(policy ‖ reference) in the clean objective.
+        aux_old: Denominator of the auxiliary ratio: the old policy on the "clean" image or on the
+            "view" (needs view_old_logp).
+        log_ratio_clamp: Every log-ratio is clamped to ± this many nats, with no gradient beyond.
+        temperature: τ of the logits, > 0.
+        softcap: s of the logits' soft cap, > 0, or None.
+        max_length: L_max of "dr_grpo", tokens.
 
     Raises:
         ValueError: a value is outside its range or no known choice; the message names the option.
@@ -47,84 +83,76 @@ class RomaConfig:
         'grpo'
     """
 
-    lambda_inv: float = 1.0
-    """Weight of the invariance penalty, ≥ 0. Scale depends on how many tokens depend on the
-    image."""
-    lambda_aux: float = 0.5
-    """Weight of the auxiliary clipped loss on the sampled view, ≥ 0."""
+    lambda_inv: float | Tensor = 1.0
+    lambda_aux: float | Tensor = 0.5
     penalty_ratio: PenaltyRatio = "view/clean"
-    """Direction of r in r − 1 − log r. "view/clean": expectation KL(clean ‖ view), bounded slope.
-    "clean/view": literal GRPO."""
     worst_over: WorstOver = "sequence"
-    """What shares one worst view: each "sequence", each "token", the whole "batch" (of this call);
-    "mean": no maximum."""
     penalty_over: PenaltyOver = "all"
-    """Denominator of the penalty: "all" sequences (total_sequences) or the "correct" ones
-    (total_correct, at least 1)."""
     main: Literal["grpo"] | None = "grpo"
-    """The clean objective; None for a trainer that adds its own."""
     aggregation: Aggregation = "grpo"
-    """Mean over tokens within a sequence, then over sequences ("grpo"); over all tokens ("dapo");
-    by max_length ("dr_grpo")."""
     clip_low: float = 0.2
-    """ε_low: the ratio is clipped below at 1 − ε_low; at most 1."""
     clip_high: float = 0.3
-    """ε_high: the ratio is clipped above at 1 + ε_high."""
     dual_clip: float | None = 3.0
-    """c > 1: for negative advantages the loss of a token is at most −c·A; None for none."""
     ref_coef: float = 0.0
-    """β: weight of the k3 estimate of KL(policy ‖ reference) in the clean objective, ≥ 0."""
     aux_old: AuxOld = "clean"
-    """Denominator of the auxiliary ratio: the old policy on the "clean" image or on the "view"
-    (needs view_old_logp)."""
     log_ratio_clamp: float = 20.0
-    """Every log-ratio is clamped to ± this many nats, with no gradient beyond."""
     temperature: float = 1.0
-    """τ of the logits, > 0."""
     softcap: float | None = None
-    """s of the logits' soft cap, > 0, or None."""
     max_length: int | None = None
-    """L_max of "dr_grpo", tokens."""
-    line: ClassVar[str]
 
     def __post_init__(self) -> None:
-        """Checks every value, and writes them down as one line of JSON for `roma::view_loss`."""
-        # Here, not at every call, which torch.compile would have to trace.
-        object.__setattr__(self, "line", json.dumps(asdict(self)))
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in _CHOICES:
-                choices = _CHOICES[field.name]
-                if value not in choices:
-                    expected = "one of " + ", ".join(map(repr, choices))
-                    fail(f"RomaConfig.{field.name}", expected, repr(value), "choose one of them")
-            else:
-                self._check_number(field.name, value)
+        """Checks every value; numbers of other kinds (numpy's, for one) become Python's."""
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                expected = "one of " + ", ".join([repr(choice) for choice in choices])
+                fail(f"RomaConfig.{name}", expected, repr(value), "choose one of them")
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if not (name in _TENSORS and isinstance(value, Tensor)):
+                object.__setattr__(self, name, _checked_number(name, value))
+            elif value.ndim or not value.is_floating_point():
+                expected, got = "a number or a 0-dim float tensor", f"{value.dtype} {value.shape}"
+                fail(f"RomaConfig.{name}", expected, got, "index or convert it")
         if self.clip_low > 1:
-            fail(
-                "RomaConfig.clip_low",
-                "a number ≤ 1",
-                repr(self.clip_low),
-                "ratios cannot fall below 0",
-            )
+            remedy = "ratios cannot fall below 0"
+            fail("RomaConfig.clip_low", "a number ≤ 1", repr(self.clip_low), remedy)
         if self.aggregation == "dr_grpo" and self.max_length is None:
-            fail(
-                "RomaConfig.max_length",
-                "the completion budget in tokens",
-                "None",
-                "dr_grpo divides by it",
-            )
+            expected, remedy = "the completion budget in tokens", "dr_grpo divides by it"
+            fail("RomaConfig.max_length", expected, "None", remedy)
+        if self.main is None and self.ref_coef > 0:
+            expected = "0, because main is None: the KL to a reference is a part of main"
+            remedy = "add the KL to your own objective, or keep main='grpo'"
+            fail("RomaConfig.ref_coef", expected, repr(self.ref_coef), remedy)
 
-    @staticmethod
-    def _check_number(name: str, value: object) -> None:
-        smallest, allowed, optional = _NUMBERS[name]
-        if value is None and optional:
-            return
-        kinds = (int,) if name == "max_length" else (int, float)
-        good = isinstance(value, kinds) and not isinstance(value, bool) and value < float("inf")
-        if not good or not (value >= smallest if allowed else value > smallest):  # type: ignore[operator]  # a number by then
-            kind = "a whole number" if name == "max_length" else "a finite number"
-            expected = f"{kind} {'≥' if allowed else '>'} {smallest:g}" + (
-                " or None" if optional else ""
-            )
-            fail(f"RomaConfig.{name}", expected, repr(value), "correct the option")
+    @property
+    def penalises(self) -> bool:
+        """Whether λ_inv can be positive; a tensor's value is not looked at."""
+        return isinstance(self.lambda_inv, Tensor) or self.lambda_inv > 0
+
+    def encoded(self) -> str:
+        """All options but the two lambdas as a string, for an operator; `decoded` reads it."""
+        pairs = [f"{name!r}: {getattr(self, name)!r}" for name in _COMBINE]
+        return "{" + ", ".join(pairs) + "}"
+
+
+@functools.lru_cache
+def decoded(options: str) -> RomaConfig:
+    """The options that `RomaConfig.encoded` wrote; the lambdas are the defaults, not looked at."""
+    return RomaConfig(**ast.literal_eval(options))
+
+
+def _checked_number(name: str, value: object) -> float | int | None:
+    low, inclusive, optional = _NUMBERS[name]
+    if value is None and optional:
+        return None
+    whole = name == "max_length"
+    kinds = numbers.Integral if whole else numbers.Real
+    if isinstance(value, (int, float, kinds)) and not isinstance(value, bool):
+        number = value if isinstance(value, (int, float)) else float(value)
+        good = number > low or (inclusive and number == low)
+        if good and number < math.inf and not (whole and not isinstance(value, kinds)):
+            return number
+    kind = "a whole number" if whole else "a finite number"
+    expected = f"{kind} {'≥' if inclusive else '>'} {low:g}" + (" or None" if optional else "")
+    fail(f"RomaConfig.{name}", expected, repr(value), "correct the option")

@@ -1,107 +1,125 @@
-"""`roma::view_loss`: the operator that PyTorch sees, for any back end with analytic coefficients.
+"""`combine`: K+1 log-probs per token → loss, worst views, metrics; one operator for any back end.
 
-The coefficients ∂loss/∂logp are formed with the loss; the backward scales them. Every tensor of a
-`PackedBatch` is an argument, the options travel as one line of JSON.
+    coefficients = ∂loss/∂logp [M], ∂loss/∂view_logp [K, M]
+
+The coefficients are formed with the loss; the backward scales them. A back end provides `combine`
+of a `Batch` and the options.
 """
 
-import functools
 import importlib
-import json
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from roma_kernels.once import scaled
-from roma_kernels.roma_loss.config import RomaConfig
-from roma_kernels.roma_loss.packed import METRICS, PackedBatch
+from roma_kernels.differentiation import refuse_transforms, scaled
+from roma_kernels.roma_loss.batch import METRICS, Batch, Constants
+from roma_kernels.roma_loss.config import RomaConfig, decoded
+from roma_kernels.roma_loss.reference import roma_loss_reference
 
 
-@functools.lru_cache
-def config_of(line: str) -> RomaConfig:
-    """The options that `RomaConfig.line` holds."""
-    return RomaConfig(**json.loads(line))
+class Combined(NamedTuple):
+    """The loss of a batch and what a trainer logs of it."""
+
+    loss: Tensor
+    """0-dim, differentiable in the log-probs."""
+    worst_view: Tensor
+    """int64: [B]; [M] for worst_over "token"; 0-dim for "batch"."""
+    metrics: Tensor
+    """[len(METRICS)], in that order."""
 
 
-@torch.library.custom_op("roma::view_loss", mutates_args=())
-def view_loss_op(
+def combine(
+    logp: Tensor, view_logp: Tensor, constants: Constants, config: RomaConfig, backend: str
+) -> Combined:
+    """The loss of log-probs [M] and [K, M] (docs/MATH.md sections 2 and 3).
+
+    For callers who have checked every argument and chosen the back end.
+    """
+    if backend == "reference":
+        return _combine_by_reference(logp, view_logp, constants.tensors(), config)
+    refuse_transforms({"logp": logp, "view_logp": view_logp})
+    found = combine_op(
+        logp, view_logp, constants.tensors(), options=config.encoded(), backend=backend
+    )
+    return Combined(*found[:3])
+
+
+@torch.compiler.disable(reason="backend='reference' is for tests: compile another")  # type: ignore[untyped-decorator]  # torch's
+def _combine_by_reference(
+    logp: Tensor, view_logp: Tensor, constants: list[Tensor | None], config: RomaConfig
+) -> Combined:
+    found = roma_loss_reference(Batch.of(logp, view_logp, constants), config)
+    metrics = torch.stack([found.metrics[name].detach().to(logp.dtype) for name in METRICS])
+    return Combined(found.loss, found.worst_view, metrics)
+
+
+@torch.library.custom_op("roma::combine", mutates_args=())
+def combine_op(
     logp: Tensor,
     view_logp: Tensor,
-    old_logp: Tensor,
-    ref_logp: Tensor | None,
-    view_old_logp: Tensor | None,
-    advantages: Tensor,
-    sequence: Tensor,
-    lengths: Tensor,
-    correct: Tensor,
-    aux_view: Tensor | None,
-    total_sequences: Tensor,
-    total_tokens: Tensor,
-    total_correct: Tensor,
+    constants: Sequence[Tensor | None],
+    *,
     options: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, worst view, metrics in the order of `METRICS`, ∂loss/∂logp, ∂loss/∂view_logp."""
-    batch = PackedBatch(
-        logp, view_logp, old_logp, ref_logp, view_old_logp, advantages, sequence, lengths, correct,
-        aux_view, total_sequences, total_tokens, total_correct,
-    )  # fmt: skip
-    # On a CPU a few numbers a token are torch's; what is compiled there is the head.
+    """Loss, worst view, metrics in the order of `METRICS`, ∂loss/∂logp, ∂loss/∂view_logp.
+
+    Args:
+        logp: [M].
+        view_logp: [K, M].
+        constants: `Constants.tensors`.
+        options: `RomaConfig.encoded`.
+        backend: "triton"; any other is PyTorch: on a CPU the head alone is worth compiling.
+    """
     name = "triton_backend" if backend == "triton" else "torch_backend"
     module = importlib.import_module(f"roma_kernels.roma_loss.{name}")
     with torch.autocast(logp.device.type, enabled=False):
-        return module.view_loss_fwd(batch, config_of(options))
+        return module.combine(Batch.of(logp, view_logp, list(constants)), decoded(options))
 
 
-@view_loss_op.register_fake
+@combine_op.register_fake
 def _fake(
     logp: Tensor,
     view_logp: Tensor,
-    old_logp: Tensor,
-    ref_logp: Tensor | None,
-    view_old_logp: Tensor | None,
-    advantages: Tensor,
-    sequence: Tensor,
-    lengths: Tensor,
-    correct: Tensor,
-    aux_view: Tensor | None,
-    total_sequences: Tensor,
-    total_tokens: Tensor,
-    total_correct: Tensor,
+    constants: Sequence[Tensor | None],
+    *,
     options: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shape = {"token": sequence.shape, "batch": ()}.get(config_of(options).worst_over, lengths.shape)
+    batch = Batch.of(logp, view_logp, list(constants))
     return (
         logp.new_empty(()),
-        lengths.new_empty(shape),
+        worst_view_like(batch, decoded(options)),
         logp.new_empty(len(METRICS)),
         logp.new_empty(logp.shape),
         logp.new_empty(view_logp.shape),
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, worst, metrics, dlogp, dview_logp = output
+def worst_view_like(constants: Constants, config: RomaConfig) -> Tensor:
+    """An int64 tensor in the shape of the worst views."""
+    lengths, sequence = constants.lengths, constants.sequence
+    shape = {"token": sequence.shape, "batch": ()}.get(config.worst_over, lengths.shape)
+    return lengths.new_empty(shape)
+
+
+def _setup_context(
+    ctx: Any,
+    inputs: tuple[Any, ...],
+    keyword_only_inputs: dict[str, Any],
+    output: tuple[Tensor, ...],
+) -> None:
+    _, worst_view, metrics, dlogp, dview_logp = output
     ctx.save_for_backward(dlogp, dview_logp, *inputs[:2])
-    ctx.mark_non_differentiable(worst, metrics, dlogp, dview_logp)
+    ctx.mark_non_differentiable(worst_view, metrics, dlogp, dview_logp)
 
 
 def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     dlogp, dview_logp, logp, view_logp = ctx.saved_tensors
     by_logp = scaled("roma_loss", dloss, dlogp, logp)
-    return by_logp, scaled("roma_loss", dloss, dview_logp, view_logp), *[None] * 13
+    return by_logp, scaled("roma_loss", dloss, dview_logp, view_logp), None
 
 
-view_loss_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-def view_loss_of(
-    batch: PackedBatch, config: RomaConfig, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, worst view and metrics in the order of `METRICS`."""
-    return view_loss_op(
-        *(getattr(batch, name) for name in PackedBatch.__dataclass_fields__),
-        config.line,
-        backend,
-    )[:3]
+combine_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,116 +1,159 @@
-"""The loss from K+1 log-probs per token, as docs/MATH.md sections 2 and 3 write it.
+"""The loss from K+1 log-probs per token, as MATH.md sections 2 and 3 write it, in any float dtype.
 
-Autograd makes the backward; a loop over sequences; any float dtype.
+    l  = −min(ρA, clip(ρ)A), at most −cA where A < 0          ρ = exp(logp − old_logp)
+    d  = expm1(δ) − δ                                         δ = ±(a − sg(c))
+    D_i^k = (1/|y_i|) Σ_t d_{i,t}^k
+    L_inv = (1/B) Σ_i m_i max_k D_i^k
+    L  = agg l(clean) + β·agg k3(ref) + λ_aux·agg l(sampled view) + λ_inv·L_inv
 
-d = expm1(δ) − δ, δ = ±(a − sg(c)) ;  D_i^k = (1/|y_i|) Σ_t d_{i,t}^k ;  L_inv = (1/B) Σ_i m_i max_k
-D_i^k l = −min(ρA, clip(ρ)A), at most −cA where A < 0 ;  L = agg l(clean) + λ_aux·agg l(sampled
-view) + λ_inv·L_inv
+Autograd makes the backward. In float64 this is what every back end is held to, and through
+`roma.testing` every kernel of a user's own. It shares no line with a kernel.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from roma_kernels.roma_loss.batch import Batch
 from roma_kernels.roma_loss.config import RomaConfig
-from roma_kernels.roma_loss.packed import PackedBatch, divisors, first_view
 
 
-def view_loss_reference(
-    batch: PackedBatch, config: RomaConfig
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Loss, worst view and metrics, as `roma_kernels.roma_loss.view_api.view_loss` returns them."""
-    by_penalty, by_tokens = divisors(batch, config)
-    counted = batch.total_tokens.clamp(min=1)
-    views, zero = len(batch.view_logp), (batch.logp.nan_to_num() * 0).sum()
-    policy, auxiliary, kl_ref = zero, zero, zero
-    divergences, penalised, worst_tokens = [], [], torch.zeros_like(batch.sequence)
-    ones = torch.zeros(
-        3, dtype=batch.logp.dtype, device=batch.logp.device
-    )  # clipped above, below; clipped on the view
-    for i in range(len(batch.lengths)):
-        own = batch.sequence == i
-        clean, old, advantages = batch.logp[own], batch.old_logp[own], batch.advantages[own]
-        tokens = by_tokens[i]
-        if config.main is not None:
-            objective, above, below = clipped_objective(clean, old, advantages, config)
-            policy = policy + (objective / tokens).sum()
-            ones[0] += above.sum()
-            ones[1] += below.sum()
-            if config.ref_coef and batch.ref_logp is not None:
-                kl_ref = kl_ref + (surrogate_kl(batch.ref_logp[own] - clean, config) / tokens).sum()
-        if batch.aux_view is not None:
-            sampled = batch.view_logp[int(batch.aux_view[i]), own]
-            view_old = old if batch.view_old_logp is None else batch.view_old_logp[own]
-            objective, above, below = clipped_objective(sampled, view_old, advantages, config)
-            auxiliary = auxiliary + (objective / tokens).sum()
-            ones[2] += (above | below).sum()
-        if views:
-            gap = batch.view_logp[:, own] - clean.detach()
-            d = surrogate_kl(gap if config.penalty_ratio == "view/clean" else -gap, config)
-            count = max(int(own.sum()), 1)
-            divergences.append(d.sum(1) / count)
-            worst_tokens[own] = d.argmax(0)
-            penalised.append(highest(d).sum() / count)
+@dataclass(frozen=True)
+class LossReference:
+    """The loss and what it is made of; every scalar is a sum of weighted token terms."""
 
-    worst_view = first_view(batch, config)
-    penalty, mean = zero, zero
-    if views and divergences:
-        divergence = torch.stack(divergences, dim=1)  # D [K, B]
-        right = batch.correct.to(divergence.dtype)
-        worst_view = divergence.argmax(0)
-        mean = divergence.mean(0).sum() / batch.total_sequences.clamp(min=1)
-        if config.worst_over == "sequence":
-            penalty = (right * highest(divergence)).sum() / by_penalty
-        elif config.worst_over == "mean":
-            penalty = (right * divergence.mean(0)).sum() / by_penalty
-        elif config.worst_over == "token":
-            penalty, worst_view = (right * torch.stack(penalised)).sum() / by_penalty, worst_tokens
-        else:
-            of_views = (right * divergence).sum(1)
-            penalty, worst_view = highest(of_views) / by_penalty, of_views.argmax()
-    loss = (
-        policy
-        + config.ref_coef * kl_ref
-        + config.lambda_aux * auxiliary
-        + config.lambda_inv * penalty
-    )
+    loss: Tensor
+    worst_view: Tensor
+    """int64: [B]; [N] for worst_over "token"; 0-dim for "batch"."""
+    metrics: dict[str, Tensor]
+    terms: dict[str, Tensor]
+    """ "main" (without the reference's KL), "ref", "aux", "inv": token terms, without λ and β; "mean"
+    and "moved" of roma_penalty_mean and ppo_kl."""
+    penalty: Tensor
+    """What the maximum runs over: D [B, K]; d [N, K] for "token"; Σ_i m_i D_i / denominator [1, K]
+    for "batch"."""
+    log_ratios: dict[str, Tensor]
+    """Every log-ratio before its clamp: "main", "ref", "aux", "inv"."""
+
+
+def roma_loss_reference(
+    batch: Batch, config: RomaConfig, *, worst_view: Tensor | None = None
+) -> LossReference:
+    """Sections 2 and 3 for the N counted tokens of a batch.
+
+    Args:
+        batch: trimmed to its counted tokens.
+        config: the options but the two lambdas, which the batch holds.
+        worst_view: the choice to take instead of the argmax. A kernel in fp32 may choose either of
+            two views whose penalties differ by less than rounding; its gradients are then compared
+            under its own choice.
+    """
+    sequence, lengths = batch.sequence, batch.lengths.clamp(min=1).to(batch.logp.dtype)
+    log_ratios: dict[str, Tensor] = {}
+    empty = batch.logp[:0]
+    terms = {"main": empty, "ref": empty, "aux": empty}
+    clipped = {"main": (empty, empty), "aux": (empty, empty)}
+
+    def clamped(name: str, log_ratio: Tensor) -> Tensor:
+        log_ratios[name] = log_ratio
+        return log_ratio.clamp(-config.log_ratio_clamp, config.log_ratio_clamp)
+
+    def objective(name: str, log_ratio: Tensor) -> Tensor:
+        loss, above, below = _surrogate(clamped(name, log_ratio), batch.advantages, config)
+        clipped[name] = above, below
+        return weight * loss
+
+    sequences = batch.total_sequences.clamp(min=1)
+    if config.aggregation == "grpo":
+        weight = 1 / (sequences * lengths)[sequence]
+    elif config.aggregation == "dapo":
+        weight = 1 / batch.total_tokens.clamp(min=1)
+    else:
+        weight = 1 / (sequences * float(config.max_length or 0))
+    if config.main is not None:
+        terms["main"] = objective("main", batch.logp - batch.old)
+        if config.ref_coef > 0 and batch.ref_logp is not None:
+            terms["ref"] = weight * _k3(clamped("ref", batch.ref_logp - batch.logp))
+    if batch.aux_view is not None:
+        sampled = batch.view_logp.gather(0, batch.aux_view[sequence][None])[0]
+        terms["aux"] = objective("aux", sampled - batch.view_old)
+
+    over = sequences if config.penalty_over == "all" else batch.total_correct.clamp(min=1)
+    share = batch.correct / over  # [B], of each sequence's divergence in the penalty
+    delta = batch.view_logp - batch.logp.detach()
+    delta = delta if config.penalty_ratio == "view/clean" else -delta
+    d = _k3(clamped("inv", delta))  # [K, N]
+    divergence = _sums(d, batch) / lengths  # D [K, B]
+    views = len(d)
+    penalty, chosen = divergence, _argmax(divergence)
+    of_token = chosen[sequence]
+    if config.worst_over == "token":
+        penalty, chosen = d, _argmax(d)
+        of_token = chosen
+    elif config.worst_over == "batch":
+        penalty = (share * divergence).sum(1, keepdim=True)
+        chosen = _argmax(penalty)[0]
+        of_token = chosen.expand_as(sequence)
+    if worst_view is not None:
+        by_sequence = worst_view.ndim == 1 and config.worst_over != "token"
+        of_token = worst_view[sequence] if by_sequence else worst_view.expand_as(sequence)
+    if config.worst_over == "mean":
+        d_worst = d.mean(0) if views else d.sum(0)
+    else:
+        d_worst = d.gather(0, of_token[None])[0] if views else d.sum(0)
+    terms["inv"] = (share / lengths)[sequence] * d_worst
+
+    terms["mean"] = d.sum(0) / max(views, 1) / (sequences * lengths)[sequence]
+    tokens = batch.total_tokens.clamp(min=1)
+    terms["moved"] = (batch.old - batch.logp) / tokens
+
+    total = {name: values.sum() for name, values in terms.items()}
+    zero = 0 * torch.cat([batch.logp, *batch.view_logp]).nan_to_num().sum()  # ties the graph
+    loss = total["main"] + config.ref_coef * total["ref"]
+    loss = loss + batch.lambda_aux * total["aux"] + batch.lambda_inv * total["inv"] + zero
+    above, below = (flags.sum() / tokens for flags in clipped["main"])
+    aux_above, aux_below = clipped["aux"]
     metrics = {
         "loss": loss,
-        "pg_loss": policy,
-        "pg_clipfrac_higher": ones[0] / counted,
-        "pg_clipfrac_lower": ones[1] / counted,
-        "ppo_kl": (batch.old_logp - batch.logp).sum() / counted,
-        "ref_kl": kl_ref,
-        "roma_penalty_worst": penalty,
-        "roma_penalty_mean": mean,
-        "roma_aux_loss": auxiliary,
-        "roma_aux_clipfrac": ones[2] / counted,
+        "pg_loss": total["main"],
+        "pg_clipfrac_higher": above,
+        "pg_clipfrac_lower": below,
+        "ppo_kl": total["moved"],
+        "ref_kl": total["ref"],
+        "roma_penalty_worst": total["inv"],
+        "roma_penalty_mean": total["mean"],
+        "roma_aux_loss": total["aux"],
+        "roma_aux_clipfrac": (aux_above + aux_below).sum() / tokens,
     }
-    return loss, worst_view, metrics
+    return LossReference(loss, chosen, metrics, terms, penalty.T, log_ratios)
 
 
-def surrogate_kl(log_ratio: Tensor, config: RomaConfig) -> Tensor:
-    """K3: r − 1 − log r from log r, clamped."""
-    delta = log_ratio.clamp(-config.log_ratio_clamp, config.log_ratio_clamp)
-    return torch.expm1(delta) - delta
-
-
-def highest(values: Tensor) -> Tensor:
-    """Maximum over the first axis, with the whole gradient to the lowest index of a tie."""
-    return values.gather(0, values.argmax(0, keepdim=True))[0]
-
-
-def clipped_objective(
-    logp: Tensor, old: Tensor, advantages: Tensor, config: RomaConfig
+def _surrogate(
+    log_ratio: Tensor, advantages: Tensor, config: RomaConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss of each token by the dual-clipped surrogate, and where the clip bit: above, below."""
-    ratio = torch.exp((logp - old).clamp(-config.log_ratio_clamp, config.log_ratio_clamp))
-    free, clipped = (
-        ratio * advantages,
-        ratio.clamp(1 - config.clip_low, 1 + config.clip_high) * advantages,
-    )
-    loss = -torch.where(free <= clipped, free, clipped)
-    bites = free > clipped
+    """Dual-clipped loss by token; 1 where the ratio is clipped above (A > 0), below (A < 0)."""
+    ratio = torch.exp(log_ratio)
+    free = ratio * advantages
+    cut = ratio.clamp(1 - config.clip_low, 1 + config.clip_high) * advantages
+    loss = -torch.where(free <= cut, free, cut)
+    clips = (free > cut).to(ratio.dtype)
     if config.dual_clip is not None:
         ceiling = -config.dual_clip * advantages
         loss = torch.where((advantages < 0) & (loss > ceiling), ceiling, loss)
-    return loss, bites & (advantages > 0), bites & (advantages < 0)
+    return loss, clips * (advantages > 0), clips * (advantages < 0)
+
+
+def _k3(delta: Tensor) -> Tensor:
+    return torch.expm1(delta) - delta
+
+
+def _argmax(values: Tensor) -> Tensor:
+    """The lowest index of the largest entry over axis 0; 0 where there is none."""
+    return values.argmax(0) if len(values) else values.sum(0).long()
+
+
+def _sums(values: Tensor, batch: Batch) -> Tensor:
+    """Sums [..., N] over each sequence, [..., B]."""
+    zeros = values.new_zeros((*values.shape[:-1], len(batch.lengths)))
+    return zeros.index_add(-1, batch.sequence, values)

@@ -1,7 +1,7 @@
-"""The loss from K+1 log-probs per token, and one analytic coefficient per (view, token).
+"""The loss from K+1 log-probs per token in PyTorch, and one analytic coefficient per (view, token).
 
-    d = expm1(δ) − δ, δ = ±(a − sg(c)) ;  ∂d/∂δ = expm1(δ)
-    l = −min(ρA, clip(ρ)A), at most −cA where A < 0 ;  ∂l/∂logp = −ρA where nothing clips, else 0
+    d = expm1(δ) − δ          δ = ±(a − sg(c))             ∂d/∂δ = expm1(δ)
+    l = −min(ρA, clip(ρ)A)    at most −cA where A < 0      ∂l/∂logp = −ρA where nothing clips
 
 Reads and writes 4·(K+1) bytes a token each way, next to the linear head's 2·D·V products nothing.
 The coefficients are exact zeros where MATH section 6 says so (other views, wrong rollouts, clipped
@@ -14,14 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from roma_kernels.roma_loss.batch import METRICS, Batch, divisors, first_view
 from roma_kernels.roma_loss.config import RomaConfig
-from roma_kernels.roma_loss.packed import (
-    METRICS,
-    PackedBatch,
-    divisors,
-    first_view,
-    sequence_sums,
-)
 
 _SERIES_BELOW = 0.5  # |δ| up to which eight terms of the series hold to 5e-8 relative
 
@@ -33,8 +27,8 @@ class _Objective(NamedTuple):
     below: Tensor  # [N] bool
 
 
-def surrogate_kl(delta: Tensor) -> Tensor:
-    """K3 = expm1(δ) − δ to full relative precision, never negative.
+def k3(delta: Tensor) -> Tensor:
+    """k3 = expm1(δ) − δ to full relative precision, never negative.
 
     The difference cancels for small δ (relative error ε/δ in fp32), which is where the worst view
     is decided; the series δ²·Σ_n δⁿ/(n+2)! does not. Its derivative expm1(δ) is δ + k3.
@@ -71,15 +65,15 @@ def _clipped_objective(
 
 
 def _divergence(minuend: Tensor, subtrahend: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
-    """K3 of minuend − subtrahend, and its slope by the minuend."""
+    """The k3 estimator of minuend − subtrahend, and its slope by the minuend."""
     gap = minuend - subtrahend
     delta = gap.clamp(-clamp, clamp)
-    d = surrogate_kl(delta)
+    d = k3(delta)
     return d, torch.where(gap.abs() > clamp, 0, delta + d)
 
 
 def _penalty(
-    batch: PackedBatch, config: RomaConfig, divisor: Tensor
+    batch: Batch, config: RomaConfig, divisor: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """L_inv, Σ_i mean_k D_i^k / total_sequences, the worst view, and ∂L_inv/∂view_logp [K, N]."""
     if config.penalty_ratio == "view/clean":
@@ -92,7 +86,7 @@ def _penalty(
     views = len(batch.view_logp)
     lengths = batch.lengths.clamp(min=1)
     right = batch.correct.to(d.dtype)
-    divergence = sequence_sums(d, batch) / lengths  # D [K, B]
+    divergence = _sequence_sums(d, batch) / lengths  # D [K, B]
     worst = divergence.argmax(0)  # the first of equal maxima, as everywhere below
     chosen: Tensor  # [K, N]: the share of each view in the maximum
     which = torch.arange(views, device=d.device)[:, None]
@@ -102,7 +96,7 @@ def _penalty(
         penalty, chosen = divergence.mean(0), torch.full_like(d, 1 / views)
     elif config.worst_over == "token":
         worst = d.argmax(0)
-        penalty, chosen = sequence_sums(d.amax(0), batch) / lengths, which == worst
+        penalty, chosen = _sequence_sums(d.amax(0), batch) / lengths, which == worst
     else:
         worst = (right * divergence).sum(1).argmax()
         penalty, chosen = divergence[worst], (which == worst).expand_as(d)
@@ -113,44 +107,70 @@ def _penalty(
     return (right * penalty).sum() / divisor, mean, worst, coefficient
 
 
-def view_loss_fwd(
-    batch: PackedBatch, config: RomaConfig
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, worst view, metrics [10], and the coefficients by logp [N] and view_logp [K, N]."""
-    by_penalty, by_sequence = divisors(batch, config)
-    by_tokens = by_sequence[batch.sequence]
-    counted = batch.total_tokens.clamp(min=1)
-    dlogp, dview_logp = torch.zeros_like(batch.logp), torch.zeros_like(batch.view_logp)
+def _sequence_sums(tokens: Tensor, batch: Batch) -> Tensor:
+    """Sums [..., N] over each sequence to [..., B], in a fixed order of additions."""
+    if not len(batch.lengths):
+        return tokens.new_zeros((*tokens.shape[:-1], 0))
+    sums = torch.segment_reduce(
+        tokens.movedim(-1, 0).contiguous(), "sum", lengths=batch.lengths, axis=0, initial=0
+    )
+    return sums.movedim(0, -1)
+
+
+def combine(batch: Batch, config: RomaConfig) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, worst view, metrics [10], and the coefficients by logp [M] and view_logp [K, M].
+
+    The coefficients of the tokens that do not count are 0.
+    """
+    dlogp = batch.logp.new_zeros(batch.logp.shape)
+    dview_logp = batch.view_logp.new_zeros(batch.view_logp.shape)
+    worst, counted = first_view(batch, config), batch.trimmed()
+    n = len(counted.logp)
+    loss, found, metrics = _combine(counted, config, dlogp[:n], dview_logp[:, :n])
+    if config.worst_over == "token":
+        worst[:n] = found
+    else:
+        worst = found
+    return loss, worst, metrics, dlogp, dview_logp
+
+
+def _combine(
+    batch: Batch, config: RomaConfig, dlogp: Tensor, dview_logp: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, worst view and metrics of counted tokens; adds the coefficients to two tensors of 0."""
+    penalty_divisor, sequence_divisors = divisors(batch, config)
+    token_divisors = sequence_divisors[batch.sequence]
+    total_tokens = batch.total_tokens.clamp(min=1)
     zero = batch.logp.new_zeros(())
     metrics = dict.fromkeys(METRICS, zero)
     if config.main is not None:
-        clean = _clipped_objective(batch.logp, batch.old_logp, batch.advantages, config)
-        metrics["pg_loss"] = (clean.loss / by_tokens).sum()
-        metrics["pg_clipfrac_higher"] = clean.above.sum() / counted
-        metrics["pg_clipfrac_lower"] = clean.below.sum() / counted
-        dlogp += clean.slope / by_tokens
+        clean = _clipped_objective(batch.logp, batch.old, batch.advantages, config)
+        metrics["pg_loss"] = (clean.loss / token_divisors).sum()
+        metrics["pg_clipfrac_higher"] = clean.above.sum() / total_tokens
+        metrics["pg_clipfrac_lower"] = clean.below.sum() / total_tokens
+        dlogp += clean.slope / token_divisors
         if config.ref_coef and batch.ref_logp is not None:
             d, slope = _divergence(batch.ref_logp, batch.logp, config.log_ratio_clamp)
-            metrics["ref_kl"] = (d / by_tokens).sum()
-            dlogp -= config.ref_coef * slope / by_tokens
+            metrics["ref_kl"] = (d / token_divisors).sum()
+            dlogp -= config.ref_coef * slope / token_divisors
     if batch.aux_view is not None:
         index = batch.aux_view[batch.sequence][None]
-        old = batch.old_logp if batch.view_old_logp is None else batch.view_old_logp
-        aux = _clipped_objective(batch.view_logp.gather(0, index)[0], old, batch.advantages, config)
-        metrics["roma_aux_loss"] = (aux.loss / by_tokens).sum()
-        metrics["roma_aux_clipfrac"] = (aux.above | aux.below).sum() / counted
-        dview_logp.scatter_(0, index, (config.lambda_aux * aux.slope / by_tokens)[None])
+        sampled = batch.view_logp.gather(0, index)[0]
+        aux = _clipped_objective(sampled, batch.view_old, batch.advantages, config)
+        metrics["roma_aux_loss"] = (aux.loss / token_divisors).sum()
+        metrics["roma_aux_clipfrac"] = (aux.above | aux.below).sum() / total_tokens
+        dview_logp.scatter_(0, index, (batch.lambda_aux * aux.slope / token_divisors)[None])
     worst = first_view(batch, config)
     if len(batch.view_logp):
-        penalty, mean, worst, coefficient = _penalty(batch, config, by_penalty)
+        penalty, mean, worst, coefficient = _penalty(batch, config, penalty_divisor)
         metrics["roma_penalty_worst"], metrics["roma_penalty_mean"] = penalty, mean
-        dview_logp += config.lambda_inv * coefficient
-    metrics["ppo_kl"] = (batch.old_logp - batch.logp).sum() / counted
+        dview_logp += batch.lambda_inv * coefficient
+    metrics["ppo_kl"] = (batch.old - batch.logp).sum() / total_tokens
     loss = metrics["pg_loss"] + config.ref_coef * metrics["ref_kl"]
     loss = (
         loss
-        + config.lambda_aux * metrics["roma_aux_loss"]
-        + config.lambda_inv * metrics["roma_penalty_worst"]
+        + batch.lambda_aux * metrics["roma_aux_loss"]
+        + batch.lambda_inv * metrics["roma_penalty_worst"]
     )
     metrics["loss"] = loss
-    return loss, worst, torch.stack([metrics[name] for name in METRICS]), dlogp, dview_logp
+    return loss, worst, torch.stack([metrics[name] for name in METRICS])

@@ -30,7 +30,7 @@ class Tile:
     descriptors: bool = False
     """Loads by the tensor memory accelerator, where strides allow it."""
     persistent: bool = False
-    """One program per multiprocessor walks over many tiles, loading the next beneath the
+    """One program per multiprocessor computes many tiles and loads the next one during the
     reductions of the last; else one program per tile."""
 
 
@@ -39,54 +39,134 @@ class Tiles(NamedTuple):
 
     many: Tile
     """bf16 and fp16."""
-    options: Tile
-    """The same with a softcap or an entropy: they need registers that `many` has not."""
+    softcap_or_entropy: Tile
+    """The same with a softcap or an entropy, whose registers `many` has not left."""
     few: Tile
     """The same for at most FEW_ROWS rows."""
     fp32: Tile
     """fp32, or mixed with it: exact products, no tf32."""
 
 
-_FP32 = Tile(64, 64, 32, 8, num_warps=4, num_stages=3)
+_FP32 = Tile(block_r=64, block_v=64, block_d=32, group=8, num_warps=4, num_stages=3)
 TILES = {
     "sm_80": Tiles(
-        Tile(128, 256, 32, 8, num_warps=8, num_stages=4),
-        Tile(128, 128, 64, 8, num_warps=8, num_stages=3),
-        Tile(64, 128, 64, 1, num_warps=4, num_stages=3),
+        Tile(block_r=128, block_v=256, block_d=32, group=8, num_warps=8, num_stages=4),
+        Tile(block_r=128, block_v=128, block_d=64, group=8, num_warps=8, num_stages=3),
+        Tile(block_r=64, block_v=128, block_d=64, group=1, num_warps=4, num_stages=3),
         _FP32,
     ),
     # 99 KiB of shared memory: consumer Ampere, Ada and Blackwell.
     "sm_120": Tiles(
-        Tile(128, 128, 64, 8, num_warps=8, num_stages=3),
-        Tile(128, 128, 32, 8, num_warps=8, num_stages=3),
-        Tile(64, 128, 64, 1, num_warps=4, num_stages=3),
+        Tile(block_r=128, block_v=128, block_d=64, group=8, num_warps=8, num_stages=3),
+        Tile(block_r=128, block_v=128, block_d=32, group=8, num_warps=8, num_stages=3),
+        Tile(block_r=64, block_v=128, block_d=64, group=1, num_warps=4, num_stages=3),
         _FP32,
     ),
     "sm_90": Tiles(
-        Tile(128, 256, 64, 16, num_warps=8, num_stages=4, descriptors=True, persistent=True),
-        Tile(128, 128, 64, 16, num_warps=8, num_stages=4, descriptors=True, persistent=True),
-        Tile(64, 128, 64, 1, num_warps=4, num_stages=4, descriptors=True, persistent=True),
+        Tile(
+            block_r=128,
+            block_v=256,
+            block_d=64,
+            group=16,
+            num_warps=8,
+            num_stages=4,
+            descriptors=True,
+            persistent=True,
+        ),
+        Tile(
+            block_r=128,
+            block_v=128,
+            block_d=64,
+            group=16,
+            num_warps=8,
+            num_stages=4,
+            descriptors=True,
+            persistent=True,
+        ),
+        Tile(
+            block_r=64,
+            block_v=128,
+            block_d=64,
+            group=1,
+            num_warps=4,
+            num_stages=4,
+            descriptors=True,
+            persistent=True,
+        ),
         _FP32,
     ),
     "sm_100": Tiles(
-        Tile(128, 128, 64, 16, num_warps=8, num_stages=4, descriptors=True, persistent=True),
-        Tile(128, 128, 64, 16, num_warps=8, num_stages=4, descriptors=True, persistent=True),
-        Tile(64, 128, 64, 1, num_warps=4, num_stages=4, descriptors=True, persistent=True),
+        Tile(
+            block_r=128,
+            block_v=128,
+            block_d=64,
+            group=16,
+            num_warps=8,
+            num_stages=4,
+            descriptors=True,
+            persistent=True,
+        ),
+        Tile(
+            block_r=128,
+            block_v=128,
+            block_d=64,
+            group=16,
+            num_warps=8,
+            num_stages=4,
+            descriptors=True,
+            persistent=True,
+        ),
+        Tile(
+            block_r=64,
+            block_v=128,
+            block_d=64,
+            group=1,
+            num_warps=4,
+            num_stages=4,
+            descriptors=True,
+            persistent=True,
+        ),
         _FP32,
     ),
     "gfx942": Tiles(
-        Tile(128, 128, 64, 8, num_warps=8, num_stages=2),
-        Tile(128, 128, 64, 8, num_warps=8, num_stages=2),
-        Tile(64, 128, 64, 1, num_warps=4, num_stages=2),
-        Tile(64, 64, 32, 8, num_warps=4, num_stages=2),
+        Tile(block_r=128, block_v=128, block_d=64, group=8, num_warps=8, num_stages=2),
+        Tile(block_r=128, block_v=128, block_d=64, group=8, num_warps=8, num_stages=2),
+        Tile(block_r=64, block_v=128, block_d=64, group=1, num_warps=4, num_stages=2),
+        Tile(block_r=64, block_v=64, block_d=32, group=8, num_warps=4, num_stages=2),
     ),
-    # Small where it counts: a test of a few rows crosses every kind of edge. An interpreted
-    # operation costs about the same for any block, so that many rows want large ones.
+    # Small for few rows, so that a small test crosses every kind of edge. An interpreted operation
+    # costs about the same for any block, so many rows get large ones.
     "interpreter": Tiles(
-        Tile(128, 1024, 256, 2, num_warps=4, num_stages=1, descriptors=True, persistent=True),
-        Tile(128, 512, 256, 2, num_warps=4, num_stages=1, persistent=True),
-        Tile(16, 128, 32, 2, num_warps=4, num_stages=1, descriptors=True, persistent=True),
-        Tile(16, 128, 32, 2, num_warps=4, num_stages=1),
+        Tile(
+            block_r=128,
+            block_v=1024,
+            block_d=256,
+            group=2,
+            num_warps=4,
+            num_stages=1,
+            descriptors=True,
+            persistent=True,
+        ),
+        Tile(
+            block_r=128,
+            block_v=512,
+            block_d=256,
+            group=2,
+            num_warps=4,
+            num_stages=1,
+            persistent=True,
+        ),
+        Tile(
+            block_r=16,
+            block_v=128,
+            block_d=32,
+            group=2,
+            num_warps=4,
+            num_stages=1,
+            descriptors=True,
+            persistent=True,
+        ),
+        Tile(block_r=16, block_v=128, block_d=32, group=2, num_warps=4, num_stages=1),
     ),
 }
 FEW_ROWS = 64
@@ -108,18 +188,17 @@ def chip(device: torch.device) -> str:
     return "sm_80" if (major, minor) == (8, 0) else "sm_120"
 
 
-def tile_for(device: torch.device, dtype: torch.dtype, rows: int, *, options: bool) -> Tile:
-    """The configuration of a product in `dtype` over so many rows.
-
-    `options`: whether there is a softcap or an entropy.
-    """
+def tile_for(
+    device: torch.device, dtype: torch.dtype, rows: int, *, softcap_or_entropy: bool
+) -> Tile:
+    """The configuration of a product in `dtype` over `rows` rows."""
     tiles = TILES[chip(device)]
     few = rows <= FEW_ROWS
     if dtype == torch.float32 and (few or device.type == "cuda"):
         return tiles.fp32
     if few:
         return tiles.few
-    return tiles.options if options else tiles.many
+    return tiles.softcap_or_entropy if softcap_or_entropy else tiles.many
 
 
 def programs(tile: Tile, rows: int, vocab: int, device: torch.device) -> int:
@@ -149,7 +228,7 @@ def sources(
 
 
 def _describable(matrix: Tensor) -> bool:
-    """The copy engine wants 16-byte addresses and rows, and elements of a row side by side."""
+    """The copy engine needs 16-byte addresses and row strides, and contiguous rows."""
     return (
         matrix.stride(1) == 1
         and matrix.data_ptr() % 16 == 0

@@ -1,4 +1,4 @@
-"""Gradient by a tile of logits, in Triton: the product once more, and dz out of its registers.
+"""Gradient by a tile of logits, in Triton: the product once more, and dz from its registers.
 
     dz = g·(1[v=y] − p) − e·p·(log p + H) ;  dz ← dz·(1 − (z/s)²)·(1/τ)        p = e^(z − lse)
 
@@ -35,7 +35,7 @@ def _dlogits_kernel(
     entropy_ptr,  # [A] or None
     dlogp_ptr,  # [A]
     dentropy_ptr,  # [A] or None
-    boost_ptr,  # 0-dim or None
+    loss_scale_ptr,  # 0-dim or None
     stride_dz,
     stride_hr,
     stride_hd,
@@ -83,8 +83,8 @@ def _dlogits_kernel(
             slope += e * (tl.where(p > 0, log_p, 0.0) + entropy)
         token = (tl.load(tokens_ptr + rows, rows < A, other=-1) - vocab_start)[:, None]
         dz = _dz(z, p, slope, cols, token, g, row_scale, softcap, SOFTCAP)
-        if boost_ptr is not None:
-            dz *= tl.load(boost_ptr)
+        if loss_scale_ptr is not None:
+            dz *= tl.load(loss_scale_ptr)
         places = rows.to(tl.int64)[:, None] * stride_dz + cols[None, :]
         inside = (rows < A)[:, None] & (cols < V)[None, :]
         tl.store(dz_ptr + places, dz.to(dz_ptr.dtype.element_ty), inside)
@@ -95,12 +95,12 @@ def dlogits(active: Active, head: Head) -> Tensor:
     count, (vocab, depth) = len(active.states), head.weight.shape
     dz = active.states.new_empty(count, vocab)
     dtype = promoted(active.states, head.weight)
-    options = head.softcap is not None or active.dentropy is not None
-    tile = tile_for(dz.device, dtype, count, options=options)
+    extra = head.softcap is not None or active.dentropy is not None
+    tile = tile_for(dz.device, dtype, count, softcap_or_entropy=extra)
     described, hidden, weight = sources(tile, active.states, head.weight)
     _dlogits_kernel[(programs(tile, count, vocab, dz.device),)](
         dz, hidden, weight, head.bias, active.tokens, active.row_scale,
-        active.lse, active.entropy, active.dlogp, active.dentropy, active.boost,
+        active.lse, active.entropy, active.dlogp, active.dentropy, active.loss_scale,
         dz.stride(0), *active.states.stride(), *head.weight.stride(),
         head.start, count, vocab, depth, head.scale, head.softcap or 0.0,
         SOFTCAP=head.softcap is not None, DESCRIPTORS=described, DTYPE=TRITON_DTYPES[dtype],

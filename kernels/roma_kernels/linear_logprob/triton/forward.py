@@ -2,11 +2,11 @@
 
     peak = max_v z_v ; total = Σ_v e^(z_v − peak) ; moment = Σ_v e^(z_v − peak)·z_v ; target = z_y
 
-Every tile [BLOCK_R, BLOCK_V] of logits is born in registers (fp32), leaves peak, total and, for
-the entropy, moment of each of its rows behind, and dies there: 8 bytes (12) per row and vocabulary
-tile in the place of 4·BLOCK_V. The target is written by the one tile that holds it, from the same
-accumulator. `_merge_kernel` folds the vocabulary tiles. A tile is any program's to take, so the
-vocabulary is always split, and few rows fill a chip as well as many.
+A tile [BLOCK_R, BLOCK_V] of logits exists in fp32 registers only. It writes peak, total and, for
+the entropy, moment of each of its rows: 8 bytes (12) per row and vocabulary tile, not 4·BLOCK_V.
+The tile that holds the target writes it, from the same accumulator. `_merge_kernel` folds the
+vocabulary tiles. Any program may compute any tile, so the vocabulary is always split, and few rows
+fill a chip as well as many.
 
 For 2·R·D·V FLOP the multiprocessors pull 2·D·(R·⌈V/BLOCK_V⌉ + V·⌈R/BLOCK_R⌉) bytes of bf16 through
 L2; memory gives W once per GROUP row tiles. No atomics: two runs are bitwise equal.
@@ -25,7 +25,7 @@ from roma_kernels.linear_logprob.triton.configs import (
     sources,
     tile_for,
 )
-from roma_kernels.linear_logprob.triton.gather import take_rows
+from roma_kernels.linear_logprob.triton.gather import gather_rows
 from roma_kernels.linear_logprob.triton.tile import _LOWEST, _logits, _product, _tile_at
 from roma_kernels.products import listening, report
 
@@ -43,15 +43,15 @@ def _linear_logprob_fwd_kernel(
     hidden,  # [R, D], pointer or descriptor
     weight,  # [V, D], pointer or descriptor
     bias_ptr,  # [V] or None
-    tokens_ptr,  # int64, one per `views` rows
-    scale_ptr,  # 1/τ, one per `views` rows, or None
-    counted_ptr,  # 0-dim int64 or None: how many tokens are wanted
+    tokens_ptr,  # int64, one per token
+    scale_ptr,  # 1/τ, one per token, or None
+    num_tokens_ptr,  # 0-dim int64 or None: how many tokens are computed
     stride_hr,
     stride_hd,
     stride_wv,
     stride_wd,
     first,  # the first row's number among all rows
-    views,  # rows per token
+    per_token,  # rows per token, K+1
     vocab_start,  # the first weight row's number among all tokens
     R,
     V,
@@ -67,10 +67,12 @@ def _linear_logprob_fwd_kernel(
     GROUP: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    wanted = R
-    if counted_ptr is not None:
-        wanted = tl.minimum(R, tl.maximum(tl.load(counted_ptr) * views - first, 0)).to(tl.int32)
-    row_tiles, vocab_tiles = tl.cdiv(wanted, BLOCK_R), tl.cdiv(V, BLOCK_V)
+    count = R
+    if num_tokens_ptr is not None:
+        count = tl.minimum(R, tl.maximum(tl.load(num_tokens_ptr) * per_token - first, 0)).to(
+            tl.int32
+        )
+    row_tiles, vocab_tiles = tl.cdiv(count, BLOCK_R), tl.cdiv(V, BLOCK_V)
     for turn in tl.range(
         tl.program_id(0), row_tiles * vocab_tiles, tl.num_programs(0), flatten=FLATTEN
     ):
@@ -81,24 +83,24 @@ def _linear_logprob_fwd_kernel(
         )  # fmt: skip
         rows = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)
         cols = vocab_tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        token_of = (first + rows) // views
+        token_of = (first + rows) // per_token
         row_scale = scale
         if scale_ptr is not None:
-            row_scale = tl.load(scale_ptr + token_of, rows < wanted, other=1.0)[:, None]
+            row_scale = tl.load(scale_ptr + token_of, rows < count, other=1.0)[:, None]
         z = _logits(product, bias_ptr, cols, V, row_scale, softcap, SOFTCAP)
 
         peak = tl.maximum(tl.max(z, 1), _LOWEST)
         weights = tl.exp(z - peak[:, None])
         places = vocab_tile.to(tl.int64) * R + rows
-        tl.store(peak_ptr + places, peak, rows < wanted)
-        tl.store(total_ptr + places, tl.sum(weights, 1), rows < wanted)
+        tl.store(peak_ptr + places, peak, rows < count)
+        tl.store(total_ptr + places, tl.sum(weights, 1), rows < count)
         if moment_ptr is not None:
             moment = tl.sum(weights * tl.where(weights > 0, z, 0.0), 1)
-            tl.store(moment_ptr + places, moment, rows < wanted)
-        token = tl.load(tokens_ptr + token_of, rows < wanted, other=-1) - vocab_start
+            tl.store(moment_ptr + places, moment, rows < count)
+        token = tl.load(tokens_ptr + token_of, rows < count, other=-1) - vocab_start
         target = tl.sum(tl.where(cols[None, :] == token[:, None], z, 0.0), 1)
         here = (token >= vocab_tile * BLOCK_V) & (token < tl.minimum((vocab_tile + 1) * BLOCK_V, V))
-        tl.store(target_ptr + rows, target, here & (rows < wanted))
+        tl.store(target_ptr + rows, target, here & (rows < count))
 
 
 @triton.jit(do_not_specialize=["first", "R"])
@@ -109,18 +111,20 @@ def _merge_kernel(
     peak_ptr,  # [parts, R]
     total_ptr,
     moment_ptr,
-    counted_ptr,
+    num_tokens_ptr,
     first,
-    views,
+    per_token,
     parts,
     R,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """Folds the parts of each row: e^(peak_i − peak) weighs part i."""
-    wanted = R
-    if counted_ptr is not None:
-        wanted = tl.minimum(R, tl.maximum(tl.load(counted_ptr) * views - first, 0)).to(tl.int32)
+    count = R
+    if num_tokens_ptr is not None:
+        count = tl.minimum(R, tl.maximum(tl.load(num_tokens_ptr) * per_token - first, 0)).to(
+            tl.int32
+        )
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     peak = tl.full((BLOCK_R,), _LOWEST, tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
@@ -128,7 +132,7 @@ def _merge_kernel(
     for start in range(0, parts, BLOCK_P):
         part = start + tl.arange(0, BLOCK_P)
         places = part.to(tl.int64)[:, None] * R + rows[None, :]
-        inside = (part < parts)[:, None] & (rows < wanted)[None, :]
+        inside = (part < parts)[:, None] & (rows < count)[None, :]
         peaks = tl.load(peak_ptr + places, inside, other=_LOWEST)
         higher = tl.maximum(peak, tl.max(peaks, 0))
         shrink = tl.exp(peak - higher)
@@ -139,40 +143,39 @@ def _merge_kernel(
             moments = tl.load(moment_ptr + places, inside, other=0.0)
             moment = moment * shrink + tl.sum(moments * weights, 0)
         peak = higher
-    tl.store(peak_out_ptr + rows, peak, rows < wanted)
-    tl.store(total_out_ptr + rows, total, rows < wanted)
+    tl.store(peak_out_ptr + rows, peak, rows < count)
+    tl.store(total_out_ptr + rows, total, rows < count)
     if moment_ptr is not None:
-        tl.store(moment_out_ptr + rows, moment, rows < wanted)
+        tl.store(moment_out_ptr + rows, moment, rows < count)
 
 
 _MERGE_R, _MERGE_P = 32, 32
 
 
 def sweep(rows: Rows, head: Head, sums: Tensor) -> None:
-    """Fills `sums` [3 or 4, R] with peak, total, target and (if four) moment of each wanted row.
+    """Fills `sums` [3 or 4, R] with peak, total, target and (if four) moment of each row.
 
-    What is not wanted keeps its value; targets come as zeros.
+    A row that is not computed keeps its value; targets come as zeros.
     """
     dtype = promoted(rows.hidden, head.weight)
-    step = max(SWEEP_ROWS // rows.views, 1) * rows.views
-    for first in range(0, rows.count, step):
+    step = max(SWEEP_ROWS // rows.per_token, 1) * rows.per_token
+    for first in range(0, rows.num_rows, step):
         _sweep_part(rows, head, sums[:, first : first + step], first, dtype)
 
 
 def _sweep_part(rows: Rows, head: Head, sums: Tensor, first: int, dtype: torch.dtype) -> None:
     count, (vocab, depth), device = sums.shape[1], head.weight.shape, sums.device
-    states = take_rows(rows, slice(first, first + count))
-    options = head.softcap is not None or len(sums) == 4
-    tile = tile_for(device, dtype, count, options=options)
+    states = gather_rows(rows, slice(first, first + count))
+    extra = head.softcap is not None or len(sums) == 4
+    tile = tile_for(device, dtype, count, softcap_or_entropy=extra)
     parts = triton.cdiv(vocab, tile.block_v)
     peaks, totals, *moments = sums.new_empty(len(sums) - 1, parts, count)
     described, hidden, weight = sources(tile, states, head.weight)
-    counted_of = (rows.counted, first, rows.views)
     _linear_logprob_fwd_kernel[(programs(tile, count, vocab, device),)](
         peaks, totals, moments[0] if moments else None, sums[2],
-        hidden, weight, head.bias, rows.tokens, rows.row_scale, rows.counted,
+        hidden, weight, head.bias, rows.tokens, rows.row_scale, rows.num_tokens,
         *states.stride(), *head.weight.stride(),
-        first, rows.views, head.start, count, vocab, depth,
+        first, rows.per_token, head.start, count, vocab, depth,
         head.scale, head.softcap or 0.0,
         SOFTCAP=head.softcap is not None, DESCRIPTORS=described, DTYPE=TRITON_DTYPES[dtype],
         BLOCK_R=tile.block_r, BLOCK_V=tile.block_v, BLOCK_D=tile.block_d, GROUP=tile.group,
@@ -181,10 +184,9 @@ def _sweep_part(rows: Rows, head: Head, sums: Tensor, first: int, dtype: torch.d
     _merge_kernel[(triton.cdiv(count, _MERGE_R),)](
         sums[0], sums[1], sums[3] if moments else None,
         peaks, totals, moments[0] if moments else None,
-        *counted_of, parts, count, BLOCK_R=_MERGE_R, BLOCK_P=_MERGE_P,
+        rows.num_tokens, first, rows.per_token, parts, count, BLOCK_R=_MERGE_R, BLOCK_P=_MERGE_P,
     )  # fmt: skip
     if listening():
-        wanted = count
-        if rows.counted is not None:
-            wanted = min(max(int(rows.counted) * rows.views - first, 0), count)
-        report("forward", triton.cdiv(wanted, tile.block_r) * tile.block_r, vocab, depth)
+        if rows.num_tokens is not None:
+            count = min(max(int(rows.num_tokens) * rows.per_token - first, 0), count)
+        report("forward", triton.cdiv(count, tile.block_r) * tile.block_r, vocab, depth)

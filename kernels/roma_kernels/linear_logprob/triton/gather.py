@@ -1,6 +1,6 @@
-"""Rows in and out of their padded places, in Triton: a copy, no arithmetic.
+"""Rows out of their padded positions and back, in Triton: a copy, no arithmetic.
 
-Reads and writes D elements a row each way; W's product does 2·V FLOP for each of them.
+Reads and writes D elements a row each way; the head's product does 2·V FLOP for each of them.
 """
 
 import triton
@@ -11,79 +11,79 @@ from roma_kernels.linear_logprob.rows import Rows
 
 
 @triton.jit
-def _place_of(hidden_ptr, views_ptr, index_ptr, number, views, stride, stride_k):
-    """Where row `number` stands: pointer to its first element."""
-    token, view = number // views, number % views
-    place = token
+def _row_ptr(hidden_ptr, views_ptr, index_ptr, row, per_token, stride, stride_k):
+    """Pointer to the first element of a row."""
+    token, image = row // per_token, row % per_token
+    position = token
     if index_ptr is not None:
-        place = tl.load(index_ptr + token)
-    pointer = hidden_ptr + place * stride
+        position = tl.load(index_ptr + token)
+    pointer = hidden_ptr + position * stride
     if views_ptr is not None:
-        if view > 0:
-            pointer = views_ptr + (view - 1) * stride_k + place * stride
+        if image > 0:
+            pointer = views_ptr + (image - 1) * stride_k + position * stride
     return pointer
 
 
 @triton.jit(do_not_specialize=["first"])
-def _take_rows_kernel(
+def _gather_rows_kernel(
     states_ptr,  # [A, D]
     hidden_ptr,  # [M, D]
     views_ptr,  # [K, M, D] or None
-    chosen_ptr,  # [A] int64, or None: first, first + 1, …
-    index_ptr,
-    wanted_ptr,  # 0-dim int64 or None: rows beyond are zeros
+    rows_ptr,  # [A] int64, or None: first, first + 1, …
+    index_ptr,  # [n] int64 or None
+    num_active_ptr,  # 0-dim int64 or None: rows beyond are zeros
     first,
-    views,
+    per_token,
     stride,
     stride_k,
     D,
     BLOCK_D: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64)
-    number = first + i
-    if chosen_ptr is not None:
-        number = tl.load(chosen_ptr + i)
-    wanted = True
-    if wanted_ptr is not None:
-        wanted = i < tl.load(wanted_ptr)
-    source = _place_of(hidden_ptr, views_ptr, index_ptr, number, views, stride, stride_k)
+    row = first + i
+    if rows_ptr is not None:
+        row = tl.load(rows_ptr + i)
+    needed = True
+    if num_active_ptr is not None:
+        needed = i < tl.load(num_active_ptr)
+    source = _row_ptr(hidden_ptr, views_ptr, index_ptr, row, per_token, stride, stride_k)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        state = tl.load(source + d, (d < D) & wanted, other=0.0)
+        state = tl.load(source + d, (d < D) & needed, other=0.0)
         tl.store(states_ptr + i * D + d, state, d < D)
 
 
 @triton.jit
-def _give_rows_kernel(
+def _scatter_rows_kernel(
     dhidden_ptr,  # [M, D], zeros
     dviews_ptr,  # [K, M, D], zeros, or None
     dstates_ptr,  # [A, D] fp32
-    chosen_ptr,  # [A] int64
-    index_ptr,
-    wanted_ptr,
-    views,
+    rows_ptr,  # [A] int64
+    index_ptr,  # [n] int64 or None
+    num_active_ptr,  # 0-dim int64 or None
+    per_token,
     stride,
     stride_k,
     D,
     BLOCK_D: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64)
-    number = tl.load(chosen_ptr + i)
-    wanted = True
-    if wanted_ptr is not None:
-        wanted = i < tl.load(wanted_ptr)
-    target = _place_of(dhidden_ptr, dviews_ptr, index_ptr, number, views, stride, stride_k)
+    row = tl.load(rows_ptr + i)
+    needed = True
+    if num_active_ptr is not None:
+        needed = i < tl.load(num_active_ptr)
+    target = _row_ptr(dhidden_ptr, dviews_ptr, index_ptr, row, per_token, stride, stride_k)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        dstate = tl.load(dstates_ptr + i * D + d, d < D)
-        tl.store(target + d, dstate.to(target.dtype.element_ty), (d < D) & wanted)
+        dstate = tl.load(dstates_ptr + i * D + d, d < D, other=0.0)
+        tl.store(target + d, dstate.to(target.dtype.element_ty), (d < D) & needed)
 
 
 BLOCK_D = 1024
 
 
-def take_rows(rows: Rows, chosen: Tensor | slice, wanted: Tensor | None = None) -> Tensor:
-    """Hidden states of the chosen rows, [A, D]; zeros from the row `wanted` on."""
+def gather_rows(rows: Rows, chosen: Tensor | slice, num_active: Tensor | None = None) -> Tensor:
+    """Hidden states [A, D] of the chosen rows; zeros from row num_active on."""
     hidden, views = rows.hidden, rows.view_hidden
     if isinstance(chosen, slice):
         if views is None and rows.index is None:
@@ -96,19 +96,19 @@ def take_rows(rows: Rows, chosen: Tensor | slice, wanted: Tensor | None = None) 
     size = hidden.shape[1]
     states = hidden.new_empty(count, size)
     if count:
-        _take_rows_kernel[(count,)](
-            states, hidden, views, numbers, rows.index, wanted, first, rows.views, size,
+        _gather_rows_kernel[(count,)](
+            states, hidden, views, numbers, rows.index, num_active, first, rows.per_token, size,
             hidden.numel(), size, BLOCK_D=BLOCK_D,
         )  # fmt: skip
     return states
 
 
-def give_rows(
-    rows: Rows, chosen: Tensor, wanted: Tensor | None, dstates: Tensor
+def scatter_rows(
+    rows: Rows, chosen: Tensor, num_active: Tensor | None, dstates: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients by hidden and view_hidden, zero but on the chosen rows."""
+    """Gradients by hidden and view_hidden, zeros but on the chosen rows."""
     dhidden, dviews = zero_gradients(rows)
-    put_rows(rows, chosen, wanted, dstates, dhidden, dviews)
+    scatter_rows_into(dhidden, dviews, rows, chosen, num_active, dstates)
     return dhidden, dviews
 
 
@@ -118,18 +118,18 @@ def zero_gradients(rows: Rows) -> tuple[Tensor, Tensor | None]:
     return hidden.new_zeros(hidden.shape), None if views is None else views.new_zeros(views.shape)
 
 
-def put_rows(
-    rows: Rows,
-    chosen: Tensor,
-    wanted: Tensor | None,
-    dstates: Tensor,
+def scatter_rows_into(
     dhidden: Tensor,
     dviews: Tensor | None,
+    rows: Rows,
+    chosen: Tensor,
+    num_active: Tensor | None,
+    dstates: Tensor,
 ) -> None:
-    """Writes `dstates` [A, D] to the places of the chosen rows."""
+    """Writes `dstates` [A, D] to the positions of the chosen rows."""
     size = dhidden.shape[1]
     if len(chosen):
-        _give_rows_kernel[(len(chosen),)](
-            dhidden, dviews, dstates, chosen, rows.index, wanted, rows.views, size,
+        _scatter_rows_kernel[(len(chosen),)](
+            dhidden, dviews, dstates, chosen, rows.index, num_active, rows.per_token, size,
             dhidden.numel(), size, BLOCK_D=BLOCK_D,
         )  # fmt: skip

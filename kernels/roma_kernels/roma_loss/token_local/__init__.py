@@ -1,1 +1,1 @@
-"""roma_loss whose gradients are formed while a chunk's logits are at hand."""
+"""The loss whose gradients are formed while the logits of a chunk are in memory."""

@@ -1,6 +1,7 @@
-"""Row kernels over logits that lie in a workspace: their sums, and dz of the active rows.
+"""Row kernels over logits in a workspace: their sums, and dz of the active rows.
 
-    target, peak, total of z ;  dz = g·(1[v=y] − p), p = e^(z − lse) ;  through softcap and 1/τ
+    target, peak, total of z
+    dz = g·(1[v=y] − p), through softcap and 1/τ          p = e^(z − lse)
 
 Reads 4 bytes per logit each time; writes 2 (bf16) per logit of an active row. One program a row,
 fp32, no atomics: two runs are bitwise equal.
@@ -18,9 +19,9 @@ def _row_sums_kernel(
     lse_ptr,  # [R]
     logits_ptr,  # [R, V] fp32, W h
     bias_ptr,  # [V] or None
-    tokens_ptr,  # int64, one per `views` rows
+    tokens_ptr,  # int64, one per token
     first,  # the first row's number among all rows
-    views,
+    per_token,
     V,
     scale,
     softcap,
@@ -28,7 +29,7 @@ def _row_sums_kernel(
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    token = tl.load(tokens_ptr + (first + row) // views)
+    token = tl.load(tokens_ptr + (first + row) // per_token)
     peak = tl.full((1,), _LOWEST, tl.float32)
     total = tl.zeros((1,), tl.float32)
     target = tl.zeros((1,), tl.float32)
@@ -50,12 +51,12 @@ def _row_dlogits_kernel(
     dz_ptr,  # [A, V]
     logits_ptr,  # [R, V] fp32
     bias_ptr,  # [V] or None
-    chosen_ptr,  # [A] int64: rows among the R
-    tokens_ptr,  # int64, one per `views` rows
+    active_ptr,  # [A] int64: rows among the R
+    tokens_ptr,  # int64, one per token
     lse_ptr,  # [R]
     dlogp_ptr,  # [R]
     first,
-    views,
+    per_token,
     V,
     scale,
     softcap,
@@ -63,8 +64,8 @@ def _row_dlogits_kernel(
     BLOCK_V: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64)
-    row = tl.load(chosen_ptr + i)
-    token = tl.load(tokens_ptr + (first + row) // views)
+    row = tl.load(active_ptr + i)
+    token = tl.load(tokens_ptr + (first + row) // per_token)
     lse = tl.load(lse_ptr + row)
     g = tl.load(dlogp_ptr + row)
     for start in range(0, V, BLOCK_V):

@@ -1,28 +1,34 @@
 """`roma::token_local_loss`: loss and gradients in one pass over the tokens, without a recompute.
 
 Where the coefficients of a token depend on that token alone (`is_token_local`), its gradients can
-be formed while its logits are still at hand. A chunk of tokens is scored by the vendor's product
-into an fp32 workspace [rows, V]; a row kernel takes the log-probs, the view loss their
-coefficients, a row kernel dz of the active rows, and two products dh and dW:
+be formed while its logits are still in memory. The vendor's product writes the logits of a chunk of
+tokens to an fp32 workspace [rows, V]; a row kernel computes log-probs, the loss its coefficients, a
+row kernel dz of the active rows, and two products dh and dW:
 
-    (K+1) + 2A products of a token with the head, in the place of (K+1) + 3A
+    (K+1) + 2A products of a token with the head instead of (K+1) + 3A
 
 The price is dW: summed over chunks in fp32, it takes 4·D·V bytes and moves 8·D·V a chunk, hence
-`LEAST_ROWS`. What is known only at the end, the loss and its metrics, is formed from all log-probs
-at the end. The backward scales the finished gradients by the one upstream number; in fp16 they
-would have underflowed before a loss scaler's factor reaches them, so fp16 is not for this path.
+`LEAST_ROWS`. Loss and metrics are computed from all log-probs at the end. The backward scales the
+finished gradients by the one upstream number; in fp16 they would have underflowed before a loss
+scaler's factor reaches them, so fp16 is not for this path. The log-probs are differentiable too: an
+upstream gradient by them costs the recompute that the loss alone does not need.
+
 Waits for the device: once for the number of tokens, once a chunk for that of active rows.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from roma_kernels.once import scaled
-from roma_kernels.roma_loss.config import RomaConfig
-from roma_kernels.roma_loss.op import config_of
-from roma_kernels.roma_loss.packed import METRICS, PackedBatch
+from roma_kernels.differentiation import refuse_transforms, scaled
+from roma_kernels.linear_logprob.head import CheckedHead
+from roma_kernels.linear_logprob.op import linear_logprob_backward_op
+from roma_kernels.linear_logprob.rows import TRITON_WORKSPACE
+from roma_kernels.roma_loss.batch import METRICS, Batch, Constants, Layout
+from roma_kernels.roma_loss.config import RomaConfig, decoded
+from roma_kernels.roma_loss.op import Combined, worst_view_like
 
 # Rows of a chunk from which the saved product outweighs another sum into dW: it saves
 # 2·A·D·V FLOP at 790 TFLOP/s and costs 8·D·V bytes at 4.3 TB/s, level at A = 735 active rows; with
@@ -32,23 +38,60 @@ LEAST_ROWS = 4096
 
 def is_token_local(config: RomaConfig, views: int) -> bool:
     """Whether a token's coefficients depend on no other token's log-probs."""
-    return config.worst_over in ("token", "mean") or views <= 1 or config.lambda_inv == 0
+    return config.worst_over in ("token", "mean") or views <= 1 or not config.penalises
 
 
-def pays(config: RomaConfig, states: Tensor, views: int, weight: Tensor, workspace: int) -> bool:
-    """Whether a loss on `states` [N, D] and K = `views` views is to take this path."""
-    rows = (views + 1) * len(states)
+def token_local_pays(
+    head: CheckedHead, states: Tensor, view_states: Tensor | None, config: RomaConfig
+) -> bool:
+    """Whether a loss on `states` [M, D] and K views is to take this path."""
+    views = 0 if view_states is None else len(view_states)
+    weight = head.weight
+    leaves = (states, view_states, weight, head.bias)
     return (
-        is_token_local(config, views)
+        head.backend == "triton"
+        and head.vocab_group is None
+        and is_token_local(config, views)
         and states.dtype == weight.dtype != torch.float16
-        and rows_per_chunk(workspace, weight) >= min(LEAST_ROWS, rows)
+        and _chunk_rows(head.workspace, weight) >= min(LEAST_ROWS, (views + 1) * len(states))
+        and torch.is_grad_enabled()
+        and any(x is not None and x.requires_grad for x in leaves)
         and not (states.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 
 
-def rows_per_chunk(workspace: int, weight: Tensor) -> int:
-    """How many rows of logits, and of dz, the workspace holds."""
-    return workspace // (len(weight) * (4 + weight.dtype.itemsize))
+def _chunk_rows(workspace: int | None, weight: Tensor) -> int:
+    """Rows whose logits and dz the workspace holds."""
+    room = TRITON_WORKSPACE if workspace is None else workspace
+    return room // (len(weight) * (4 + weight.dtype.itemsize))
+
+
+def score_and_combine(
+    head: CheckedHead,
+    states: Tensor,
+    view_states: Tensor | None,
+    tokens: Tensor,
+    layout: Layout,
+    constants: Constants,
+    config: RomaConfig,
+) -> tuple[Tensor, Combined]:
+    """Log-probs [K+1, M] and the loss, as `score` and `combine` would give them."""
+    leaves = {"hidden": states, "view_hidden": view_states, "weight": head.weight}
+    refuse_transforms(leaves | {"bias": head.bias})
+    needs = [x is not None and x.requires_grad for x in (*leaves.values(), head.bias)]
+    loss, worst_view, metrics, logp, *_ = token_local_loss_op(
+        states,
+        view_states,
+        head.weight,
+        head.bias,
+        [tokens, layout.index, layout.num_tokens],
+        constants.tensors(),
+        options=config.encoded(),
+        chunk_rows=_chunk_rows(head.workspace, head.weight),
+        workspace=head.workspace,
+        needs=[needs[0] or needs[1], needs[2], needs[3]],
+    )
+    return logp.T, Combined(loss, worst_view, metrics)
 
 
 @torch.library.custom_op("roma::token_local_loss", mutates_args=())
@@ -57,48 +100,41 @@ def token_local_loss_op(
     view_hidden: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    tokens: Tensor,
-    index: Tensor,
-    counted: Tensor | None,
-    old_logp: Tensor,
-    ref_logp: Tensor | None,
-    view_old_logp: Tensor | None,
-    advantages: Tensor,
-    sequence: Tensor,
-    lengths: Tensor,
-    correct: Tensor,
-    aux_view: Tensor | None,
-    total_sequences: Tensor,
-    total_tokens: Tensor,
-    total_correct: Tensor,
-    line: str,
-    workspace: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, worst view, metrics, logp [K+1, n], and gradients by hidden, views, weight and bias.
+    places: Sequence[Tensor],
+    constants: Sequence[Tensor | None],
+    *,
+    options: str,
+    chunk_rows: int,
+    workspace: int | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, worst view, metrics, logp and lse [M, K+1], gradients by hidden, views, weight, bias.
 
-    Arguments as in `roma::linear_logprob`, `PackedBatch` and `roma::linear_logprob_backward`. [0]
-    stands in the place of a gradient not needed.
+    Args:
+        hidden: [M, D].
+        view_hidden: [K, M, D] or None.
+        weight: [V, D].
+        bias: [V] or None.
+        places: tokens [M], index [M], num_tokens 0-dim: `Rows`.
+        constants: `Constants.tensors`.
+        options: `RomaConfig.encoded`.
+        chunk_rows: rows whose logits are in memory at a time.
+        workspace: bytes for the backward that an upstream gradient by logp needs.
+        needs: whether the gradients by the hidden states (of either kind), weight, bias are needed;
+            a tensor [0] is returned for one that is not.
     """
     from roma_kernels.roma_loss.token_local.chunks import token_local_fwd
 
-    config = config_of(line)
-    logp = hidden.new_zeros(
-        1 if view_hidden is None else 1 + len(view_hidden), len(tokens), dtype=torch.float32
-    )
-    batch = PackedBatch(
-        logp[0], logp[1:], old_logp, ref_logp, view_old_logp, advantages, sequence, lengths,
-        correct, aux_view, total_sequences, total_tokens, total_correct,
-    )  # fmt: skip
+    images = 1 if view_hidden is None else 1 + len(view_hidden)
+    logp, lse = (hidden.new_zeros(2, len(places[0]), images, dtype=torch.float32)).unbind()
+    batch = Batch.of(logp[:, 0], logp[:, 1:].T, list(constants))
     with torch.autocast(hidden.device.type, enabled=False):
         loss, worst, metrics, gradients = token_local_fwd(
-            hidden, view_hidden, weight, bias, tokens, index, counted, batch, config, workspace,
-            (need_hidden, need_weight, need_bias),
+            (hidden, view_hidden, weight, bias), places, batch, lse,
+            config=decoded(options), chunk_rows=chunk_rows, needs=needs,
         )  # fmt: skip
     dhidden, dviews, dweight, dbias = (hidden.new_empty(0) if g is None else g for g in gradients)
-    return loss, worst, metrics, logp, dhidden, dviews, dweight, dbias
+    return loss, worst, metrics, logp.clone(), lse.clone(), dhidden, dviews, dweight, dbias
 
 
 @token_local_loss_op.register_fake
@@ -107,57 +143,74 @@ def _fake(
     view_hidden: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    tokens: Tensor,
-    index: Tensor,
-    counted: Tensor | None,
-    old_logp: Tensor,
-    ref_logp: Tensor | None,
-    view_old_logp: Tensor | None,
-    advantages: Tensor,
-    sequence: Tensor,
-    lengths: Tensor,
-    correct: Tensor,
-    aux_view: Tensor | None,
-    total_sequences: Tensor,
-    total_tokens: Tensor,
-    total_correct: Tensor,
-    line: str,
-    workspace: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    views = 0 if view_hidden is None else view_hidden.shape[0]
-    shape = {"token": sequence.shape, "batch": ()}.get(config_of(line).worst_over, lengths.shape)
-
+    places: Sequence[Tensor],
+    constants: Sequence[Tensor | None],
+    *,
+    options: str,
+    needs: Sequence[bool],
+    **sizes: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def like(x: Tensor | None, needed: bool) -> Tensor:
         return hidden.new_empty(0) if x is None or not needed else x.new_empty(x.shape)
 
+    images = 1 if view_hidden is None else 1 + view_hidden.shape[0]
+    logp = hidden.new_empty((places[0].shape[0], images), dtype=torch.float32)
+    batch = Batch.of(logp[:, 0], logp[:, 1:].T, list(constants))
+    need_states, need_weight, need_bias = needs
     return (
-        old_logp.new_empty(()),
-        lengths.new_empty(shape),
-        old_logp.new_empty(len(METRICS)),
-        old_logp.new_empty(views + 1, tokens.shape[0]),
-        like(hidden, need_hidden),
-        like(view_hidden, need_hidden),
+        logp.new_empty(()),
+        worst_view_like(batch, decoded(options)),
+        logp.new_empty(len(METRICS)),
+        logp,
+        logp.new_empty(logp.shape),
+        like(hidden, need_states),
+        like(view_hidden, need_states),
         like(weight, need_weight),
         like(bias, need_bias),
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[4:], *inputs[:4])
-    ctx.mark_non_differentiable(*output[1:])
+def _setup_context(
+    ctx: Any,
+    inputs: tuple[Any, ...],
+    keyword_only_inputs: dict[str, Any],
+    output: tuple[Tensor, ...],
+) -> None:
+    _, worst_view, metrics, _, lse, *gradients = output
+    *leaves, places, _ = inputs
+    ctx.save_for_backward(lse, *gradients, *leaves, *places)
+    ctx.mark_non_differentiable(worst_view, metrics, lse, *gradients)
     ctx.set_materialize_grads(False)  # or autograd makes zeros in the size of each gradient
+    ctx.workspace = keyword_only_inputs["workspace"]
+    ctx.config = decoded(keyword_only_inputs["options"])
 
 
-def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    gradients, leaves = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-    by_leaf = [
-        scaled("roma_loss", dloss, gradient, leaf) if needed else None
-        for gradient, leaf, needed in zip(gradients, leaves, ctx.needs_input_grad[:4], strict=True)
-    ]
-    return *by_leaf, *[None] * 19
+def _backward(
+    ctx: Any, dloss: Tensor | None, _worst: Any, _metrics: Any, dlogp: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    lse, *saved = ctx.saved_tensors
+    gradients, leaves, places = saved[:4], saved[4:8], saved[8:]
+    needed = ctx.needs_input_grad[:4]
+    found: list[Tensor | None] = [None] * 4
+    if dloss is not None:
+        for i, (gradient, leaf) in enumerate(zip(gradients, leaves, strict=True)):
+            found[i] = scaled("roma_loss", dloss, gradient, leaf) if needed[i] else None
+    if dlogp is not None:
+        more = linear_logprob_backward_op(
+            [lse, None, dlogp, None],
+            *leaves,
+            [*places, None],
+            scale=1 / ctx.config.temperature,
+            softcap=ctx.config.softcap,
+            backend="triton",
+            group=None,
+            workspace=ctx.workspace,
+            needs=[needed[0] or needed[1], needed[2], needed[3]],
+        )
+        for i, gradient in enumerate(more):
+            if needed[i]:
+                found[i] = gradient if dloss is None else found[i] + gradient
+    return *found, None, None
 
 
 token_local_loss_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,64 @@
+"""Operators are differentiable once, in reverse mode; everything else is refused here."""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from roma_kernels.errors import fail
+
+
+def refuse_second_derivative(op: str) -> NoReturn:
+    """What the backward of a backward does."""
+    raise RuntimeError(
+        f"{op}: expected one backward, got a second derivative; it has none, compute it with "
+        "backend='reference'"
+    )
+
+
+def refuse_transforms(tensors: dict[str, Tensor | None]) -> None:
+    """Refuses forward mode and torch.func for tensors that enter an operator.
+
+    torch.library's operators have no forward mode (a tangent would silently become 0), and
+    torch.func cannot see into them.
+
+    Raises:
+        RuntimeError: one of the tensors has a tangent, or is inside a transform.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        forward = torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+        # There is no public name for the second test.
+        if forward or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            got = "one with a tangent" if forward else "one inside a transform of torch.func"
+            fail(
+                name,
+                "a tensor of reverse-mode autograd",
+                got,
+                "use .backward() or torch.autograd.grad, or backend='reference'",
+                error=RuntimeError,
+            )
+
+
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(op: str, upstream: Tensor, gradient: Tensor, of: Tensor) -> Tensor:
+        return (upstream * gradient).to(gradient.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> NoReturn:
+        refuse_second_derivative(ctx.op)
+
+
+def scaled(op: str, upstream: Tensor, gradient: Tensor, of: Tensor) -> Tensor:
+    """A gradient by `of` that the forward has finished, times the loss's own."""
+    # Without `of` the result would count as constant, and a second derivative as zero.
+    scaled: Tensor = _Scaled.apply(op, upstream, gradient, of)
+    return scaled

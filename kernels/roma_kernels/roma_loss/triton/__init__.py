@@ -1,0 +1,1 @@
+"""The kernels of the loss from log-probs, compiled by Triton."""
