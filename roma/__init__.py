@@ -21,8 +21,8 @@ if TYPE_CHECKING:
         roma_loss_from_logp,
         view_divergence,
     )
-    from roma_kernels.roma_loss.config import RomaConfig
     from roma_kernels.roma_loss.batch import METRICS
+    from roma_kernels.roma_loss.config import RomaConfig
 
 __all__ = [
     "METRICS",
@@ -60,7 +60,10 @@ def __getattr__(name: str) -> Any:
 
 def _hint(name: str) -> str:
     """For who expects the other `roma`: that it is installed too."""
-    if name.startswith("_"):  # Python's own questions, which nobody reads the answer to
+    from importlib.util import find_spec
+
+    # Python asks for names of its own, and for sub-packages before it imports them.
+    if name.startswith("_") or find_spec(f"roma.{name}"):
         return ""
     from roma.namesake import conflict
 

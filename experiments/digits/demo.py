@@ -141,8 +141,8 @@ class _Demo:
     def _make_data(self) -> None:
         from roma.data import write_digits
 
-        sizes = {"train": self.sizes.train, "val": self.sizes.val, "test": self.sizes.test}
-        write_digits(self.out / "data", **sizes, overwrite=True)
+        sizes, folder = self.sizes, self.out / "data"
+        write_digits(folder, train=sizes.train, val=sizes.val, test=sizes.test, overwrite=True)
 
     def _warm_start(self) -> None:
         from experiments.digits.warm_start import warm_start

@@ -6,6 +6,7 @@
 Importing this loads no DALI: the first image degraded does.
 """
 
+import roma.namesake  # noqa: F401 - an ImportError if another `roma` is in the way
 from roma.views.batch import degrade, degrade_batch
 from roma.views.corruptions import CORRUPTIONS, Corruption, Parameter, load_levels
 from roma.views.sample import ViewSpec, sample, seed_for

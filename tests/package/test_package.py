@@ -1,4 +1,4 @@
-"""The package: one version, a light import, wheel and sdist, the compiled part, `roma info`."""
+"""The packages: one version, a light import, wheel and sdist, the compiled part, `roma info`."""
 
 import json
 import os
@@ -10,13 +10,14 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import metadata, version
 from pathlib import Path
 
 import pytest
 
 import roma
 from roma.info import info, text
+from roma_kernels import DISTRIBUTION
 from roma_kernels.backends import NAMES
 from roma_kernels.native import FILE, native, open_native
 
@@ -26,24 +27,29 @@ HEAVY = ("transformers", "nvidia.dali", "deepspeed", "vllm", "matplotlib", "trit
 NO_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false"}
 
 
-def python(code: str, *, without_site: tuple[Path, ...] = (), **environment: str) -> str:
+def python(*arguments: str, without_site: tuple[Path, ...] = ()) -> str:
     """What a fresh interpreter prints, in a folder that has nothing to do with the repository.
 
-    without_site: folders to import roma from. `-S` then keeps the installed roma out, whose
-    import hook (editable) would come first; the folder of torch is added as a plain path.
+    without_site: folders to import the two packages from. `-S` then keeps the installed ones out,
+    whose import hook (editable) would come first; the folder of torch is added as a plain path.
     """
     packages = Path(sys.modules["torch"].__path__[0]).parent
-    environment = {**os.environ, **environment}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (*without_site, packages)))
+    path = os.pathsep.join(map(str, (*without_site, packages)))
     done = subprocess.run(
-        [sys.executable, *(["-S"] if without_site else []), "-c", code],
-        env=environment,
+        [sys.executable, *(["-S"] if without_site else []), *arguments],
+        env={**os.environ, "PYTHONPATH": path},
         cwd="/",
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def loaded(statement: str) -> set[str]:
+    """The modules in memory after a statement, in a fresh interpreter."""
+    code = f"import json, sys; {statement}; print(json.dumps(list(sys.modules)))"
+    return set(json.loads(python("-c", code)))
 
 
 def build(kind: str, out: Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
@@ -71,27 +77,42 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sources() -> set[str]:
-    """Every Python file of the package under the name that it has when installed."""
-    files = [*(ROOT / "roma").glob("**/*.py"), *(ROOT / "kernels").glob("**/*.py")]
-    within = {str(file.relative_to(ROOT)) for file in files}
-    return {re.sub(r"^kernels/", "roma/kernels/", name) for name in within}
+    """Every Python file of the two packages under the name that it has when installed."""
+    roots = {ROOT: ROOT / "roma", ROOT / "kernels": ROOT / "kernels" / "roma_kernels"}
+    return {
+        file.relative_to(root).as_posix()
+        for root, package in roots.items()
+        for file in package.glob("**/*.py")
+    }
 
 
 def test_one_version() -> None:
     written = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert written == [version("roma")] == [roma.__version__]
+    assert written == [version("roma-vlm")] == [roma.__version__]
+    assert DISTRIBUTION == "roma-vlm"
+    assert f'name = "{DISTRIBUTION}"' in (ROOT / "pyproject.toml").read_text()
 
 
-def test_the_import_is_light() -> None:
-    loaded = json.loads(python("import json, sys, roma; print(json.dumps(sorted(sys.modules)))"))
-    assert "roma_kernels.linear_logprob.op" in loaded
-    assert [name for name in HEAVY if name in loaded] == []
+def test_import_roma_loads_no_torch() -> None:
+    """The command line answers at once, and a trainer pays when it uses a name."""
+    modules = loaded("import roma")
+    assert "roma" in modules and "torch" not in modules and "roma_kernels" not in modules
 
 
-def test_kernels_is_a_link() -> None:
-    link = ROOT / "roma" / "kernels"
-    assert os.readlink(link) == "../kernels"
-    assert not (link / "__init__.py").exists()  # `import kernels` stays Hugging Face's package
+def test_the_loss_loads_torch_and_nothing_heavy() -> None:
+    for statement in ("import roma; roma.roma_loss", "import roma_kernels.roma_loss.api"):
+        modules = loaded(statement)
+        assert {"torch", "roma_kernels.linear_logprob.op"} <= modules
+        assert [name for name in HEAVY if name in modules] == []
+    assert "roma" not in loaded("import roma_kernels.roma_loss.api")  # no import upwards
+
+
+def test_two_real_packages() -> None:
+    """A link is a one-line file in a zip and on a web page."""
+    for name in ("roma", "kernels"):
+        assert not [path for path in (ROOT / name).glob("**/*") if path.is_symlink()]
+    assert (ROOT / "kernels" / "roma_kernels" / "__init__.py").is_file()
+    assert not (ROOT / "kernels" / "__init__.py").exists()  # `kernels` is Hugging Face's package
 
 
 def test_the_wheel_holds_everything(wheel: Path) -> None:
@@ -99,19 +120,36 @@ def test_the_wheel_holds_everything(wheel: Path) -> None:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         (entry_points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
         assert "roma=roma.cli:main" in archive.read(entry_points).decode().replace(" ", "")
-    assert sources() | {"roma/py.typed"} <= names
-    assert all(name.startswith("roma/") for name in names)
-    assert (f"roma/{FILE}" in names) == (shutil.which("c++") is not None)
+    assert sources() | {"roma/py.typed", "roma_kernels/py.typed"} <= names
+    assert {name.partition("/")[0] for name in names} == {"roma", "roma_kernels"}
+    assert (f"roma_kernels/{FILE}" in names) == (shutil.which("c++") is not None)
+    assert {name for name in names if not name.endswith((".py", ".so", "py.typed"))} == {
+        f"roma/configs/{path.name}" for path in (ROOT / "configs").glob("[!d]*.yaml")
+    }
 
 
 def test_the_wheel_works_alone(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
-        compiled = f"roma/{FILE}" in archive.namelist()
+        compiled = f"roma_kernels/{FILE}" in archive.namelist()
     code = "import json; from roma.info import info; print(json.dumps(info()))"
-    found = json.loads(python(code, without_site=(tmp_path,)))
-    assert found["packages"][0]["version"] == roma.__version__
+    found = json.loads(python("-c", code, without_site=(tmp_path,)))
+    assert found["packages"][0] == {
+        "name": "roma-vlm",
+        "version": roma.__version__,
+        "purpose": "",
+        "remedy": None,
+    }
     assert found["native"]["available"] == compiled
+    assert found["conflict"] is None
+    configs = python("-m", "roma", "train", "--list-configs", without_site=(tmp_path,)).split()
+    assert configs == [str(tmp_path / f"roma/configs/qwen3vl_{size}b.yaml") for size in (4, 8)]
+    for path in configs:
+        needed = ["data.train_files=a", "worker.actor.model_path=b"]
+        said = python(
+            "-m", "roma", "train", path, *needed, "--print-config", without_site=(tmp_path,)
+        )
+        assert "view_mode: roma" in said
 
 
 def test_the_sdist_holds_the_sources_and_no_leftovers(tmp_path: Path) -> None:
@@ -120,8 +158,9 @@ def test_the_sdist_holds_the_sources_and_no_leftovers(tmp_path: Path) -> None:
     (path,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert sources() <= names
+    assert {re.sub("^roma_kernels/", "kernels/roma_kernels/", name) for name in sources()} <= names
     assert {"CMakeLists.txt", "csrc/level.cpp", "csrc/native.h", "LICENSE"} <= names
+    assert {f"configs/{path.name}" for path in (ROOT / "configs").iterdir()} <= names
     assert not [name for name in names if re.search(r"\.so$|\.pyc$|^runs/|^\.venv", name)]
 
 
@@ -130,8 +169,8 @@ def test_without_a_compiler_the_wheel_is_python_alone(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("*-py3-none-any.whl")
     with zipfile.ZipFile(path) as archive:
-        assert sources() <= set(archive.namelist())
-        assert f"roma/{FILE}" not in archive.namelist()
+        assert sources() | {"roma/configs/qwen3vl_4b.yaml"} <= set(archive.namelist())
+        assert f"roma_kernels/{FILE}" not in archive.namelist()
 
 
 def test_a_required_compiler_that_is_missing_is_an_error(tmp_path: Path) -> None:
@@ -140,10 +179,14 @@ def test_a_required_compiler_that_is_missing_is_an_error(tmp_path: Path) -> None
     assert not list(tmp_path.glob("*.whl"))
 
 
-def test_the_example_runs_from_a_bare_checkout() -> None:
-    script = ROOT / "examples" / "minimal.py"
-    said = python(f"import runpy; runpy.run_path({str(script)!r})", without_site=(ROOT,))
+def test_a_bare_checkout_runs_examples_and_bench() -> None:
+    """Nothing is installed but torch: PYTHONPATH=.:kernels."""
+    checkout = (ROOT, ROOT / "kernels")
+    said = python(str(ROOT / "examples" / "minimal.py"), without_site=checkout)
     assert re.search(r"^step 9: loss -?\d", said, re.MULTILINE)
+    assert "usage: " in python("-m", "bench", "--help", without_site=checkout)
+    said = python("-m", "roma", "--version", without_site=checkout)
+    assert said == f"roma-vlm {roma.__version__}\n"
 
 
 def test_the_native_library_loads_or_says_why() -> None:
@@ -205,14 +248,45 @@ def test_info_names_every_back_end_and_why() -> None:
     cpu = found["devices"][0]
     available = {row["name"] for row in found["backends"] if row["available"]}
     assert cpu["type"] == "cpu" and cpu["backend"] in available - {"reference"}
-    said = text(found)
-    for row in (*found["packages"], *found["backends"]):
-        assert re.search(rf"^  {re.escape(row['name'])} ", said, re.MULTILINE)
+    lines = text(found).splitlines()
+    assert lines[0] == ", ".join(f"{row['name']} {row['version']}" for row in found["packages"][:3])
+    for row in (*found["packages"][3:], *found["backends"]):
+        shown = [line.split()[1] for line in lines if line.startswith(f"{row['name']} ")]
+        assert (row["version"] or "-" if "version" in row else "yes no") and shown
+    (taken,) = (line.split()[0] for line in lines if re.match(r"\w+ +yes +(CPU|CPU, GPU) ", line))
+    assert taken == cpu["backend"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_info_fits_the_terminal(width: int) -> None:
+    found = info()
+    found["native"] = {"available": False, "description": "x", "instruction_set": None}
+    found["conflict"] = "the distribution roma 1.8.0 (3D rotations) is installed too " * 3
+    for row in found["packages"][3:]:
+        row |= {"version": None, "remedy": f"pip install '{DISTRIBUTION}[train,views]'"}
+    for row in found["backends"]:
+        row["reason"] = "native library: expected libroma_native.so in the package, got none " * 3
+    assert max(map(len, text(found, width=width).splitlines())) <= width
 
 
 def test_info_says_what_to_install() -> None:
     found = info()
     for row in found["packages"]:
         assert (row["version"] is None) == (row["remedy"] is not None)
-    found["packages"] = [{"name": "DALI", "version": None, "remedy": "pip install 'roma[views]'"}]
-    assert "not installed: pip install 'roma[views]'" in text(found)
+    remedy = "pip install 'roma-vlm[views]'"
+    found["packages"][3:] = [
+        {"name": "DALI", "version": None, "purpose": "degraded images", "remedy": remedy}
+    ]
+    said = text(found).splitlines()[-1].split(maxsplit=2)
+    assert said == ["DALI", "-", f"degraded images; not installed: {remedy}"]
+
+
+def test_info_names_extras_that_exist() -> None:
+    """A remedy that installs nothing is worse than none."""
+    extras = metadata(DISTRIBUTION).get_all("Provides-Extra", [])
+    named = re.findall(r"roma-vlm\[([a-z,]+)\]", (ROOT / "roma" / "info.py").read_text())
+    named += re.findall(r'_extra\("([a-z,]+)"\)', (ROOT / "roma" / "info.py").read_text())
+    for file in (*(ROOT / "roma").glob("**/*.py"), *(ROOT / "kernels").glob("**/*.py")):
+        named += re.findall(r"roma-vlm\[([a-z,]+)\]", file.read_text())
+        assert "'roma[" not in file.read_text()
+    assert named and {extra for names in named for extra in names.split(",")} <= set(extras)
