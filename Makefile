@@ -1,5 +1,5 @@
-# make setup | demo | test | check | bench | kernels. Each sets up what it needs in .venv by itself, once; after that
-# no network is used. Another interpreter: make PYTHON=python3.12 setup.
+# make setup | demo | test | check | bench | kernels. Each first installs what it needs into .venv, once; after that no
+# network is used. Another interpreter: make PYTHON=python3.12 setup.
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,8 +15,8 @@ help:
 	@echo "make setup   .venv with everything the tests and the demo need"
 	@echo "make demo    train GRPO and ROMA on real digits, evaluate on bad images: runs/demo"
 	@echo "make test    every test"
-	@echo "make check   ruff, mypy, links, doctests, every kernel compiled for every chip"
-	@echo "make bench   the loss against its peers, held to float64 first: bench/results, README table"
+	@echo "make check   ruff, mypy, imports, links, README, doctests, every kernel compiled for every chip"
+	@echo "make bench   the loss against its peers, held to float64 first: bench/results, docs/BENCHMARKS.md"
 	@echo "make kernels the same compilation, written to docs/KERNELS.md"
 
 setup: $(STAMP)
@@ -47,10 +47,14 @@ check: $(STAMP)
 	@$(BIN)/ruff format --check .
 	@echo "check: mypy"
 	@$(BIN)/mypy
+	@echo "check: imports run downwards"
+	@$(BIN)/lint-imports --no-cache --no-logo
 	@echo "check: links"
 	@$(BIN)/python .ci/check_links.py
+	@echo "check: README's code"
+	@$(BIN)/python .ci/check_readme.py
 	@echo "check: doctests"
-	@$(BIN)/pytest -q --doctest-modules roma kernels/roma_kernels experiments
+	@$(BIN)/pytest -q --doctest-modules roma kernels/roma_kernels experiments .ci
 	@echo "check: kernels"
 	@$(BIN)/python -m bench.compiled --check
 
