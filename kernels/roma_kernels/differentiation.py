@@ -1,5 +1,6 @@
 """Operators are differentiable once, in reverse mode; everything else is refused here."""
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -41,6 +42,15 @@ def refuse_transforms(tensors: dict[str, Tensor | None]) -> None:
                 "use .backward() or torch.autograd.grad, or backend='reference'",
                 error=RuntimeError,
             )
+
+
+def no_gradients(tensors: Sequence[Tensor | None]) -> list[None] | None:
+    """What a backward returns for a list of constants.
+
+    torch.library takes a list in which all are tensors for arguments one by one, any other list for
+    one argument.
+    """
+    return None if any(x is None for x in tensors) else [None] * len(tensors)
 
 
 class _Scaled(torch.autograd.Function):

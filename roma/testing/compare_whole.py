@@ -81,11 +81,9 @@ def check_against_oracle(spec: LossSpec, backend: Backend, frozen: tuple[str, ..
     chosen = got.worst_view if spec.k else None
     want = expect(theirs, worst_view=chosen)
     eager = expect(plain, worst_view=chosen, dtype=accumulate)
-    heads = list(want.heads.values())
+    heads = [vars(head) for head in want.heads.values()]
     rows, targets, counted = stack_rows(case)
-    stacked = HeadReference(
-        **{n: torch.cat([getattr(h, n) for h in heads]) for n in vars(heads[0])}
-    )
+    stacked = HeadReference(**{n: torch.cat([head[n] for head in heads]) for n in heads[0]})
     scale = 1 / spec.config.temperature
     row_noise = tolerance.logp_noise(stacked, rows, case["weight"], scale, spec.dtype)
     worst = float(row_noise.max()) if len(row_noise) else 0.0

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from roma_kernels.arguments import check_values
 from roma_kernels.backends import choose
-from roma_kernels.differentiation import refuse_second_derivative
+from roma_kernels.differentiation import no_gradients, refuse_second_derivative
 from roma_kernels.linear_logprob.backward import linear_logprob_bwd
 from roma_kernels.linear_logprob.rows import Head, Kernels, Rows, Upstream
 
@@ -241,9 +241,7 @@ def _setup_context(
     ctx.mark_non_differentiable(*([lse] if entropy else [lse, row_entropy]))
 
 
-def _backward(
-    ctx: Any, dlogp: Tensor, _dlse: Tensor, dentropy: Tensor
-) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dlogp: Tensor, _dlse: Tensor, dentropy: Tensor) -> tuple[Any, ...]:
     lse, entropy, hidden, view_hidden, weight, bias, *places = ctx.saved_tensors
     needed = ctx.needs_input_grad[:4]
     gradients = linear_logprob_backward_op(
@@ -256,7 +254,8 @@ def _backward(
         needs=[needed[0] or needed[1], needed[2], needed[3]],
         **ctx.options,
     )
-    return *(g if need else None for g, need in zip(gradients, needed, strict=True)), None
+    leaves = (g if need else None for g, need in zip(gradients, needed, strict=True))
+    return *leaves, no_gradients(places)
 
 
 def _keep_nothing(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:

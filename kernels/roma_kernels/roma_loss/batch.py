@@ -1,6 +1,6 @@
 """`Layout` and `Batch`: the counted tokens of B sequences laid end to end, and their constants."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -83,7 +83,10 @@ class Constants:
 
     def tensors(self) -> list[Tensor | None]:
         """The fields in order, as an operator takes them."""
-        return [getattr(self, field.name) for field in fields(Constants)]
+        return [getattr(self, name) for name in _CONSTANTS]
+
+
+_CONSTANTS = tuple(Constants.__dataclass_fields__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +99,7 @@ class Batch(Constants):
     @classmethod
     def of(cls, logp: Tensor, view_logp: Tensor, constants: list[Tensor | None]) -> "Batch":
         """A batch from log-probs and `Constants.tensors`."""
-        names = (field.name for field in fields(Constants))
-        named = dict(zip(names, constants, strict=True))
+        named = dict(zip(_CONSTANTS, constants, strict=True))
         return cls(logp=logp, view_logp=view_logp, **named)  # type: ignore[arg-type]  # as they were
 
     @property

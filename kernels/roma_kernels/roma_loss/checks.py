@@ -243,7 +243,9 @@ def _scalar(value: Total, layout: Layout, dtype: torch.dtype) -> Tensor:
     device = layout.index.device
     if isinstance(value, Tensor):
         return value.detach().to(device, dtype)
-    return torch.full((), value, dtype=dtype, device=device)  # as_tensor would copy from the host
+    # Not as_tensor, which copies from the host; not full, for which torch.compile takes a float as a
+    # constant and recompiles when it changes.
+    return torch.zeros((), dtype=dtype, device=device) + value
 
 
 def _missing(name: str, layout: Layout, because: str, otherwise: str) -> NoReturn:

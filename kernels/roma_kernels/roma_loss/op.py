@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from roma_kernels.differentiation import refuse_transforms, scaled
+from roma_kernels.differentiation import no_gradients, refuse_transforms, scaled
 from roma_kernels.roma_loss.batch import METRICS, Batch, Constants
 from roma_kernels.roma_loss.config import RomaConfig, decoded
 from roma_kernels.roma_loss.reference import roma_loss_reference
@@ -112,14 +112,17 @@ def _setup_context(
     output: tuple[Tensor, ...],
 ) -> None:
     _, worst_view, metrics, dlogp, dview_logp = output
-    ctx.save_for_backward(dlogp, dview_logp, *inputs[:2])
+    logp, view_logp, constants = inputs
+    ctx.save_for_backward(dlogp, dview_logp, logp, view_logp)
+    ctx.of_constants = no_gradients(constants)
     ctx.mark_non_differentiable(worst_view, metrics, dlogp, dview_logp)
 
 
-def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
     dlogp, dview_logp, logp, view_logp = ctx.saved_tensors
     by_logp = scaled("roma_loss", dloss, dlogp, logp)
-    return by_logp, scaled("roma_loss", dloss, dview_logp, view_logp), None
+    by_view_logp = scaled("roma_loss", dloss, dview_logp, view_logp)
+    return by_logp, by_view_logp, ctx.of_constants
 
 
 combine_op.register_autograd(_backward, setup_context=_setup_context)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roma_kernels.differentiation import refuse_transforms, scaled
+from roma_kernels.differentiation import no_gradients, refuse_transforms, scaled
 from roma_kernels.linear_logprob.head import CheckedHead
 from roma_kernels.linear_logprob.op import linear_logprob_backward_op
 from roma_kernels.linear_logprob.rows import TRITON_WORKSPACE
@@ -100,7 +100,7 @@ def token_local_loss_op(
     view_hidden: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    places: Sequence[Tensor],
+    places: Sequence[Tensor | None],
     constants: Sequence[Tensor | None],
     *,
     options: str,
@@ -126,11 +126,13 @@ def token_local_loss_op(
     from roma_kernels.roma_loss.token_local.chunks import token_local_fwd
 
     images = 1 if view_hidden is None else 1 + len(view_hidden)
-    logp, lse = (hidden.new_zeros(2, len(places[0]), images, dtype=torch.float32)).unbind()
+    tokens, index, num_tokens = places
+    assert tokens is not None and index is not None and num_tokens is not None
+    logp, lse = (hidden.new_zeros(2, len(tokens), images, dtype=torch.float32)).unbind()
     batch = Batch.of(logp[:, 0], logp[:, 1:].T, list(constants))
     with torch.autocast(hidden.device.type, enabled=False):
         loss, worst, metrics, gradients = token_local_fwd(
-            (hidden, view_hidden, weight, bias), places, batch, lse,
+            (hidden, view_hidden, weight, bias), (tokens, index, num_tokens), batch, lse,
             config=decoded(options), chunk_rows=chunk_rows, needs=needs,
         )  # fmt: skip
     dhidden, dviews, dweight, dbias = (hidden.new_empty(0) if g is None else g for g in gradients)
@@ -143,7 +145,7 @@ def _fake(
     view_hidden: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    places: Sequence[Tensor],
+    places: Sequence[Tensor | None],
     constants: Sequence[Tensor | None],
     *,
     options: str,
@@ -154,6 +156,7 @@ def _fake(
         return hidden.new_empty(0) if x is None or not needed else x.new_empty(x.shape)
 
     images = 1 if view_hidden is None else 1 + view_hidden.shape[0]
+    assert places[0] is not None
     logp = hidden.new_empty((places[0].shape[0], images), dtype=torch.float32)
     batch = Batch.of(logp[:, 0], logp[:, 1:].T, list(constants))
     need_states, need_weight, need_bias = needs
@@ -177,17 +180,18 @@ def _setup_context(
     output: tuple[Tensor, ...],
 ) -> None:
     _, worst_view, metrics, _, lse, *gradients = output
-    *leaves, places, _ = inputs
+    *leaves, places, constants = inputs
     ctx.save_for_backward(lse, *gradients, *leaves, *places)
     ctx.mark_non_differentiable(worst_view, metrics, lse, *gradients)
     ctx.set_materialize_grads(False)  # or autograd makes zeros in the size of each gradient
+    ctx.of_constants = no_gradients(constants)
     ctx.workspace = keyword_only_inputs["workspace"]
     ctx.config = decoded(keyword_only_inputs["options"])
 
 
 def _backward(
     ctx: Any, dloss: Tensor | None, _worst: Any, _metrics: Any, dlogp: Tensor | None, *_: Any
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Any, ...]:
     lse, *saved = ctx.saved_tensors
     gradients, leaves, places = saved[:4], saved[4:8], saved[8:]
     needed = ctx.needs_input_grad[:4]
@@ -210,7 +214,7 @@ def _backward(
         for i, gradient in enumerate(more):
             if needed[i]:
                 found[i] = gradient if dloss is None else found[i] + gradient
-    return *found, None, None
+    return *found, no_gradients(places), ctx.of_constants
 
 
 token_local_loss_op.register_autograd(_backward, setup_context=_setup_context)
