@@ -1,1 +1,1 @@
-"""What the figures in README and docs come from; not part of the installed package."""
+"""Experiments behind the figures in README.md and docs/; not part of the installed packages."""

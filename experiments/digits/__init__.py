@@ -1,1 +1,1 @@
-"""The demo: the whole method on real digits, two CPU cores, about ten minutes."""
+"""The demo: training and evaluation on real digits, about ten minutes on two CPU cores."""

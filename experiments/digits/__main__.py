@@ -10,8 +10,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.digits",
         description="Makes the data, warm-starts a small Qwen3-VL, trains GRPO, naive augmentation "
-        "and ROMA over the seeds and evaluates them on clean, seen and unseen degradations: "
-        "report.html, report.json in --out.",
+        "and ROMA for each seed, evaluates them on clean and degraded images, and writes "
+        "report.html and report.json to --out.",
     )
     parser.add_argument("--out", default="runs/demo", help="run folder (runs/demo)")
     parser.add_argument("--seeds", default="0,1,2", help="run seeds (0,1,2)")

@@ -1,10 +1,10 @@
-"""`roma demo`: the whole method, small: data, warm start, four arms over several seeds, a report.
+"""The demo on digits: data, warm start, four arms over several seeds, a report.
 
-Arms start from one warm-started model and share everything but what they are named after: `grpo`
-(clean rollouts, no views), `naive` (GRPO whose rollouts see a degraded image), `roma`, and
-`grpo_equal_time` (GRPO with as many more steps as the ROMA run of that seed took more CPU time, one
-thread each). All are measured on the same degraded test images, whose scans no training and no
-tuning has seen.
+All arms start from one warm-started model and differ in one setting: `grpo` has clean rollouts and
+no views, `naive` is GRPO with rollouts on a degraded image, `roma` adds the views to the loss, and
+`grpo_equal_time` is GRPO with more steps, by the ratio of the CPU times that ROMA and GRPO took for
+that seed (one thread each). All arms are evaluated on the same degraded test images; their scans
+were used neither for training nor for tuning.
 """
 
 import math
@@ -40,27 +40,27 @@ ARMS: dict[str, list[str]] = {
     "grpo_equal_time": ["algorithm.view_mode=none"],
     "naive": ["algorithm.view_mode=rollout"],
 }
-"""Arm → what its configuration changes in configs/demo.yaml."""
+"""Arm → its overrides of configs/demo.yaml."""
 
 POOLS = ("clean", "seen", "unseen")
 LEVELS = (1, 2, 3)
-_DONE = -1  # a step number that says: trained
+_DONE = -1  # instead of a step number: trained and evaluated
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How much of everything the demo takes; the defaults are those of the README's figures."""
+    """Numbers of questions and steps; the defaults are those of docs/DEMO.md."""
 
     train: int = 8000
     """Training questions."""
     val: int = 1000
-    """Validation questions: learning curves; levels and λ were chosen on them."""
+    """Validation questions, for learning curves; levels and λ were chosen on them."""
     test: int = 500
     """Test questions per condition."""
     warm_steps: int = 300
     """Steps of the supervised warm start, 32 questions each."""
     steps: int | None = None
-    """RL steps of an arm; None: as configs/demo.yaml says."""
+    """RL steps of an arm; None: those of configs/demo.yaml."""
 
 
 def run_demo(
@@ -68,23 +68,23 @@ def run_demo(
 ) -> Path:
     """Runs the demo and returns the path of its report.html.
 
-    Leaves in `out`: report.json, report.html, plots (PNG), data/, base/, and per arm and seed a run
-    folder with metrics.jsonl, config.yaml and the last checkpoint. What an earlier demo left there
-    is replaced.
+    Writes to `out`: report.json, report.html, plots (PNG), data/, base/, and per arm and seed a run
+    folder with metrics.jsonl, config.yaml and the last checkpoint. The files of an earlier demo
+    there are replaced.
 
     Args:
         out: the run folder.
         seeds: of the RL runs, at least one.
-        sizes: None for the README's.
+        sizes: None for the defaults.
 
     Raises:
-        ValueError: no seeds, a seed twice, or no configs/ beside the package (run it in a clone).
+        ValueError: no seeds, a seed twice, or no configs/ (run it in a clone).
     """
     if not seeds or len(set(seeds)) < len(seeds):
         fail("seeds", "distinct numbers, at least one", str(list(seeds)), "0,1,2 are customary")
     configs = Path(__file__).resolve().parents[2] / "configs"
     if not (configs / "demo.yaml").is_file():
-        fail("configs", "configs/demo.yaml beside the package", "none", "run the demo in a clone")
+        fail("configs", "configs/demo.yaml in the clone", "none", "run the demo in a clone")
     run = _Demo(Path(out), configs, list(seeds), sizes or Sizes())
     return run.run()
 
@@ -193,7 +193,7 @@ class _Demo:
                 config = None if arm == "base" else self._config(arm, seed, more)
                 return pool.submit(_job, self.out, arm, seed, config, events)
 
-            # A seed's GRPO and ROMA first, since their times decide the steps of the third.
+            # GRPO and ROMA of each seed come first: their times give the steps of equal time.
             jobs = {("base", 0): submit("base", 0)}
             for seed in self.seeds:
                 jobs |= {(arm, seed): submit(arm, seed) for arm in ("grpo", "roma")}
@@ -257,7 +257,7 @@ class _Demo:
                 return
             task = tasks[arm, seed]
             if step == _DONE:
-                if not self.console.is_terminal:  # a log file has no bars to look at
+                if not self.console.is_terminal:  # a log file shows no bars
                     self.console.print(f"{arm} seed {seed}: trained and evaluated")
                 bars.update(task, completed=bars.tasks[task].total, description=f"{arm} {seed} ✓")
             else:
@@ -302,7 +302,7 @@ class _Demo:
 
 
 def _one_thread() -> None:
-    """Before a worker imports torch and DALI: runs side by side must not share cores."""
+    """Set before a worker imports torch and DALI: concurrent runs have one core each."""
     os.environ["OMP_NUM_THREADS"] = os.environ["DALI_NUM_THREADS"] = "1"
 
 
@@ -317,7 +317,7 @@ def _answers(out: Path, arm: str, seed: int) -> Path:
 def _job(
     out: Path, arm: str, seed: int, config: Config | None, events: "Queue[tuple[str, int, int]]"
 ) -> dict[str, float]:
-    """Trains (the base model: not) and evaluates one model, in a process of its own."""
+    """Trains one arm (the base model is not trained) and evaluates it, in its own process."""
     import torch
 
     from roma.evaluate.run import evaluate, policy_answerer

@@ -1,4 +1,4 @@
-"""Supervised training on written solutions, clean images: what a model knows before RL."""
+"""Supervised training on written solutions and clean images, before RL."""
 
 from collections.abc import Callable, Sequence
 
@@ -57,7 +57,7 @@ def warm_start(
         steps: optimizer steps.
         batch_size: examples per step, drawn without replacement, epoch after epoch.
         lr: peak learning rate.
-        warmup: share of the steps before the peak.
+        warmup: share of the steps over which the rate rises.
         seed: of the order of examples; the same seed gives the same weights on the same machine.
         progress: called after each step with (step, loss).
 

@@ -1,4 +1,4 @@
-"""Learning curves: what the training logs of all arms and seeds say, step by step."""
+"""Learning curves from the training logs of all arms and seeds."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -26,12 +26,12 @@ _CURVES = (
 _PENALTY, _WORST = "actor/roma_penalty/", "actor/roma_worst_view/"
 
 Metrics = Sequence[Mapping[str, Any]]
-"""Rows of metrics.jsonl, each with "step", "arm", "seed" and whatever was logged."""
+"""Rows of metrics.jsonl, each with "step", "arm", "seed" and the metrics logged there."""
 
 
 @styled
 def learning_curves(metrics: Metrics) -> Figure:
-    """What the training logs say over the steps; a quantity that no log holds has no panel.
+    """The logged quantities over the steps; one that no log holds has no panel.
 
     Args:
         metrics: of `experiments.report.report.read_metrics`.

@@ -69,17 +69,17 @@ _ACCURACY = (
     " unseen are macro averages over their corruptions."
 )
 _DIFFERENCES = (
-    "First arm minus second, on the same images. Coloured where the interval leaves out 0: green,"
-    " the first is better; red, the second."
+    "First arm minus second, on the same images. Coloured where the interval excludes 0: green if"
+    " the first is better, red if the second is."
 )
 _ROBUSTNESS = (
     "Macro averages. Bars: 95 % interval over test images. Small dots: single seeds. Overlapping"
-    " bars do not decide between two arms, which share the images: see the paired differences."
+    " bars do not compare two arms, which share the images: see the paired differences."
 )
 _TRAINING = "Mean over seeds, smoothed over 1/30 of the steps. Bands: range over seeds."
 _GALLERY = (
-    "Taken at equal distances through the test set, whatever was answered; each arm's first seed."
-    " ✓ right, ✗ wrong."
+    "Taken at equal distances through the test set, independent of the answers; each arm's first"
+    " seed. ✓ right, ✗ wrong."
 )
 
 
@@ -166,7 +166,7 @@ def _head(tree: Mapping[str, Any], *first: str) -> str:
 
 
 def _entries(tree: Mapping[str, Any]) -> Iterable[tuple[Mapping[str, float], str]]:
-    """Entries in column order, each with the class that draws a line where a pool starts."""
+    """Entries in column order, each with its CSS class: "start" where a pool starts."""
     for found in tree.values():
         if "mean" in found:
             yield found, ""
@@ -205,7 +205,7 @@ def _difference_table(report: Mapping[str, Any]) -> str:
 
 
 def _direction(entry: Mapping[str, float]) -> str:
-    """Class of a difference whose interval leaves out 0."""
+    """CSS class of a difference: "up" or "down" where the interval excludes 0."""
     return "up" if entry["low"] > 0 else "down" if entry["high"] < 0 else ""
 
 

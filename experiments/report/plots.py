@@ -1,8 +1,8 @@
 """The figures of a report, drawn from the report's own numbers: robustness, corruptions, gallery.
 
-Every function returns a `matplotlib.figure.Figure` that no window system knows of (Agg draws it),
-and each arm has one colour, marker and name throughout. Arms have Okabe and Ito's colours, kinds of
-corruption Paul Tol's: both stay apart under the common colour-vision deficiencies. Right and wrong
+Every function returns a `matplotlib.figure.Figure` drawn by Agg, without a window system. Each arm
+has one colour, marker and name in all figures. Arms have Okabe and Ito's colours, corruptions Paul
+Tol's: both remain distinguishable with the common colour-vision deficiencies. Right and wrong
 differ by a sign as well as by colour.
 """
 
@@ -30,12 +30,12 @@ RIGHT, WRONG = "#00694f", "#b3261e"
 
 
 def arm_style(arm: str) -> LineStyle:
-    """The style of a known arm, or a plain black one under the arm's own name."""
+    """The style of a known arm; of another, a black line with the arm's name."""
     return ARMS.get(arm, LineStyle(arm, "#222222"))
 
 
 def arm_order(arms: Iterable[str]) -> list[str]:
-    """Known arms first, in the order of `ARMS`; others after them, as they come.
+    """Known arms first, in the order of `ARMS`; then the others, in the order given.
 
     Example:
         >>> arm_order(["roma", "mine", "base"])
@@ -87,7 +87,7 @@ def corruptions(report: Mapping[str, Any], *, minus: str = "grpo") -> Figure:
         minus: the arm that ROMA is compared with; without either, the lower map is left out.
 
     Returns:
-        One map above the other, each cell with its number.
+        The two maps, one above the other, with a number in each cell.
     """
     rows = [row for row in report["detail"] if row["seed"] == "mean" and row["corruption"]]
     value = {(row["arm"], row["corruption"], row["level"]): row["mean"] for row in rows}
@@ -121,7 +121,7 @@ def corruptions(report: Mapping[str, Any], *, minus: str = "grpo") -> Figure:
 def _heat_map(
     panel: Axes, table: NDArray[np.float64], form: str, colours: str, limits: tuple[float, float]
 ) -> None:
-    """A map with its numbers, in black or white, whichever reads better on the cell's colour."""
+    """A map with its numbers, in black or white for contrast with the cell's colour."""
     drawn = panel.imshow(table, cmap=colours, aspect="auto", vmin=limits[0], vmax=limits[1])
     for row, column in np.ndindex(*table.shape):
         red, green, blue, _ = drawn.cmap(drawn.norm(table[row, column]))

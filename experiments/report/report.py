@@ -45,14 +45,14 @@ def build_report(
     tuned_on: str = "validation split",
     bootstrap_seed: int = 0,
 ) -> dict[str, Any]:
-    """Everything that report.json says.
+    """The contents of report.json.
 
     Args:
         results: arm → seed → result; all on the same images and cells. A difference takes the
             seeds that both arms have.
         config: the run's settings, JSON-able.
         versions: package → version.
-        timings: stage → seconds, nested as wished.
+        timings: stage → seconds; may be nested.
         tuned_on: what the settings were chosen on.
         bootstrap_seed: of the resamples that all intervals share.
 
@@ -175,9 +175,9 @@ def signed(entry: Mapping[str, float]) -> str:
 
 
 def summary(report: Mapping[str, Any]) -> list[str]:
-    """What the numbers say, whichever way they fall: an opening, one finding a pair, a caveat.
+    """The findings in sentences: an opening, one finding per compared pair, a caveat.
 
-    A difference is called one only where its interval leaves out 0.
+    A difference is called higher or lower only where its interval excludes 0.
     """
     count = len(report["seeds"])
     averaged = f"mean over {count} training seeds" if count > 1 else "one training seed"
@@ -193,7 +193,7 @@ def summary(report: Mapping[str, Any]) -> list[str]:
         text.append(f"{one} minus {other}, in points: {'; '.join(said)}.")
     text.append(
         "Brackets are 95 % bootstrap intervals over test images, paired between the arms; they do"
-        " not cover the choice of training seeds, which stand one by one in the tables."
+        " not cover the choice of training seeds, which the tables list one by one."
     )
     return text
 
@@ -261,14 +261,14 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 def choose_gallery(
     results: Results, images: DegradedImages, *, items: int = 12
 ) -> list[GalleryItem]:
-    """Test images at equal distances through the set, each corruption in turn at its highest level.
+    """Test images at equal distances through the set; the corruptions alternate, at highest level.
 
-    The choice does not look at the answers.
+    The choice does not depend on the answers.
 
     Args:
         results: as for `build_report`; each arm's first seed answers.
         images: what the results were measured on.
-        items: how many, at most.
+        items: at most this number.
     """
     by_level = sorted(images.cells, key=lambda cell: cell.level)
     highest = list({cell.corruption: cell for cell in by_level if cell.corruption}.values())

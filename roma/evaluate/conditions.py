@@ -29,7 +29,7 @@ class Cell:
     level: int = 0
 
     def __str__(self) -> str:
-        """As in progress lines and plots: "clean" or "gaussian_noise L3"."""
+        """As shown in plots: "clean" or "gaussian_noise L3"."""
         return f"{self.corruption} L{self.level}" if self.corruption else "clean"
 
 
@@ -144,7 +144,7 @@ class DegradedImages:
         return made
 
     def make_all(self) -> "DegradedImages":
-        """Makes every cell now, e.g. before worker processes are given the whole (it pickles)."""
+        """Makes every cell now, e.g. before the object is pickled for worker processes."""
         for cell in self.cells:
             self.at(cell)
         return self

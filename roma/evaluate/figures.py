@@ -1,7 +1,7 @@
-"""The figure of an evaluation, and what the figures of a report share with it.
+"""The figure of an evaluation, and its parts that other figures share.
 
-Every function returns a `matplotlib.figure.Figure` that no window system knows of (Agg draws it).
-Corruptions have Paul Tol's colours, which stay apart under the common colour-vision deficiencies.
+Every function returns a `matplotlib.figure.Figure` drawn by Agg, without a window system.
+Corruptions have Paul Tol's colours, distinguishable with the common colour-vision deficiencies.
 """
 
 import functools
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 @dataclass(frozen=True)
 class LineStyle:
-    """How a line is named and drawn."""
+    """Label, colour, marker and dashes of a line."""
 
     label: str
     colour: str
@@ -119,7 +119,7 @@ def severity_line(
     panel.errorbar(
         np.arange(len(mean)) + shift,
         mean,
-        # A percentile interval may, by its granularity, miss the mean by a hair: no negative bar.
+        # A percentile interval is discrete and may exclude the mean: no negative bar.
         yerr=np.maximum(0, [mean - low, high - mean]) if bars else None,
         label=style.label,
         color=style.colour,

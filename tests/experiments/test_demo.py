@@ -1,4 +1,4 @@
-"""`roma demo` from end to end, with too little of everything to learn anything."""
+"""The demo from end to end, with data and steps too few to learn anything."""
 
 import json
 from pathlib import Path

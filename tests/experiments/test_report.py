@@ -1,4 +1,4 @@
-"""The report of made-up results: schema, tables, page and figures, whatever the numbers say."""
+"""The report of made-up results: schema, tables, page and figures."""
 
 import json
 import re
