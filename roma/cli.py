@@ -171,14 +171,14 @@ _POOLS = "of clean, seen, unseen, extra (clean,seen,unseen)"
 
 def _train(options: argparse.Namespace) -> None:
     from roma.train.config import Config, dump, load_config
-    from roma.train.metrics import METRICS
+    from roma.train.metrics import LOGGED
     from roma.train.schema import explain
 
     if options.list_configs:
         print("\n".join(map(str, _configs())))
         return
     if options.list_metrics:
-        for name, meaning in METRICS.items():
+        for name, meaning in LOGGED.items():
             print(f"{name}\n    {meaning}")
         return
     if options.list_keys:

@@ -5,6 +5,7 @@ what the installer recorded.
 """
 
 import platform
+import re
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -35,11 +36,11 @@ def _extra(name: str) -> str:
 _DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 _TRITON = ("triton", "pytorch-triton", "pytorch-triton-rocm")
 _OPTIONAL = (
-    _Package("triton", _TRITON, "kernels on a GPU", "it comes with torch's CUDA wheels"),
-    _Package("transformers", ("transformers",), "models, training, evaluation", _extra("train")),
+    _Package("triton", _TRITON, "kernels on a GPU", "torch's CUDA wheels bring it"),
+    _Package("transformers", ("transformers",), "training, evaluation", _extra("train")),
     _Package("datasets", ("datasets",), "data saved in its own form", _extra("train")),
     _Package("DALI", _DALI, "degraded images", _extra("views")),
-    _Package("NumPy", ("numpy",), "images, data, evaluation", _extra("train,views")),
+    _Package("NumPy", ("numpy",), "views, data", _extra("train,views")),
     _Package("Hypothesis", ("hypothesis",), "roma.testing", _extra("testing")),
 )
 
@@ -79,7 +80,7 @@ def text(facts: dict[str, Any], *, width: int = 80) -> str:
     fixed = (DISTRIBUTION, "Python", "torch")
     lines = [", ".join(f"{name} {names[name]}" for name in fixed if name in names)]
     if facts["conflict"]:
-        lines += ["", *textwrap.wrap(f"conflict: {facts['conflict']}", width)]
+        lines += ["", *_wrap(f"conflict: {facts['conflict']}", width)]
     devices = [device for device in facts["devices"] if device["available"]]
     rows: list[tuple[str, ...]] = [("back end", "here", "auto on", "why")]
     for row in facts["backends"]:
@@ -94,7 +95,7 @@ def text(facts: dict[str, Any], *, width: int = 80) -> str:
     rows = [("package", "version", "for")]
     for package in facts["packages"]:
         if package["name"] not in fixed:
-            remedy = f"; not installed: {package['remedy']}" if package["remedy"] else ""
+            remedy = f": {package['remedy']}" if package["remedy"] else ""
             rows.append((package["name"], package["version"] or "-", package["purpose"] + remedy))
     lines += ["", *_table(rows, width)]
     return "\n".join(lines)
@@ -118,16 +119,23 @@ def _table(rows: Sequence[Sequence[str]], width: int) -> list[str]:
     lines = []
     for row in rows:
         start = "".join(f"{cell:{wide}}" for cell, wide in zip(row[:-1], widths, strict=True))
-        lines += textwrap.wrap(
-            row[-1],
-            width,
-            initial_indent=start,
-            subsequent_indent=indent,
-            break_on_hyphens=False,
-            break_long_words=False,
-        )
+        lines += _wrap(row[-1], width, start, indent)
     head = lines[0].upper()
     return [head, *lines[1:]]
+
+
+def _wrap(said: str, width: int, first: str = "", indent: str = "") -> list[str]:
+    """Lines of at most `width` characters; a command to copy stays on one line."""
+    whole = re.sub(r"pip [^;]+", lambda found: found[0].replace(" ", "\xa0"), said)
+    lines = textwrap.wrap(
+        whole,
+        width,
+        initial_indent=first,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+    return [line.replace("\xa0", " ") for line in lines]
 
 
 def _packages() -> list[dict[str, str | None]]:
