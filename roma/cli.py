@@ -73,7 +73,7 @@ for a supervised start). The three never share a scan or a chart.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0, 1 (an error shown in full), 2 or 130.
+    """Runs one command and returns its exit status: 0, 1 (an error shown in full), 2, 130 or 141.
 
     Example:
         >>> main(["views", "--nosuch"])  # doctest: +SKIP
@@ -84,9 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         importlib.import_module("roma.namesake")  # one line if another `roma` is in the way
         options.run(options)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("roma: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # as of `roma views --list | head -1`: nobody reads the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+        return 141
     except (ValueError, TypeError, ImportError, OSError) as error:
         if os.environ.get("ROMA_DEBUG") == "1" or not _is_for_the_user(error):
             raise

@@ -313,6 +313,14 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert capsys.readouterr().err == "roma: interrupted\n"
 
 
+def test_a_reader_that_stops_early_is_no_error() -> None:
+    line = [sys.executable, "-m", "roma", "views", "--list"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as ran:
+        assert ran.stdout is not None and ran.stderr is not None
+        ran.stdout.close()  # as `head` does
+        assert (ran.stderr.read(), ran.wait()) == (b"", 141)
+
+
 def test_bad_arguments_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["eval", "m", "d", "--levels", "1,x"])
