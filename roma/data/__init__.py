@@ -7,6 +7,7 @@ Needs numpy, Pillow and pyarrow; `datasets` for its own form, scikit-learn for t
 `train` has them all).
 """
 
+import roma.namesake  # noqa: F401 - an ImportError if another `roma` is in the way
 from roma.data.example import Example, RowError
 from roma.data.loader import Columns, RomaDataset, load_dataset_rows
 from roma.data.synthetic.charts import write_charts
