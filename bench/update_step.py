@@ -1,11 +1,11 @@
-"""One update of a small Qwen3-VL: what ROMA's second pass adds to GRPO's.
+"""One update of a small Qwen3-VL: what ROMA's views add to GRPO's clean pass.
 
     grpo       the clean pass alone
-    roma       clean and K views in one graph, one backward
-    two-pass   GRPO's loss and backward, then the auxiliary loss and the penalty and theirs: half of
+    roma       clean pass and K views in one graph, one backward
+    two-pass   GRPO's loss and backward, then those of the auxiliary loss and the penalty: half of
                the activations alive at a time, the clean pass computed twice
 
-The two ROMA forms are held to each other: every weight's gradient.
+The gradients of every weight must agree between the two forms of ROMA.
 """
 
 import tempfile
@@ -50,7 +50,7 @@ class UpdateStepBench:
         return run
 
     def package(self, name: str) -> str:
-        """All are ours."""
+        """The package of an implementation: this one for all three."""
         return OURS
 
     def run(self, name: str) -> Run:
@@ -60,34 +60,34 @@ class UpdateStepBench:
 
         def run() -> None:
             policy.zero_grad()
-            for step, part in passes:
-                step(part).loss.backward()
+            for policy_loss, part in passes:
+                policy_loss(part, part.totals()).loss.backward()
 
         if name == "two-pass":
             self._hold(policy, run)
         return run
 
     def executed(self) -> float:
-        """The head's products are the smallest part."""
+        """Not counted: the head's products are the smallest part."""
         return 0.0
 
     def describe(self) -> dict[str, float]:
-        """Nothing of a head."""
+        """No columns of a head."""
         return {}
 
     def _passes(self, name: str, batch: Any) -> list[tuple[Any, Any]]:
         from roma import RomaConfig
-        from roma.train.update import UpdateStep
+        from roma.train.update import PolicyLoss
 
         policy, _ = self._model()
         config = RomaConfig(worst_over=self.variant.worst_over)
-        clean = UpdateStep(policy, replace(config, lambda_inv=0.0))
-        alone = replace(batch, view_pixels=[], aux_view=None)
+        clean = PolicyLoss(policy, config)
+        alone = batch.without_views()
         if name == "grpo":
             return [(clean, alone)]
         if name == "two-pass":
-            return [(clean, alone), (UpdateStep(policy, replace(config, main=None)), batch)]
-        return [(UpdateStep(policy, config), batch)]
+            return [(clean, alone), (PolicyLoss(policy, replace(config, main=None)), batch)]
+        return [(PolicyLoss(policy, config), batch)]
 
     def _hold(self, policy: Any, run: Run) -> None:
         grads = []
@@ -110,7 +110,8 @@ class UpdateStepBench:
         from roma.data import DIGIT_WORDS
         from roma.models.qwen_vl import Policy
         from roma.models.small import build_small_vlm
-        from roma.train.update import UpdateBatch, UpdateStep
+        from roma.train.batch import UpdateBatch
+        from roma.train.update import PolicyLoss
 
         with tempfile.TemporaryDirectory() as folder:
             build_small_vlm(Path(folder), words=DIGIT_WORDS)
@@ -134,18 +135,15 @@ class UpdateStepBench:
         batch = UpdateBatch(
             prompts=prompts,
             view_pixels=views,
-            rows=numbers // ROLLOUTS,
+            group=numbers // ROLLOUTS,
             tokens=torch.tensor(words)[drawn_words],
             mask=torch.ones(size, dtype=torch.bool),
             advantages=torch.randn(rows, generator=generator),
             correct=numbers < self.variant.right * rows,
             aux_view=torch.randint(max(self.variant.views, 1), (rows,), generator=generator),
             old_logp=None,
-            total_sequences=rows,
-            total_tokens=size[0] * size[1],
-            total_correct=int(self.variant.right * rows),
         )
         # Near the policy's own, so that no ratio is clipped and both passes have a gradient.
-        old_logp = UpdateStep(policy, RomaConfig()).old_logp(batch)
+        old_logp = PolicyLoss(policy, RomaConfig()).score(batch).logp
         noise = torch.randn(size, generator=generator).to(old_logp.device)
         return policy, replace(batch, old_logp=old_logp + 0.02 * noise)

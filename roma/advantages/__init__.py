@@ -1,15 +1,27 @@
-"""Advantages: from the rewards of a rollout batch to one number per sequence."""
+"""Advantages: how much better a rollout is than its prompt's others.
 
-from collections.abc import Callable, Mapping
+The estimators are pure functions on tensors. A trainer takes them from `ESTIMATORS`, where each one
+reads the same `AdvantageInputs` and says which optional parts of them it needs.
+"""
+
+from collections.abc import Mapping
 from types import MappingProxyType
 
-from torch import Tensor
-
+import roma.namesake  # noqa: F401 - an ImportError if another `roma` is in the way
+from roma.advantages.base import AdvantageInputs, Estimator, of_rewards
 from roma.advantages.group import dr_grpo, grpo, rloo
 
-# The value of `algorithm.adv_estimator` -> (rewards [B], groups [B]) -> advantages [B].
-ESTIMATORS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType(
-    {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo}
+ESTIMATORS: Mapping[str, Estimator] = MappingProxyType(
+    {"grpo": of_rewards(grpo), "dr_grpo": of_rewards(dr_grpo), "rloo": of_rewards(rloo)}
 )
+"""By the value of `algorithm.adv_estimator`."""
 
-__all__ = ["ESTIMATORS", "dr_grpo", "grpo", "rloo"]
+__all__ = [
+    "ESTIMATORS",
+    "AdvantageInputs",
+    "Estimator",
+    "dr_grpo",
+    "grpo",
+    "of_rewards",
+    "rloo",
+]

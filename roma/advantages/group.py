@@ -7,8 +7,8 @@ from roma_kernels.arguments import check_dtype, check_shape, check_tensor, check
 from roma_kernels.errors import fail
 
 
-def grpo(rewards: Tensor, groups: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """Rewards relative to their group, in units of its standard deviation.
+def grpo(rewards: Tensor, group: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """Rewards relative to their group's mean, in units of its standard deviation.
 
         A = (r − mean_g) / (std_g + ε),   std unbiased
 
@@ -17,7 +17,7 @@ def grpo(rewards: Tensor, groups: Tensor, *, eps: float = 1e-6) -> Tensor:
 
     Args:
         rewards: [B] fp32 or fp64, finite; of sequences in any order.
-        groups: [B] int64, the prompt of each sequence, any ids.
+        group: [B] int64, the prompt of each sequence, any ids.
         eps: ε > 0, in units of the reward.
 
     Returns:
@@ -33,12 +33,12 @@ def grpo(rewards: Tensor, groups: Tensor, *, eps: float = 1e-6) -> Tensor:
     """
     if eps <= 0:
         fail("eps", "a positive number", str(eps), "1e-6 is usual")
-    deviation, member, size = _centre(rewards, groups)
+    deviation, member, size = _centre(rewards, group)
     variance = _group_sum(deviation.square(), member, len(size)) / (size - 1).clamp(min=1)
     return (deviation / (variance.sqrt() + eps)[member]).to(rewards.dtype)
 
 
-def dr_grpo(rewards: Tensor, groups: Tensor) -> Tensor:
+def dr_grpo(rewards: Tensor, group: Tensor) -> Tensor:
     """Rewards relative to their group's mean: A = r − mean_g (arXiv 2503.20783).
 
     Arguments, result and errors as those of `grpo`.
@@ -47,29 +47,29 @@ def dr_grpo(rewards: Tensor, groups: Tensor) -> Tensor:
         >>> dr_grpo(torch.tensor([1.0, 0.0]), torch.tensor([7, 7]))
         tensor([ 0.5000, -0.5000])
     """
-    return _centre(rewards, groups)[0].to(rewards.dtype)
+    return _centre(rewards, group)[0].to(rewards.dtype)
 
 
-def rloo(rewards: Tensor, groups: Tensor) -> Tensor:
-    """Rewards relative to the mean of the others of their group (leave one out).
+def rloo(rewards: Tensor, group: Tensor) -> Tensor:
+    """Rewards relative to the mean of the other rewards of their group (leave one out).
 
         A = r − mean_others = G/(G − 1)·(r − mean_g)
 
     (arXiv 2402.14740.)
 
-    Arguments, result and errors as those of `grpo`; a group of one has no others and is a
-    ValueError.
+    Arguments, result and errors as those of `grpo`; a group of one is a ValueError, since
+    there are no others.
 
     Example:
         >>> rloo(torch.tensor([1.0, 0.0]), torch.tensor([7, 7]))
         tensor([ 1., -1.])
     """
-    deviation, member, size = _centre(rewards, groups)
+    deviation, member, size = _centre(rewards, group)
     alone = size[member] == 1
     check_values(
         ~alone,
         lambda: (
-            f"groups: expected at least 2 sequences per group, got 1 in group {groups[alone][0]}; "
+            f"group: expected at least 2 sequences per group, got 1 in group {group[alone][0]}; "
             "roll out more often, or use grpo"
         ),
     )
@@ -77,18 +77,18 @@ def rloo(rewards: Tensor, groups: Tensor) -> Tensor:
     return (deviation * (size / others)[member]).to(rewards.dtype)
 
 
-def _centre(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Centres the rewards: r − mean_g [B] float64, each one's group index [B], sizes of groups [P].
+def _centre(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns r − mean_g [B] float64, the index of each reward's group [B], and group sizes [P].
 
     The difference is exactly 0 where a group's rewards are equal.
     """
     check_tensor("rewards", rewards)
-    check_tensor("groups", groups, like=rewards)
+    check_tensor("group", group, like=rewards)
     check_dtype("rewards", rewards, (torch.float32, torch.float64))
-    check_dtype("groups", groups, (torch.int64,))
+    check_dtype("group", group, (torch.int64,))
     if rewards.ndim != 1:
-        fail("rewards", "[B]", str(list(rewards.shape)), "flatten it, and groups with it")
-    check_shape("groups", groups, ("[B]", tuple(rewards.shape)))
+        fail("rewards", "[B]", str(list(rewards.shape)), "flatten it, and group with it")
+    check_shape("group", group, ("[B]", tuple(rewards.shape)))
     finite = rewards.isfinite()
     check_values(
         finite,
@@ -97,10 +97,10 @@ def _centre(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             f"at index {int((~finite).nonzero()[0])}; look at the reward function"
         ),
     )
-    ids, member, size = groups.unique(return_inverse=True, return_counts=True)
+    ids, member, size = group.unique(return_inverse=True, return_counts=True)
     r = rewards.detach().double()
     deviation = r - (_group_sum(r, member, len(ids)) / size)[member]
-    # A mean of equal numbers can be off by a rounding, and GRPO divides by a number as small.
+    # The mean of equal numbers can be off by a rounding, which GRPO would divide by one as small.
     low = r.new_zeros(len(ids)).scatter_reduce(0, member, r, "amin", include_self=False)
     high = r.new_zeros(len(ids)).scatter_reduce(0, member, r, "amax", include_self=False)
     return deviation.where((low < high)[member], 0.0), member, size

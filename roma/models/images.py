@@ -1,4 +1,4 @@
-"""Image files as RGB arrays: the way in for a dataset's images and for `roma views`."""
+"""Reads image files as RGB arrays, for datasets and for `roma views`."""
 
 import io
 import struct
@@ -24,11 +24,11 @@ _DECODE_ERRORS = (
 
 
 def decode_image(source: ImageSource, *, name: str = "image") -> NDArray[np.uint8]:
-    """Decodes an image to RGB as a viewer would show it: turned upright, transparency on white.
+    """Decodes an image to RGB as a viewer shows it: turned upright, transparency on white.
 
     Args:
         source: the bytes of an image file, the path of one, or a Pillow image. Gray, palette, CMYK
-            and 16-bit gray images are converted; of an animation the first frame counts.
+            and 16-bit gray images are converted; of an animation the first frame is taken.
         name: what an error message calls the image.
 
     Returns:
@@ -61,13 +61,13 @@ def _describe(source: ImageSource) -> str:
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        # 16-bit gray: Pillow's own conversion would clip at 255 in place of scaling.
+        # 16-bit gray: Pillow's own conversion would clip at 255 instead of scaling.
         gray = np.asarray(image).clip(0, 65535) / 257.0
         image = Image.fromarray(np.rint(gray).astype(np.uint8))
     elif image.mode == "F":
         fail("pixels", "integers", "32-bit floats of unknown range", "save it as 8-bit PNG")
     elif image.has_transparency_data:
-        # Drawings on a transparent ground are mostly black lines: on black they would vanish.
+        # Drawings on a transparent background are mostly black lines: on black they would vanish.
         ground = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(ground, image.convert("RGBA"))
     return np.array(image.convert("RGB"))

@@ -1,9 +1,9 @@
 """Images and prompts in the form a Qwen3-VL takes, without torchvision.
 
-transformers' own processor for this family insists on a video processor, and that on torchvision.
+transformers' own processor for this family requires a video processor, which requires torchvision.
 This one joins the two parts that are needed, transformers' tokenizer and its PIL image processor,
-and saves and loads them in the same files. It keeps resizing and normalising apart: views are made
-in between, on uint8 images at model resolution.
+and saves and loads them in the same files. It separates resizing from normalising, because views
+are made in between, on uint8 images at model resolution.
 """
 
 from collections.abc import Sequence
@@ -81,7 +81,7 @@ class Processor:
         return made["pixel_values"].to(torch.float32), made["image_grid_thw"]
 
     def prompt_ids(self, problem: str, grids: Tensor) -> list[int]:
-        """Token ids of the chat prompt; an `<image>` becomes as many image tokens as its grid has.
+        """Token ids of the chat prompt; each `<image>` becomes one image token per merged patch.
 
         Raises:
             ValueError: the number of `<image>` marks is not the number of grids.
@@ -89,7 +89,7 @@ class Processor:
         texts = problem.split("<image>")
         if len(texts) - 1 != len(grids):
             got = f"{len(texts) - 1} marks for {len(grids)} images in {problem[:60]!r}"
-            fail("problem", "one `<image>` per image", got, "mend the dataset row")
+            fail("problem", "one `<image>` per image", got, "correct the dataset row")
         content: list[dict[str, str]] = []
         for i, text in enumerate(texts):
             content += [{"type": "image"}] if i else []
@@ -107,7 +107,7 @@ class Processor:
         return ids
 
     def decode(self, tokens: Tensor, mask: Tensor) -> list[str]:
-        """Texts of completions [B, T], counted tokens only, special tokens left out."""
+        """Texts of completions [B, T]: counted tokens, without special tokens."""
         rows = [row[on].tolist() for row, on in zip(tokens.cpu(), mask.cpu(), strict=True)]
         texts: list[str] = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return texts

@@ -1,9 +1,9 @@
-"""A Hugging Face vision-language model, taken apart into the passes that the trainer needs.
+"""A Hugging Face vision-language model as the separate passes that a trainer needs.
 
-Four passes that a plain `model(**batch)` does not separate: the vision tower runs once per (image,
-view) and its features serve all rollouts; only hidden states of completion tokens come out, for the
-loss that needs no logits; a degraded view is another set of `pixel_values` on the clean image's
-grid; and rows are (prompt, completion) pairs in any number and order.
+Unlike `model(**batch)`: the vision tower runs once per (image, view) and its features serve all
+rollouts; the text model returns hidden states of completion tokens, since the loss needs no logits;
+a degraded view is another set of `pixel_values` on the clean image's grid; and rows are (prompt,
+completion) pairs, any number in any order.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from roma.models.device import resolve_device
 from roma.models.processor import Image, Processor
 from roma_kernels.errors import fail
 
@@ -50,7 +51,7 @@ class PromptBatch:
         )
 
     def patches(self, prompts: slice) -> slice:
-        """Where the patches of a slice's images stand in `pixel_values`, and in those of a view."""
+        """The patches of a slice's images in `pixel_values`, and in those of a view."""
         ends = [0, *self.grids.prod(-1).cumsum(0).tolist()]
         low, high = self.first_image[prompts.start], self.first_image[prompts.stop]
         return slice(ends[low], ends[high])
@@ -58,7 +59,7 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What the vision tower says of n images, [tokens, D] each; `deepstack` per level."""
+    """Outputs of the vision tower for n images, [tokens, D] each; `deepstack` by level."""
 
     embeddings: list[Tensor]
     deepstack: list[list[Tensor]]
@@ -68,7 +69,7 @@ class ImageFeatures:
         return self.gather(range(first, first + count))
 
     def gather(self, images: Sequence[int]) -> "ImageFeatures":
-        """The features of `images`, in that order, repeats allowed."""
+        """The features of `images`, in that order; an image may stand there twice."""
         return ImageFeatures(
             [self.embeddings[i] for i in images],
             [[level[i] for i in images] for level in self.deepstack],
@@ -85,7 +86,7 @@ class Policy(nn.Module):
     """
 
     def __init__(self, model: Any, processor: Processor) -> None:
-        """Keeps both; dropout is off in training too, so that old and new log-probs agree."""
+        """Keeps both."""
         super().__init__()
         self.model = model
         self.processor = processor
@@ -100,13 +101,17 @@ class Policy(nn.Module):
     ) -> "Policy":
         """Reads a Hugging Face folder, the small model's or a real Qwen3-VL's.
 
+        The model is in eval mode: without dropout, old and new log-probs agree.
+
         Raises:
-            ValueError: not such a folder, or a model without image features and 3-D positions.
+            ValueError: no such device, not such a folder, or a model without image features and 3-D
+                positions.
         """
         from transformers import AutoModelForImageTextToText
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # of loading and saving; it would break up the trainer's own
+        device = resolve_device(device)
+        logging.disable_progress_bar()  # its bars would break into the trainer's own
 
         if not (Path(path) / "config.json").is_file():
             fail(
@@ -146,6 +151,13 @@ class Policy(nn.Module):
     def pad_id(self) -> int:
         """Token for positions that do not count."""
         return int(self.processor.tokenizer.pad_token_id)
+
+    def autocast(self, dtype: str) -> torch.autocast:
+        """A context in which matrix products run in `dtype`, "float32" or "bfloat16".
+
+        Weights and logits stay fp32.
+        """
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
     def encode_prompts(
         self, problems: Sequence[str], images: Sequence[Sequence[Image]]
@@ -250,7 +262,7 @@ class Policy(nn.Module):
             mask: [R, T] bool, True = a token.
 
         Returns:
-            [R, T, D]; positions outside `mask` hold anything finite.
+            [R, T, D]; positions outside `mask` hold arbitrary finite values.
         """
         length = tokens.shape[1]
         completions = tokens.masked_fill(~mask, self.pad_id)[
@@ -270,7 +282,7 @@ class Policy(nn.Module):
         return hidden
 
     def _attention_mask(self, prompts: PromptBatch, rows: Tensor, extra: int) -> Tensor | None:
-        """None where no prompt is padded: causality keeps the completions' padding out."""
+        """None where no prompt is padded: padding after a completion is hidden by causality."""
         if not prompts.padded:
             return None
         mask = prompts.attention_mask[rows]
@@ -289,13 +301,13 @@ class Policy(nn.Module):
         return {"image": output}
 
     def prefill(self, prompts: PromptBatch, features: ImageFeatures) -> Any:
-        """The key-value cache of all prompts but their last token, for sampling."""
+        """The key-value cache of the prompts without their last token, for sampling."""
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self.model.config.text_config)
         rows = torch.arange(len(prompts.images), device=self.device)
-        # The last prompt token starts generation; it is never an image token, so the features all
-        # belong before it.
+        # The last prompt token starts generation. It is never an image token, so that all features
+        # belong to the tokens before it.
         self.model.model(
             input_ids=prompts.input_ids[:, :-1],
             position_ids=prompts.position_ids[:, :, :-1],

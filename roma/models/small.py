@@ -1,7 +1,7 @@
 """A small Qwen3-VL for the demo and the tests: the real architecture, 0.6 M random parameters.
 
-Saved as a Hugging Face folder (config, safetensors, tokenizer, image processor), so that everything
-after it runs the same code as for a Qwen3-VL of billions of parameters.
+It is saved as a Hugging Face folder (config, safetensors, tokenizer, image processor), so that
+training and evaluation run the same code as for a Qwen3-VL of billions of parameters.
 """
 
 from collections.abc import Sequence

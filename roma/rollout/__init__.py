@@ -1,1 +1,3 @@
-"""Engines that sample completions: transformers' `generate` (`roma.rollout.hf`)."""
+"""Engines that sample completions: the protocol (`base`) and transformers' `generate` (`hf`)."""
+
+import roma.namesake  # noqa: F401 - an ImportError if another `roma` is in the way

@@ -1,20 +1,40 @@
 """Sampling with transformers' `generate`: one vision pass and one prefill per prompt."""
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
 
 from roma.models.qwen_vl import ImageFeatures, Policy, PromptBatch
+from roma.rollout.base import Rollouts
 
 
-@dataclass(frozen=True)
-class Rollouts:
-    """G completions of each of P prompts; rows p·G to p·G + G − 1 belong to prompt p."""
+class HfSampler:
+    """A `Sampler` that runs the policy itself, in this process.
 
-    tokens: Tensor  # [P·G, T] int64, padded on the right
-    mask: Tensor  # [P·G, T] bool, the end token counts
-    finished: Tensor  # [P·G] bool: ended by an end token, not by the budget
+    Args:
+        policy: the model.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        """Keeps the policy: its weights are those of the call."""
+        self.policy = policy
+
+    def sample(
+        self,
+        prompts: PromptBatch,
+        *,
+        group_size: int,
+        max_new_tokens: int,
+        temperature: float | None,
+        seed: int,
+    ) -> Rollouts:
+        """Samples completions; see `roma.rollout.base.Sampler`."""
+        return generate(
+            self.policy,
+            prompts,
+            group_size=group_size,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
 
 
 @torch.no_grad()
@@ -30,8 +50,8 @@ def generate(
 ) -> Rollouts:
     """Samples completions, from the full distribution at a temperature, or greedily.
 
-    Image and video tokens are suppressed: a completion that held one could not be scored by teacher
-    forcing.
+    Image and video tokens are suppressed: teacher forcing could not score a completion that holds
+    one.
 
     Args:
         policy: the model.
@@ -39,12 +59,12 @@ def generate(
         group_size: G.
         max_new_tokens: budget of a completion, tokens.
         temperature: > 0, or None for greedy decoding.
-        seed: of the sampling, the only source of randomness; torch's global generators are left as
-            they were.
+        seed: of the sampling, the only source of randomness; torch's global generators keep their
+            state.
         features: of the prompts' images, if they are known already.
 
     Returns:
-        Rollouts.
+        Rollouts, without the sampler's log-probs.
     """
     from transformers import GenerationConfig
 
@@ -54,7 +74,7 @@ def generate(
     features = features or policy.image_features(prompts.pixel_values, prompts.grids)
     cache = policy.prefill(prompts, features)
     cache.batch_repeat_interleave(group_size)
-    # generate goes on from a cache with the position offset that the model keeps of a prefill.
+    # `generate` continues a cache with the position offset that the model kept from its prefill.
     lengths = prompts.attention_mask.sum(-1)
     model.model.rope_deltas = (prompts.next_position - lengths)[:, None].repeat_interleave(
         group_size, 0

@@ -137,6 +137,29 @@ def latest(out: str | Path) -> Path | None:
     return path
 
 
+def starting_point(out: str | Path, resume: str) -> Path | None:
+    """The checkpoint that a run goes on from, by `trainer.out` and `trainer.resume`; None for none.
+
+    Raises:
+        ValueError: as `latest`.
+    """
+    if resume == "auto":
+        return latest(out)
+    return None if resume == "never" else Path(resume)
+
+
+def step_of(path: Path) -> int:
+    """The step after which a checkpoint was saved.
+
+    Raises:
+        ValueError: `path` is no checkpoint.
+    """
+    _check_parts(path)
+    state = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
+    step: int = state["step"]
+    return step
+
+
 def restore(
     path: str | Path,
     *,
@@ -150,10 +173,7 @@ def restore(
         ValueError: `path` is no checkpoint, or one of another model; the message says what differs.
     """
     path = Path(path)
-    for part in ("actor", "optimizer.pt", "trainer.pt", "model.json"):
-        if not (path / part).exists():
-            remedy = "give the path of a global_step_N folder"
-            fail("checkpoint", f"a folder with {part}", str(path), remedy)
+    _check_parts(path)
     saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
     _check_same_model(path, policy, optimizer, saved["optimizer"])
     weights = type(policy.model).from_pretrained(path / "actor")  # type: ignore[attr-defined]  # HF
@@ -163,6 +183,13 @@ def restore(
         scheduler.load_state_dict(saved["scheduler"])
     state: dict[str, Any] = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
     return state
+
+
+def _check_parts(path: Path) -> None:
+    for part in ("actor", "optimizer.pt", "trainer.pt", "model.json"):
+        if not (path / part).exists():
+            remedy = "give the path of a global_step_N folder"
+            fail("checkpoint", f"a folder with {part}", str(path), remedy)
 
 
 def _write(

@@ -1,7 +1,7 @@
 """The trainer's configuration: YAML sections data, algorithm, worker, trainer, and `a.b=c` on top.
 
-Nothing is guessed: a key that no section knows, a value of the wrong type and one out of range are
-errors that name the full dotted key. Paths are relative to the folder the command runs in.
+An unknown key, a value of the wrong type and a value out of range are errors that name the full
+dotted key. Paths are relative to the folder in which the command runs.
 """
 
 import dataclasses
@@ -12,42 +12,42 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from roma.train.schema import Range, apply_override, build, check_keys, parse_yaml, show
+from roma.train.schema import Range, apply_override, build, check_keys, leaves, parse_yaml, show
 from roma_kernels.errors import fail
 from roma_kernels.roma_loss.config import RomaConfig
 
-Count = Annotated[int, Range(low=1)]
-Natural = Annotated[int, Range(low=0)]
-Positive = Annotated[float, Range(above=0)]
-NonNegative = Annotated[float, Range(low=0)]
+PositiveInt = Annotated[int, Range(low=1)]
+NonNegativeInt = Annotated[int, Range(low=0)]
+PositiveFloat = Annotated[float, Range(above=0)]
+NonNegativeFloat = Annotated[float, Range(low=0)]
 Share = Annotated[float, Range(low=0, high=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Section `data`: what is asked, and how much of it a step takes."""
+    """Section `data`: the questions, and how many a step takes."""
 
     train_files: str
     """Training set: parquet, jsonl, a Hugging Face dataset on disk, or `folder@split` of them."""
     val_files: str | None = None
-    """Validation set in the same forms; null for none."""
+    """Validation set in the same forms; null: none."""
     prompt_key: str = "problem"
-    """Column of the question, one "<image>" in it per image."""
+    """Column of the question, with one "<image>" per image."""
     answer_key: str = "answer"
     """Column of the right answer, text."""
     image_key: str = "images"
     """Column of the images, a list of paths or of {bytes, path}."""
     image_dir: str | None = None
-    """Folder that relative image paths start from; null: that of the file."""
-    limit: Count | None = None
-    """Only the first so many training rows; null for all."""
+    """Folder of relative image paths; null: the data file's own folder."""
+    limit: PositiveInt | None = None
+    """Number of training rows to use, the first ones; null: all."""
     skip_broken: bool = False
-    """Leave out rows that cannot be read, and say so; false: such a row is an error."""
-    max_response_length: Count = 2048
-    """Completion budget, tokens."""
-    rollout_batch_size: Count = 512
+    """Skip rows that cannot be read and report each; false: such a row is an error."""
+    max_response_length: PositiveInt = 2048
+    """Longest completion, tokens; a longer one is cut there."""
+    rollout_batch_size: PositiveInt = 512
     """Prompts per step."""
-    seed: Natural = 0
+    seed: NonNegativeInt = 0
     """Seed of the order of the training rows."""
 
 
@@ -56,23 +56,26 @@ class ViewsConfig:
     """Sub-section `algorithm.views`: the degraded views of a training image."""
 
     pool: Literal["seen", "unseen", "extra"] = "seen"
-    """Corruptions drawn from. After training on "unseen", evaluating on it says nothing."""
-    k: Count = 2
-    """K: views per prompt, of K distinct corruptions."""
-    max_level: Positive = 2.0
-    """Strongest level drawn; 0 is the clean image, 1 and up are the levels of the table."""
+    """Pool of corruptions to draw from. To train on "unseen" makes its evaluation meaningless."""
+    k: PositiveInt = 2
+    """K: views per prompt, each with another corruption."""
+    max_level: PositiveFloat = 2.0
+    """Highest level to draw; 0 is the clean image, 1 and up are the levels of the table."""
     strength: Literal["uniform", "strong"] = "uniform"
-    """Level = max_level·u or max_level·√u, u uniform in 0..1."""
+    """Distribution of the level: "uniform" is max_level·u, "strong" max_level·√u, with u uniform in
+    0..1."""
     level_table: str | None = None
-    """YAML file with other levels, for images far from 224 pixels; null: the own ones."""
+    """YAML file of levels, for images much smaller or larger than 224 pixels; null: the package's
+    levels."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where DALI makes them; "cuda": on the policy's GPU, between its passes. Not run yet."""
-    ramp_steps: Natural = 0
-    """Curriculum (ours): over so many steps max_level is reached linearly, from nearly 0; 0: from
-    the first step on."""
-    candidates: Count | None = None
-    """Adversarial choice (ours): so many views are drawn, scored without a graph, and of each
-    prompt the K kept on which the policy diverges most over right rollouts; null: K are drawn."""
+    """Where DALI makes the views; "cuda" is the policy's GPU, shared with its passes (not yet tried
+    on hardware)."""
+    ramp_steps: NonNegativeInt = 0
+    """Curriculum (ours): number of steps over which the highest level rises linearly to max_level;
+    0: none."""
+    candidates: PositiveInt | None = None
+    """Adversarial choice (ours): number of views to draw and score per prompt; the K on which the
+    policy diverges most over right rollouts are kept. null: K are drawn and all kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +85,13 @@ class AlgorithmConfig:
     adv_estimator: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
     """Group advantage (MATH.md section 3)."""
     view_mode: Literal["none", "roma", "rollout"] = "roma"
-    """"roma": clean rollouts, the loss sees K views of each image. "none": no views. "rollout":
-    naive augmentation, rollouts on a degraded image. In the last two both lambdas count as 0."""
+    """"roma": rollouts on clean images, K views of each image in the loss. "none": no views.
+    "rollout": naive augmentation, rollouts and loss on one degraded image. The last two ignore
+    lambda_inv and lambda_aux."""
     views: ViewsConfig = field(default_factory=ViewsConfig)
     roma: RomaConfig = field(default_factory=RomaConfig)
-    """Options of the loss. Left out, `temperature` is that of the rollout, and `max_length` of
-    "dr_grpo" is the response budget."""
+    """Options of the loss. `temperature` defaults to the rollout's, `max_length` of "dr_grpo" to
+    data.max_response_length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,26 +99,26 @@ class ActorConfig:
     """Sub-section `worker.actor`: the policy and its optimizer (AdamW)."""
 
     model_path: str
-    """Folder in Hugging Face form: a Qwen3-VL, or the small one that `roma demo` makes."""
+    """Folder of a Qwen3-VL in Hugging Face form, such as `roma.models.small` writes."""
     freeze_vision: bool = False
-    """Whether the vision tower keeps its weights."""
-    lr: Positive = 1e-6
+    """Keep the weights of the vision tower fixed."""
+    lr: PositiveFloat = 1e-6
     """Peak learning rate."""
     betas: tuple[Share, Share] = (0.9, 0.999)
     """Decay rates of AdamW's two moments."""
-    weight_decay: NonNegative = 0.01
+    weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay."""
     schedule: Literal["constant", "linear"] = "constant"
-    """After the warm-up: the peak rate throughout, or linearly down to 0 at the last step."""
-    warmup_steps: Natural = 0
-    """Optimizer steps over which the rate rises linearly from 0."""
-    max_grad_norm: Positive = 1.0
-    """Gradients are scaled down to this norm, L2 over all parameters."""
-    mini_batch_size: Count = 512
-    """Prompts per optimizer step, a divisor of `data.rollout_batch_size`; left out: all of them."""
-    micro_batch_size: Count = 8
-    """Completions per forward and backward; memory only, the loss does not depend on it."""
-    ppo_epochs: Count = 1
+    """After the warm-up: the peak rate, or a linear decay to 0 at the last step."""
+    warmup_steps: NonNegativeInt = 0
+    """Number of optimizer steps over which the rate rises linearly from 0."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients of a larger norm, L2 over all parameters, are scaled down to it."""
+    mini_batch_size: PositiveInt = 512
+    """Prompts per optimizer step, a divisor of `data.rollout_batch_size`, which is the default."""
+    micro_batch_size: PositiveInt = 8
+    """Completions per forward and backward. Affects memory; the loss does not depend on it."""
+    ppo_epochs: PositiveInt = 1
     """Passes over the rollouts of a step."""
 
 
@@ -123,11 +127,11 @@ class RolloutConfig:
     """Sub-section `worker.rollout`: sampling of completions."""
 
     name: Literal["hf"] = "hf"
-    """Engine: transformers' generate."""
-    n: Count = 5
+    """Engine; "hf" is transformers' generate."""
+    n: PositiveInt = 5
     """G: rollouts per prompt."""
-    temperature: Positive = 1.0
-    """Sampling temperature; the loss divides its logits by the same."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; the loss divides the logits by it too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,11 +139,11 @@ class RewardConfig:
     """Sub-section `worker.reward`."""
 
     function: str = "builtin"
-    """"builtin" compares boxed answers; or `file.py:function` with EasyR1's signature."""
+    """"builtin" compares boxed answers; `file.py:function` names one with EasyR1's signature."""
     format_weight: Share = 0.1
-    """Of "builtin": overall = (1 - w)·accuracy + w·format."""
+    """w of "builtin": overall = (1 - w)·accuracy + w·format."""
     strict_end: bool = True
-    """Of "builtin": only a response that ends right after its box is accurate."""
+    """Option of "builtin": only a response that ends right after its box is accurate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,45 +159,57 @@ class WorkerConfig:
 class TrainerConfig:
     """Section `trainer`: how long, where, and what is written."""
 
-    total_steps: Count = 200
+    total_steps: PositiveInt = 200
     """Steps, each of `data.rollout_batch_size` prompts."""
     out: str = "runs/train"
-    """Run folder: config.yaml, metrics.jsonl, global_step_N/."""
+    """Run folder, for config.yaml, metrics.jsonl and global_step_N/."""
     resume: str = "auto"
-    """"auto": from the newest checkpoint in `out`, if any; "never"; or the path of one."""
-    seed: Natural = 0
-    """Run seed: sampling and views. (The order of rows has `data.seed`.)"""
-    save_freq: Natural = 0
-    """Steps between checkpoints; 0: only after the last step."""
-    save_limit: Count | None = 2
-    """Checkpoints kept, the newest; null for all."""
-    val_freq: Natural = 0
-    """Steps between validations; 0 for none."""
-    val_batches: Count | None = None
-    """Batches of `data.rollout_batch_size` rows per validation; null for the whole set."""
+    """"auto": continue from the newest checkpoint in `out`, if any; "never": start anew; or the
+    path of a checkpoint."""
+    seed: NonNegativeInt = 0
+    """Run seed, for sampling and views. (`data.seed` is that of the order of rows.)"""
+    save_freq: NonNegativeInt = 0
+    """Steps between checkpoints; 0: one, after the last step."""
+    save_limit: PositiveInt | None = 2
+    """Number of checkpoints to keep, the newest ones; null: all."""
+    val_freq: NonNegativeInt = 0
+    """Steps between validations; 0: none."""
+    val_batches: PositiveInt | None = None
+    """Batches of `data.rollout_batch_size` rows per validation; null: the whole set."""
     logger: tuple[Literal["console", "file", "tensorboard", "wandb"], ...] = ("console", "file")
-    """Where metrics go; "file" is metrics.jsonl in `out`."""
+    """Destinations of metrics; "file" is metrics.jsonl in `out`."""
     project_name: str = "roma"
-    """Project in W&B."""
+    """W&B project."""
     experiment_name: str | None = None
-    """Run in W&B; null: the name of the run folder."""
+    """W&B run; null: the name of the run folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """"auto": a GPU if torch sees one."""
+    """"auto": a GPU if torch sees one, else the CPU."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the passes through the model; bfloat16 means autocast. Parameters and logits stay fp32:
-    an update of 1e-6 would be rounded away in bfloat16."""
-    threads: Count | None = None
-    """CPU threads of torch; null: torch's own choice."""
+    """Precision of matrix products; bfloat16 means autocast. Parameters and logits stay fp32, since
+    bfloat16 would round an update of 1e-6 away."""
+    threads: PositiveInt | None = None
+    """CPU threads of torch; null: torch's default."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything `roma train` needs to know."""
+    """Configuration of `roma train`."""
 
     data: DataConfig
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     worker: WorkerConfig
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps per training step."""
+        actor = self.worker.actor
+        return actor.ppo_epochs * (self.data.rollout_batch_size // actor.mini_batch_size)
+
+    @property
+    def micro_batch_prompts(self) -> int:
+        """Prompts per micro-batch, at least 1: a prompt's rollouts share features."""
+        return max(self.worker.actor.micro_batch_size // self.worker.rollout.n, 1)
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -214,13 +230,22 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         if not Path(path).is_file():
             message = f"config: expected a YAML file, got {str(path)!r}; see configs/ for examples"
             raise FileNotFoundError(message)
-        loaded = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
-        if not isinstance(loaded, dict):
-            fail(str(path), "sections (data: …)", show(loaded), "see configs/ for examples")
-        tree = loaded
+        tree = _read(Path(path))
     for override in overrides:
         apply_override(tree, override)
     return from_dict(tree)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        got = f"{str(path)!r}, which is not text"
+        fail("config", "a YAML file", got, "see configs/ for examples")
+    loaded = parse_yaml(text, str(path))
+    if not isinstance(loaded, dict):
+        fail(str(path), "sections (data: …)", show(loaded), "see configs/ for examples")
+    return loaded
 
 
 def from_dict(tree: Mapping[str, Any]) -> Config:
@@ -233,7 +258,7 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
     else:
         given = {}
     config = build(Config, tree)
-    # What is left out follows from what the rest of the file says.
+    # Defaults that depend on other keys.
     worker = config.worker
     if "mini_batch_size" not in tree["worker"]["actor"]:
         actor = dataclasses.replace(worker.actor, mini_batch_size=config.data.rollout_batch_size)
@@ -259,8 +284,27 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
+def changed_options(path: str | Path, config: Config) -> dict[str, tuple[Any, Any]]:
+    """The options that differ between a run's config.yaml and a configuration: key -> (old, new).
+
+    Left out are keys that only one of the two has, as another version of the package may write, and
+    `trainer.out` and `trainer.resume`, which say where a run goes on and not how.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no such file.
+    """
+    old, new = dict(leaves(_read(Path(path)))), dict(leaves(to_dict(config)))
+    same = {"trainer.out", "trainer.resume"}
+    return {
+        key: (old[key], value)
+        for key, value in new.items()
+        if key in old and key not in same and old[key] != value
+    }
+
+
 def _check_together(config: Config) -> None:
-    """What no single key can tell."""
+    """Checks that concern more than one key."""
     prompts, mini = config.data.rollout_batch_size, config.worker.actor.mini_batch_size
     if prompts % mini:
         expected = f"a divisor of data.rollout_batch_size = {prompts}"

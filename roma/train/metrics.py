@@ -1,7 +1,7 @@
-"""Where metrics go, and what each of them means: console, metrics.jsonl, TensorBoard, W&B.
+"""What is logged, with the formula of each metric, and where it goes.
 
 Names are EasyR1's and verl's (actor/*, reward/*, val/*, response_length/*, timing_s/*, perf/*), so
-that runs of different trainers lie side by side; those with "roma" in them are ours.
+that runs of different trainers can be compared; those with "roma" in them are ours.
 """
 
 import importlib
@@ -20,10 +20,10 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from roma import METRICS as LOSS_METRICS
 from roma_kernels.errors import fail
-from roma_kernels.roma_loss.view_api import METRICS as LOSS_METRICS
 
-METRICS: dict[str, str] = {
+LOGGED: dict[str, str] = {
     **{f"actor/{name}": meaning for name, meaning in LOSS_METRICS.items()},
     "actor/roma_penalty/{corruption}": "mean of D_i^k over sequences with such a view, nats",
     "actor/roma_worst_view/{corruption}": "share of sequences with this worst view, 0..1",
@@ -32,21 +32,24 @@ METRICS: dict[str, str] = {
     "actor/lr": "learning rate of the step's last update",
     "actor/entropy": "mean over counted tokens of H = lse - Σ p·z on the clean image, nats",
     "reward/{part}": "mean over the step's rollouts of that key of the reward, as accuracy",
-    "advantage/nonzero_share": "share of rollouts with A ≠ 0, 0..1; the others teach nothing",
+    "advantage/nonzero_share": "share of rollouts with A ≠ 0, 0..1; the others give no gradient",
     "response_length/mean": "mean completion length, end token included, tokens",
     "response_length/max": "longest completion, tokens",
     "response_length/clip_ratio": "share of completions cut at data.max_response_length",
     "rollout/distinct_share": "distinct (prompt, completion) rows / rows, 0..1",
-    "val/accuracy": "share of validation rows answered rightly, greedy, clean images, 0..1",
+    "val/accuracy": "share of validation rows answered right, greedy, clean images, 0..1",
     "val/{part}": "mean over the validation rows of that key of the reward",
     "views/level_mean": "mean level of the step's views, 0 to algorithm.views.max_level",
-    "timing_s/{stage}": "wall time of a stage of the step; timing_s/step is the whole, s",
+    "timing_s/{stage}": "wall time of a stage of the step, s; timing_s/step is all of it",
     "timing_s/views": "wall time that the step waits for its views, s",
-    "timing_s/make_views": "wall time of the thread that makes them, mostly while sampling, s",
+    "timing_s/make_views": "wall time of the thread that makes the views, mostly while sampling, s",
     "perf/tokens_per_second": "completion tokens of the step / timing_s/step",
-    "perf/peak_memory_mib": "peak memory since the start: device's, or the process's on a CPU, MiB",
+    "perf/peak_memory_mib": "peak memory since the start, of the GPU or else of the process, MiB",
 }
-"""Every logged metric with its formula and unit; a part in braces stands for any name."""
+"""Every metric that the trainer logs, with formula and unit; a part in braces is any name.
+
+`roma.METRICS` has those of the loss alone.
+"""
 
 _CONSOLE = {
     "reward/overall": "reward",
@@ -61,13 +64,13 @@ _CONSOLE = {
 
 
 class Logger(Protocol):
-    """One place where metrics go."""
+    """One destination of metrics."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Takes the metrics of a step."""
 
     def close(self) -> None:
-        """Writes what is still held back."""
+        """Writes what is still buffered."""
 
 
 class MetricLog:
@@ -88,13 +91,13 @@ class MetricLog:
         """Hands a step's metrics (numbers or 0-dim tensors) to every logger.
 
         Raises:
-            ValueError: a name that METRICS does not explain.
+            ValueError: a name that `LOGGED` does not explain.
         """
         for name in values.keys() - self._known:
-            if not any(re.fullmatch(_pattern(known), name) for known in METRICS):
+            if not any(re.fullmatch(_pattern(known), name) for known in LOGGED):
                 fail(
                     "metric",
-                    "a name in roma.train.metrics.METRICS",
+                    "a name in roma.train.metrics.LOGGED",
                     repr(name),
                     "write its formula there",
                 )
@@ -134,16 +137,16 @@ def open_log(
         names: some of "console", "file", "tensorboard", "wandb".
         out: the run folder; made if missing.
         total_steps: shown on the console.
-        resumed_at: the step of the checkpoint that the run goes on from: what was logged after it
+        resumed_at: the step of the checkpoint from which the run goes on; what was logged after it
             is dropped. None for a new run, which starts its logs anew.
         project: in W&B.
         experiment: in W&B; None for the run folder's name.
         config: saved with the run in W&B.
-        console: where lines are printed; a progress display's own keeps them above its bar.
+        console: prints the lines; that of a progress display keeps them above its bars.
 
     Raises:
         ValueError: an unknown name.
-        ImportError: the package of a logger is not installed; says which.
+        ImportError: the package of a logger is not installed.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -181,11 +184,11 @@ class ConsoleLogger:
         ]
         if "timing_s/step" in values:
             shown.append(f"{values['timing_s/step']:.2f} s")
-        # soft_wrap: a pipe gets the whole line, whatever the width that rich assumes for it.
+        # soft_wrap: rich assumes a width for a pipe and would break the line there.
         self._console.print(Text("  ".join([f"step {of}", *shown])), soft_wrap=True)
 
     def close(self) -> None:
-        """Nothing is held back."""
+        """Nothing is buffered."""
 
 
 class JsonLines:
@@ -271,7 +274,7 @@ class WandbLogger:
         settings = {"dir": str(out), "id": run_id, "resume": "allow" if run_id else None}
         plain = dict(config or {})
         self._run = wandb.init(project=project, name=name, config=plain, **settings)
-        # W&B's own counter cannot go back to a checkpoint; an axis of ours can.
+        # W&B's own step counter cannot go back to a checkpoint; a metric as the axis can.
         self._run.define_metric("*", step_metric="step")
         kept.write_text(self._run.id + "\n")
 
@@ -284,12 +287,27 @@ class WandbLogger:
         self._run.finish()
 
 
-@contextmanager
-def timed(metrics: dict[str, float], stage: str) -> Iterator[None]:
-    """Adds timing_s/<stage>, the wall time of what is done meanwhile."""
-    start = time.perf_counter()
-    yield
-    metrics[f"timing_s/{stage}"] = time.perf_counter() - start
+class Stopwatch:
+    """Wall times of named stages.
+
+    Example:
+        >>> clock = Stopwatch()
+        >>> with clock.stage("gen"):
+        ...     pass
+        >>> list(clock.metrics)
+        ['timing_s/gen']
+    """
+
+    def __init__(self) -> None:
+        """Nothing is timed yet."""
+        self.metrics: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times what runs inside the context."""
+        start = time.perf_counter()
+        yield
+        self.metrics[f"timing_s/{name}"] = time.perf_counter() - start
 
 
 def peak_memory(device: torch.device) -> float:
@@ -300,12 +318,12 @@ def peak_memory(device: torch.device) -> float:
 
 
 def _pattern(name: str) -> str:
-    """A METRICS key as a regular expression; a part in braces matches any name without a slash."""
+    """A key of LOGGED as a regular expression; a part in braces matches a name without a slash."""
     return r"[^/]+".join(re.escape(part) for part in re.split(r"\{\w+\}", name))
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; ∞ for one that a crash tore, so that it is dropped."""
+    """The step of a line of metrics.jsonl; ∞ for a line cut short by a crash, which is dropped."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

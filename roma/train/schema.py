@@ -76,7 +76,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """The value of a YAML text; `name` (a path) stands in the error.
+    """The value of a YAML text; `name` (a path) is what an error calls it.
 
     Raises:
         ValueError: the text is not YAML, or gives a key twice.
@@ -85,14 +85,13 @@ def parse_yaml(text: str, name: str) -> Any:
         >>> parse_yaml("{lr: 1e-6, betas: [0.9, 0.98]}", "inline")
         {'lr': 1e-06, 'betas': [0.9, 0.98]}
     """
-    loader = _Loader(text)
-    loader.name = name
     try:
+        loader = _Loader(text)
+        loader.name = name
         return loader.get_single_data()
     except yaml.YAMLError as error:
-        raise ValueError(f"{name}: expected YAML, got text that is not; {error}") from error
-    finally:
-        loader.dispose()
+        reason = " ".join(str(error).split())
+        fail(name, "YAML", f"text that is not ({reason})", "correct it there")
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -111,13 +110,27 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         if below is not None and not isinstance(below, dict):
             expected = f"{'.'.join(sections[:depth])} to be a section"
             fail(name, expected, show(below), "shorten the key")
-        # A copy: the same dict may stand twice in the tree, by a YAML alias.
+        # A copy: with a YAML alias the same dict is in the tree twice.
         tree[section] = tree = dict(below or {})
     tree[leaf] = parse_yaml(text, name)
 
 
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything in nested dicts that is no dict itself.
+
+    Example:
+        >>> dict(leaves({"a": {"b": 1, "c": None}, "d": [2]}))
+        {'a.b': 1, 'a.c': None, 'd': [2]}
+    """
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def check_keys(section: type, tree: Any, key: str = "", *, root: type | None = None) -> None:
-    """Checks that every key of nested dicts is one of the dataclass, before any value is looked at.
+    """Checks that every key of nested dicts is a field of the dataclass; looks at no value.
 
     Raises:
         ValueError: an unknown key; the nearest one of its section, or else of `root`, is suggested.
@@ -167,17 +180,20 @@ def keys(section: type, prefix: str = "") -> Iterator[str]:
 
 
 class Entry(NamedTuple):
-    """What there is to know of one key."""
+    """What `roma train --list-keys` prints of a key."""
 
     key: str
     kind: str
     default: str
-    """As YAML; "required" where there is none."""
+    """As YAML; "required" where the field has no default."""
     meaning: str
 
 
 def explain(section: type, prefix: str = "") -> Iterator[Entry]:
-    """Every key that takes a value, with the text that stands below its field in the source.
+    """Every key that takes a value, with the meaning of its field.
+
+    The meaning stands in the "Attributes:" section of the class docstring, or else in a string
+    below the field in the source.
 
     Example:
         >>> from roma.train.config import TrainerConfig
@@ -185,12 +201,7 @@ def explain(section: type, prefix: str = "") -> Iterator[Entry]:
         ('trainer.total_steps', 'a whole number ≥ 1', '200')
     """
     hints = get_type_hints(section, include_extras=True)
-    body = ast.parse(inspect.getsource(section)).body[0].body  # type: ignore[attr-defined]  # a class
-    texts = {
-        ast.unparse(node.target): " ".join(str(ast.literal_eval(below.value)).split())
-        for node, below in itertools.pairwise(body)
-        if isinstance(node, ast.AnnAssign) and isinstance(below, ast.Expr)
-    }
+    texts = {**_texts_below_fields(section), **_attributes_section(section)}
     for field in dataclasses.fields(section):
         kind, key = hints[field.name], prefix + field.name
         if dataclasses.is_dataclass(kind):
@@ -203,8 +214,39 @@ def explain(section: type, prefix: str = "") -> Iterator[Entry]:
         yield Entry(key, _describe(kind), default, texts.get(field.name, ""))
 
 
+def _texts_below_fields(section: type) -> dict[str, str]:
+    body = ast.parse(inspect.getsource(section)).body[0].body  # type: ignore[attr-defined]  # a class
+    return {
+        ast.unparse(node.target): " ".join(str(ast.literal_eval(below.value)).split())
+        for node, below in itertools.pairwise(body)
+        if isinstance(node, ast.AnnAssign) and isinstance(below, ast.Expr)
+    }
+
+
+def _attributes_section(section: type) -> dict[str, str]:
+    """Field -> text of the Google-style "Attributes:" section of a class docstring.
+
+    An entry is `name: text` or `name (type): text`, and goes on in lines that are indented deeper.
+    """
+    _, found, below = (inspect.getdoc(section) or "").partition("\nAttributes:\n")
+    texts: dict[str, str] = {}
+    indent, name = 0, ""
+    for line in below.splitlines() if found else ():
+        text = line.strip()
+        depth = len(line) - len(line.lstrip())
+        if text and depth == 0:  # the next section
+            break
+        entry = re.fullmatch(r"(\w+)(?: \([^)]*\))?:(.*)", text)
+        indent = indent or depth
+        if entry and depth == indent:
+            name, text = entry[1], entry[2]
+        if name:
+            texts[name] = f"{texts.get(name, '')} {text}".strip()
+    return texts
+
+
 def show(value: Any) -> str:
-    """A YAML value as messages write it, with its kind where that is not plain to see."""
+    """A YAML value as messages write it, with its kind where it is not obvious."""
     if value is None or isinstance(value, bool):
         return {None: "nothing (null)", True: "true", False: "false"}[value]
     kinds = ((str, "the text "), (dict, "the section "), (list, "the list "))
@@ -259,7 +301,7 @@ def _section(section: Any, value: Any, key: str) -> Any:
     try:
         return section(**built)
     except ValueError as error:
-        # A dataclass that checks itself does so under its own name.
+        # A dataclass that checks its values names itself in the message, not the key.
         raise ValueError(str(error).replace(section.__name__, key)) from error
 
 

@@ -4,19 +4,29 @@ They depend on images and keys alone, so a thread makes them while the policy sa
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from roma.data import Example
+from roma.models.processor import Image
 from roma.models.qwen_vl import Policy, PromptBatch
 from roma.train.config import AlgorithmConfig
-from roma.train.metrics import JsonLines
-from roma.views import CORRUPTIONS, ViewSpec, degrade_batch, load_levels, sample, seed_for
+from roma.views import (
+    CORRUPTIONS,
+    Corruption,
+    ViewSpec,
+    degrade_batch,
+    load_levels,
+    sample,
+    seed_for,
+)
 from roma_kernels.errors import fail
 
 
@@ -25,77 +35,103 @@ class Views:
     """K views of P prompts."""
 
     specs: list[list[ViewSpec]]  # [K][P]
+    images: list[list[list[Image]]]  # [K][P], per prompt its degraded images
     pixels: list[Tensor]  # K of [Σ gh·gw, C], the patches of all prompts' images
     seconds: float = 0.0  # that making them took
 
     @classmethod
     def none(cls) -> "Views":
         """K = 0."""
-        return cls([], [])
+        return cls([], [], [])
 
-    def of_prompts(self, prompts: PromptBatch, kept: Sequence[Sequence[int]]) -> "Views":
-        """Of prompt p the views kept[p], the same number of each."""
+    def keep(self, prompts: PromptBatch, kept: Sequence[Sequence[int]]) -> "Views":
+        """The views kept[p] of each prompt p, the same number for all prompts."""
         patches = [prompts.patches(slice(p, p + 1)) for p in range(len(kept))]
         columns = list(zip(*kept, strict=True))
         return Views(
-            [[self.specs[view][p] for p, view in enumerate(own)] for own in columns],
+            [[self.specs[view][p] for p, view in enumerate(column)] for column in columns],
+            [[self.images[view][p] for p, view in enumerate(column)] for column in columns],
             [
-                torch.cat([self.pixels[view][patches[p]] for p, view in enumerate(own)])
-                for own in columns
+                torch.cat([self.pixels[view][patches[p]] for p, view in enumerate(column)])
+                for column in columns
             ],
             self.seconds,
         )
 
+    def in_place_of_clean(self, prompts: PromptBatch) -> PromptBatch:
+        """The prompts with the images of the first view."""
+        return replace(prompts, images=self.images[0], pixel_values=self.pixels[0])
 
-class OnlineViews:
+    def metrics(self) -> dict[str, float]:
+        """Mean level, and the time that making the views took; nothing where there are none."""
+        levels = [spec.level or 0.0 for column in self.specs for spec in column]
+        if not levels:
+            return {}
+        mean = sum(levels) / len(levels)
+        return {"views/level_mean": mean, "timing_s/make_views": self.seconds}
+
+    def rows(self, examples: Sequence[Example]) -> Iterator[dict[str, Any]]:
+        """A row of views.jsonl per prompt, with every parameter of its views."""
+        for example, specs in zip(examples, zip(*self.specs, strict=True), strict=True):
+            yield {"id": example.id, "views": [asdict(spec) for spec in specs]}
+
+
+class ViewMaker:
     """Makes views from clean images at model resolution, keyed by (run seed, step, row, view).
 
     Args:
-        algorithm: whether there are views, and pool, K and levels.
+        algorithm: view mode, pool, K and levels.
         seed: of the run.
+        device: of the policy.
     """
 
-    def __init__(self, algorithm: AlgorithmConfig, seed: int) -> None:
-        """Reads the level table, if the options name one."""
-        self.mode, self.options, self.seed = algorithm.view_mode, algorithm.views, seed
-        table = self.options.level_table
-        self.corruptions = load_levels(table) if table else CORRUPTIONS
-        self._thread = ThreadPoolExecutor(1, "roma-online-views")
+    def __init__(self, algorithm: AlgorithmConfig, seed: int, device: torch.device) -> None:
+        """Reads the level table, if the options name one.
+
+        Raises:
+            ValueError: views are to be made on a GPU and the policy is not on one; a bad table.
+            FileNotFoundError: there is no such table.
+        """
+        self.options, self.seed = algorithm.views, seed
+        if self.options.device == "cuda" and device.type != "cuda":
+            expected, remedy = "cpu, as the policy is not on a GPU", "leave it out"
+            fail("algorithm.views.device", expected, self.options.device, remedy)
+        self.corruptions = _corruptions(self.options.level_table)
+        # The only place that asks for the mode: how many views of a prompt, and who sees them.
+        made = self.options.candidates or self.options.k
+        self.count, self.rollouts_see_views, self.loss_sees_views = {
+            "none": (0, False, False),
+            "rollout": (1, True, False),
+            "roma": (made, False, True),
+        }[algorithm.view_mode]
+        self._thread = ThreadPoolExecutor(1, "roma-view-maker")
 
     def max_level(self, step: int) -> float:
-        """The strongest level drawn in a step, counted from 1; grows over the first ramp_steps."""
+        """The highest level drawn in a step, counted from 1; rises over the first ramp_steps."""
         share = step / self.options.ramp_steps if self.options.ramp_steps else 1.0
         return self.options.max_level * min(share, 1.0)
 
     def start(
         self, policy: Policy, prompts: PromptBatch, examples: Sequence[Example], step: int
     ) -> "Future[Views]":
-        """What `make` returns or raises, once a thread has made it; none in mode "none"."""
-        if self.mode == "none":
-            nothing: Future[Views] = Future()
-            nothing.set_result(Views.none())
-            return nothing
-        count = 1 if self.mode == "rollout" else self.options.candidates or self.options.k
-        return self._thread.submit(self.make, policy, prompts, examples, step, count)
+        """Has a thread run `make`; the future holds what it returned or raised."""
+        return self._thread.submit(self.make, policy, prompts, examples, step)
 
     def make(
-        self,
-        policy: Policy,
-        prompts: PromptBatch,
-        examples: Sequence[Example],
-        step: int,
-        count: int,
+        self, policy: Policy, prompts: PromptBatch, examples: Sequence[Example], step: int
     ) -> Views:
-        """`count` views of each prompt; all images of a prompt share the view's corruption.
+        """The views of each prompt; all images of a prompt share a view's corruption.
 
         Raises:
             ValueError: a view came out on another grid than the clean image's.
         """
+        if not self.count:
+            return Views.none()
         begin, options = time.perf_counter(), self.options
         specs = [
             sample(
                 options.pool,
-                count,
+                self.count,
                 (self.seed, step, example.id),
                 corruptions=self.corruptions,
                 max_level=self.max_level(step),
@@ -104,45 +140,32 @@ class OnlineViews:
             for example in examples
         ]
         wanted = [
-            (image, own[view], seed_for(self.seed, step, example.id, view, number))
-            for view in range(count)
-            for example, own, images in zip(examples, specs, prompts.images, strict=True)
+            (image, chosen[view], seed_for(self.seed, step, example.id, view, number))
+            for view in range(self.count)
+            for example, chosen, images in zip(examples, specs, prompts.images, strict=True)
             for number, image in enumerate(images)
         ]
-        images, chosen, seeds = map(list, zip(*wanted, strict=True))
+        images, columns, seeds = map(list, zip(*wanted, strict=True))
         if options.device == "cuda":
-            if policy.device.type != "cuda":
-                expected, remedy = "cpu, as the policy is not on a GPU", "leave it out"
-                fail("algorithm.views.device", expected, options.device, remedy)
             images = [torch.from_numpy(image).to(policy.device) for image in images]
-        views = degrade_batch(images, chosen, seeds, corruptions=self.corruptions)
-        made = (view if isinstance(view, np.ndarray) else view.numpy(force=True) for view in views)
-        pixels = [
-            policy.view_pixels(prompts, [[next(made) for _ in own] for own in prompts.images])
-            for _ in range(count)
+        degraded = degrade_batch(images, columns, seeds, corruptions=self.corruptions)
+        arrays = (x if isinstance(x, np.ndarray) else x.numpy(force=True) for x in degraded)
+        by_view = [
+            [[next(arrays) for _ in images] for images in prompts.images] for _ in range(self.count)
         ]
-        seconds = time.perf_counter() - begin
-        return Views([[own[view] for own in specs] for view in range(count)], pixels, seconds)
+        pixels = [policy.view_pixels(prompts, images) for images in by_view]
+        by_spec = [[own[view] for own in specs] for view in range(self.count)]
+        return Views(by_spec, by_view, pixels, time.perf_counter() - begin)
 
 
-def record(
-    views: Views, examples: Sequence[Example], step: int, log: JsonLines | None
-) -> dict[str, float]:
-    """What the views of a step are: metrics, and a line per prompt with every parameter."""
-    specs = [spec for own in views.specs for spec in own]
-    if log:
-        by_prompt = zip(examples, zip(*views.specs, strict=True), strict=True)
-        log.write(
-            step,
-            (
-                {"id": example.id, "views": [asdict(spec) for spec in own]}
-                for example, own in by_prompt
-            ),
-        )
-    return {
-        "views/level_mean": sum(spec.level or 0.0 for spec in specs) / len(specs),
-        "timing_s/make_views": views.seconds,
-    }
+def _corruptions(table: str | None) -> Mapping[str, Corruption]:
+    if table is None:
+        return CORRUPTIONS
+    if not Path(table).is_file():
+        got = f"{table!r}, and no file at {Path(table).resolve()}"
+        remedy = "correct the path, which is relative to the working directory"
+        fail("algorithm.views.level_table", "a YAML file", got, remedy, error=FileNotFoundError)
+    return load_levels(table)
 
 
 def hardest(divergence: Tensor, counted: Tensor, k: int) -> list[list[int]]:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from roma.train.metrics import METRICS, ConsoleLogger, FileLogger, MetricLog, open_log
-from roma_kernels.roma_loss.view_api import METRICS as LOSS_METRICS
+from roma import METRICS as LOSS_METRICS
+from roma.train.metrics import LOGGED, ConsoleLogger, FileLogger, MetricLog, open_log
 
 STEP = {"reward/overall": torch.tensor(0.75), "actor/loss": 0.5, "timing_s/step": 1.25}
 
@@ -24,8 +24,8 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def test_every_metric_of_the_loss_is_explained() -> None:
-    assert {f"actor/{name}" for name in LOSS_METRICS} <= METRICS.keys()
-    assert all(METRICS.values())
+    assert {f"actor/{name}" for name in LOSS_METRICS} <= LOGGED.keys()
+    assert all(LOGGED.values())
 
 
 @pytest.mark.parametrize("name", ["actor/roma_penalty/jpeg", "reward/accuracy", "timing_s/views"])
@@ -35,7 +35,7 @@ def test_names_with_a_free_part(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["actor/rewrad", "actor/roma_penalty/a/b", "loss", "reward/"])
 def test_an_unexplained_name_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"metric: expected a name in roma\.metrics\.METRICS"):
+    with pytest.raises(ValueError, match=r"expected a name in roma\.train\.metrics\.LOGGED"):
         MetricLog([]).log(1, {name: 0.0})
 
 

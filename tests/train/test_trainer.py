@@ -13,12 +13,15 @@ from support import small_model
 
 from experiments.digits.warm_start import warm_start
 from roma.data import load_dataset_rows
-from roma.train import trainer as trainer_module
+from roma.rollout.hf import HfSampler
 from roma.train.config import Config, load_config
 from roma.train.trainer import Trainer, train
-from roma.train.views import OnlineViews, by_corruption, hardest
+from roma.train.views import ViewMaker, by_corruption, hardest
 from roma.views import ViewSpec, sample
 from roma_kernels.roma_loss.api import view_divergence
+
+REWARD = Path(__file__).parents[1] / "support" / "length_reward.py"
+CPU = torch.device("cpu")
 
 
 def config(out: Path, *overrides: str) -> Config:
@@ -35,7 +38,7 @@ def config(out: Path, *overrides: str) -> Config:
             "worker.actor.lr=1e-3",
             "worker.actor.micro_batch_size=8",
             "worker.rollout.n=4",
-            f"worker.reward.function={Path(__file__).parents[1] / 'support' / 'length_reward.py'}:compute_score",
+            f"worker.reward.function={REWARD}:compute_score",
             "trainer.total_steps=2",
             "trainer.logger=[file]",
             f"trainer.out={out}",
@@ -107,7 +110,7 @@ def test_later_updates_use_old_log_probs(tmp_path: Path) -> None:
     trainer.step = 1
     metrics = trainer.train_step()
     assert abs(metrics["actor/ppo_kl"]) > 1e-4
-    assert trainer.scheduler.last_epoch == trainer.updates_per_step == 4
+    assert trainer.scheduler.last_epoch == trainer.config.updates_per_step == 4
 
 
 def test_a_frozen_vision_tower_stays(tmp_path: Path) -> None:
@@ -130,11 +133,11 @@ def test_autocast_keeps_fp32_weights(tmp_path: Path) -> None:
 def test_views_do_not_depend_on_the_batch() -> None:
     policy, rows = small_model.policy(), load_dataset_rows(small_model.folder() / "data@train")
     examples = [rows[i] for i in range(4)]
-    views = OnlineViews(load_config(None, NEEDED).algorithm, seed=5)
+    maker = ViewMaker(load_config(None, NEEDED).algorithm, 5, CPU)
 
     def made(some):
         prompts = policy.encode_prompts([e.problem for e in some], [e.load_images() for e in some])
-        return views.make(policy, prompts, some, 7, 2)
+        return maker.make(policy, prompts, some, 7)
 
     whole, alone = made(examples), made(examples[2:3])
     patches = len(alone.pixels[0])
@@ -171,20 +174,20 @@ def test_views_are_made_while_the_policy_samples(
 ) -> None:
     """Each waits for the other to have begun: one after the other neither would."""
     sampling, degrading = threading.Event(), threading.Event()
-    make, sample_group = OnlineViews.make, trainer_module.generate
+    make, sample_group = ViewMaker.make, HfSampler.sample
 
     def slow_make(*given: Any) -> Any:
         degrading.set()
         assert sampling.wait(60)
         return make(*given)
 
-    def slow_generate(*given: Any, **named: Any) -> Any:
+    def slow_sample(*given: Any, **named: Any) -> Any:
         sampling.set()
         assert degrading.wait(60)
         return sample_group(*given, **named)
 
-    monkeypatch.setattr(OnlineViews, "make", slow_make)
-    monkeypatch.setattr(trainer_module, "generate", slow_generate)
+    monkeypatch.setattr(ViewMaker, "make", slow_make)
+    monkeypatch.setattr(HfSampler, "sample", slow_sample)
     train(config(tmp_path, "trainer.total_steps=1"))
 
 
@@ -203,8 +206,8 @@ def test_views_on_a_gpu_need_the_policy_there(tmp_path: Path) -> None:
 
 def test_the_curriculum_grows_with_the_step() -> None:
     def levels(*options: str) -> list[float]:
-        views = OnlineViews(load_config(None, [*NEEDED, *options]).algorithm, seed=0)
-        return [views.max_level(step) for step in (1, 5, 10, 11, 1000)]
+        maker = ViewMaker(load_config(None, [*NEEDED, *options]).algorithm, 0, CPU)
+        return [maker.max_level(step) for step in (1, 5, 10, 11, 1000)]
 
     assert levels() == [2.0] * 5
     options = ("algorithm.views.ramp_steps=10", "algorithm.views.max_level=3")
@@ -226,13 +229,14 @@ def test_the_hardest_candidates_are_kept(tmp_path: Path) -> None:
     options = ("algorithm.views.candidates=4", "worker.actor.micro_batch_size=4")
     trainer = Trainer(config(tmp_path, *options))
     trainer.step = 1
-    experience = trainer.collect({})
+    experience, _ = trainer.collector.collect(trainer.draw(), trainer.step)
     drawn = experience.views.result()
-    chosen = trainer._chosen(experience, drawn)
+    chosen = trainer.choose(experience, drawn)
     assert len(drawn.specs) == 4 and len(chosen.specs) == len(chosen.pixels) == 2
+    batch = experience.batch(drawn)
     with torch.no_grad():
-        whole = trainer.update_step(trainer._batch(experience, drawn, slice(0, 4)))
-    config_of = trainer.update_step.config
+        whole = trainer.policy_loss(batch, batch.totals())
+    config_of = trainer.policy_loss.config
     mask = experience.rollouts.mask
     divergence = view_divergence(whole.logp, whole.view_logp, mask, config=config_of)
     kept = hardest(divergence, experience.rewards["accuracy"].view(4, 4) >= 0.5, 2)
@@ -242,6 +246,7 @@ def test_the_hardest_candidates_are_kept(tmp_path: Path) -> None:
         for view, place in enumerate(places):
             assert chosen.specs[view][p] == drawn.specs[place][p]
             assert torch.equal(chosen.pixels[view][patches], drawn.pixels[place][patches])
+            assert chosen.images[view][p] is drawn.images[place][p]
     metrics = trainer.train_step()
     assert metrics["timing_s/choose_views"] > 0 and metrics["actor/grad_norm"] > 0
 

@@ -8,8 +8,9 @@ import torch
 from support import small_model
 
 from roma.models.qwen_vl import Policy
-from roma.train import update as step_module
-from roma.train.update import UpdateBatch, UpdateStep
+from roma.train import update as update_module
+from roma.train.batch import Totals, UpdateBatch
+from roma.train.update import PolicyLoss
 from roma_kernels.roma_loss.config import RomaConfig
 
 # Gradients up to 0.37, rms 6e-3 to 1e-2, summed in another order: 6e-8 was measured, 1e-6 is twice
@@ -31,23 +32,23 @@ def batch_of(policy: Policy) -> UpdateBatch:
     return UpdateBatch(
         prompts=prompts,
         view_pixels=views,
-        rows=torch.arange(3).repeat_interleave(4),
+        group=torch.arange(3).repeat_interleave(4),
         tokens=tokens,
         mask=mask,
         advantages=torch.randn(12, generator=generator),
         correct=torch.arange(12) % 3 != 1,
         aux_view=torch.randint(2, (12,), generator=generator),
         old_logp=torch.full((12, 5), -3.7),
-        total_sequences=12,
-        total_tokens=int(mask.sum()),
-        total_correct=8,
     )
+
+
+TOTALS = Totals(sequences=12, tokens=46, correct=8)
 
 
 def gradients(policy: Policy, config: RomaConfig, batches: list[UpdateBatch]) -> dict:
     policy.zero_grad()
     for batch in batches:
-        UpdateStep(policy, config)(batch).loss.backward()
+        PolicyLoss(policy, config)(batch, TOTALS).loss.backward()
     return {name: weight.grad.clone() for name, weight in policy.named_parameters()}
 
 
@@ -72,10 +73,10 @@ def test_distinct_rows_change_nothing(
     policy: Policy, config: RomaConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = batch_of(policy)
-    assert len(step_module.distinct_rows(batch.rows, batch.tokens, batch.mask)[0]) == 10
+    assert len(update_module.distinct_rows(batch.group, batch.tokens, batch.mask)[0]) == 10
     shared = gradients(policy, config, [batch])
     every = torch.arange(12)
-    monkeypatch.setattr(step_module, "distinct_rows", lambda *rows: (*rows, every))
+    monkeypatch.setattr(update_module, "distinct_rows", lambda *rows: (*rows, every))
     assert_equal_gradients(shared, gradients(policy, config, [batch]))
     for part in ("lm_head.weight", "visual.patch_embed.proj.weight", "deepstack_merger_list.0"):
         reached = [gradient for name, gradient in shared.items() if part in name]
@@ -85,30 +86,18 @@ def test_distinct_rows_change_nothing(
 @pytest.mark.parametrize("config", CONFIGS, ids=["default", "dapo"])
 def test_micro_batches_change_nothing(policy: Policy, config: RomaConfig) -> None:
     whole = batch_of(policy)
-    parts = []
-    for start in range(3):
-        prompts, rows = slice(start, start + 1), slice(4 * start, 4 * start + 4)
-        patches = whole.prompts.patches(prompts)
-        part = {name: getattr(whole, name)[rows] for name in (
-            "tokens", "mask", "advantages", "correct", "aux_view", "old_logp"
-        )}  # fmt: skip
-        parts.append(
-            replace(
-                whole,
-                prompts=whole.prompts.select(prompts),
-                view_pixels=[pixels[patches] for pixels in whole.view_pixels],
-                rows=whole.rows[rows] - start,
-                **part,
-            )
-        )
+    assert whole.totals() == TOTALS
+    parts = list(whole.split(1))
+    assert [len(part.group) for part in parts] == [4, 4, 4]
+    assert [part.totals() for part in parts] == [(4, 17, 3), (4, 15, 2), (4, 14, 3)]
     assert_equal_gradients(gradients(policy, config, [whole]), gradients(policy, config, parts))
 
 
 def test_own_log_probs_are_the_old_ones_of_a_first_update(policy: Policy) -> None:
     batch = batch_of(policy)
-    update = UpdateStep(policy, RomaConfig())
-    scored = update.old_logp(batch)
-    without, given = (update(replace(batch, old_logp=old)) for old in (None, scored))
+    policy_loss = PolicyLoss(policy, RomaConfig())
+    scored = policy_loss.score(batch).logp
+    without, given = (policy_loss(replace(batch, old_logp=old), TOTALS) for old in (None, scored))
     assert without.metrics["ppo_kl"].abs() < 1e-6
     torch.testing.assert_close(without.loss, given.loss, rtol=0, atol=1e-5)
     assert (scored[~batch.mask] == 0).all()
@@ -124,14 +113,14 @@ def _rank(rank: int, store: str, path: str) -> None:
     whole = batch_of(policy)
     config = RomaConfig()
     expected = gradients(policy, config, [whole])
-    rows = whole.rows % 3 == 0 if rank == 0 else whole.rows % 3 != 0  # 4 rollouts and 8
+    rows = whole.group % 3 == 0 if rank == 0 else whole.group % 3 != 0  # 4 rollouts and 8
     mine = {
         name: getattr(whole, name)[rows]
-        for name in ("rows", "tokens", "mask", "advantages", "correct", "aux_view", "old_logp")
+        for name in ("group", "tokens", "mask", "advantages", "correct", "aux_view", "old_logp")
     }
-    wrapped = torch.nn.parallel.DistributedDataParallel(UpdateStep(policy, config))
+    wrapped = torch.nn.parallel.DistributedDataParallel(PolicyLoss(policy, config))
     policy.zero_grad()
-    out = wrapped(replace(whole, **mine))  # the totals stay those of both ranks
+    out = wrapped(replace(whole, **mine), TOTALS)  # of both ranks
     (2 * out.loss).backward()  # DDP averages
     found = {name: weight.grad for name, weight in policy.named_parameters()}
     assert_equal_gradients(found, expected)
