@@ -10,6 +10,7 @@ Every random draw is a function of (run seed, step, row id), so that a resumed r
 uninterrupted one.
 """
 
+import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -309,5 +310,6 @@ def _announce(config: Config, start: Path | None) -> None:
     except (OSError, ValueError) as error:
         print(f"options of {start} are not compared: {error}", file=sys.stderr)
         return
-    for key, (old, new) in changed.items():
+    for key, values in changed.items():
+        old, new = (json.dumps(value, ensure_ascii=False) for value in values)
         print(f"changed since {start}: {key}: {old} -> {new}", file=sys.stderr)

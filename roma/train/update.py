@@ -46,9 +46,6 @@ class PolicyLoss(nn.Module):
         states go to every such row, and the rows' gradients add up. This is exact.
         """
         hidden, *view_hidden = self._hidden(batch)
-        old_logp = batch.old_logp
-        if old_logp is None:
-            old_logp = self._logp(hidden.detach(), batch)
         return roma_loss(
             hidden,
             torch.stack(view_hidden) if view_hidden else None,
@@ -57,7 +54,7 @@ class PolicyLoss(nn.Module):
             mask=batch.mask,
             advantages=batch.advantages,
             correct=batch.correct,
-            old_logp=old_logp,
+            old_logp=batch.old_logp,
             aux_view=batch.aux_view,
             total_sequences=totals.sequences,
             total_tokens=totals.tokens,

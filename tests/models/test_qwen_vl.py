@@ -7,8 +7,9 @@ import pytest
 import torch
 from support import small_model
 
+from roma.models.device import resolve_device
 from roma.models.qwen_vl import Policy
-from roma.rollout.hf import generate
+from roma.rollout.hf import HfSampler, generate
 from roma_kernels.linear_logprob.api import linear_logprob
 
 # Ten roundings of the largest log-prob, 4.4 nats (ulp 4.8e-7); one such rounding was measured.
@@ -139,6 +140,26 @@ def test_saved_and_loaded_again(policy: Policy, tmp_path: Path) -> None:
     assert again.processor.prompt_ids("<image> sum ?", grids) == ids
     assert ids.count(policy.model.config.image_token_id) == 8
     assert isinstance(AutoModelForImageTextToText.from_pretrained(tmp_path), type(policy.model))
+
+
+def test_a_device_is_checked_before_weights_are_read(tmp_path: Path) -> None:
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert resolve_device(torch.device("cpu")) == torch.device("cpu")
+    with pytest.raises(ValueError, match=r"device: expected a device .*, got 'tpu' \(") as caught:
+        Policy.load(tmp_path, device="tpu")
+    assert len(str(caught.value)) < 250 and "\n" not in str(caught.value)
+
+
+@torch.no_grad()
+def test_the_sampler_is_generate(policy: Policy) -> None:
+    prompts = small_model.mixed_prompts(policy)
+    options = {"group_size": 3, "max_new_tokens": 5, "temperature": 0.8, "seed": 4}
+    made, expected = (
+        HfSampler(policy).sample(prompts, **options),
+        generate(policy, prompts, **options),
+    )
+    assert torch.equal(made.tokens, expected.tokens) and torch.equal(made.mask, expected.mask)
+    assert torch.equal(made.finished, expected.finished) and made.logp is None
 
 
 def test_what_a_wrong_folder_or_problem_gets(policy: Policy, tmp_path: Path) -> None:

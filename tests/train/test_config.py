@@ -2,11 +2,13 @@
 
 # ruff: noqa: E501 - one message a line reads best
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from roma.train.config import Config, dump, from_dict, load_config, to_dict
+from roma.train.config import Config, changed_options, dump, from_dict, load_config, to_dict
+from roma.train.schema import explain
 from roma_kernels.roma_loss.config import RomaConfig
 
 REQUIRED = ["data.train_files=train.parquet", "worker.actor.model_path=model"]
@@ -166,3 +168,66 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     path.write_text("data: [")
     with pytest.raises(ValueError, match=r"list\.yaml: expected YAML"):
         load_config(path)
+
+
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n\x00\xff", b"data: \x00", b"data: [\na: }"])
+def test_a_file_that_is_no_yaml_gets_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "photo.png"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"photo\.png") as caught:
+        load_config(path)
+    assert "YAML" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_changed_options(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    config = load("worker.actor.lr=1e-6", "trainer.out=one")
+    path.write_text(dump(config) + "\nfuture: {key: 3}\n")
+    assert changed_options(path, config) == {}
+    changed = load(
+        "worker.actor.lr=2e-6",
+        "worker.actor.betas=[0.9, 0.98]",
+        "algorithm.roma.dual_clip=null",
+        "trainer.out=two",
+        "trainer.resume=one/global_step_1",
+    )
+    assert changed_options(path, changed) == {
+        "algorithm.roma.dual_clip": (3.0, None),
+        "worker.actor.betas": ([0.9, 0.999], [0.9, 0.98]),
+        "worker.actor.lr": (1e-6, 2e-6),
+    }
+
+
+@dataclass(frozen=True)
+class Documented:
+    """A section whose fields are explained in three ways.
+
+    Some prose, with a colon: here.
+
+    Attributes:
+        first: One line.
+        second (int | None): Two lines, of which the other one
+            goes on: here.
+
+        third: After a blank line.
+
+    Example:
+        first: not a field.
+    """
+
+    first: int = 1
+    """Not this one."""
+    second: int | None = None
+    third: float = 0.5
+    fourth: bool = True
+    """Below the field,
+    on two lines."""
+
+
+def test_meanings_stand_in_the_docstring_or_below_the_field() -> None:
+    assert {entry.key: entry.meaning for entry in explain(Documented)} == {
+        "first": "One line.",
+        "second": "Two lines, of which the other one goes on: here.",
+        "third": "After a blank line.",
+        "fourth": "Below the field, on two lines.",
+    }

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from roma import METRICS as LOSS_METRICS
-from roma.train.metrics import LOGGED, ConsoleLogger, FileLogger, MetricLog, open_log
+from roma.train.metrics import LOGGED, ConsoleLogger, FileLogger, MetricLog, Stopwatch, open_log
 
 STEP = {"reward/overall": torch.tensor(0.75), "actor/loss": 0.5, "timing_s/step": 1.25}
 
@@ -37,6 +37,17 @@ def test_names_with_a_free_part(name: str) -> None:
 def test_an_unexplained_name_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"expected a name in roma\.train\.metrics\.LOGGED"):
         MetricLog([]).log(1, {name: 0.0})
+
+
+def test_a_stopwatch_keeps_each_stage() -> None:
+    clock = Stopwatch()
+    with clock.stage("step"):
+        for name in ("gen", "views"):
+            with clock.stage(name):
+                pass
+    times = clock.metrics
+    assert times.keys() == {"timing_s/step", "timing_s/gen", "timing_s/views"}
+    assert 0 <= times["timing_s/gen"] + times["timing_s/views"] <= times["timing_s/step"]
 
 
 def test_console_prints_one_short_line() -> None:

@@ -10,41 +10,18 @@ import pytest
 import torch
 from PIL import Image
 from support import small_model
+from support.small_run import config
 
 from experiments.digits.warm_start import warm_start
 from roma.data import load_dataset_rows
 from roma.rollout.hf import HfSampler
-from roma.train.config import Config, load_config
+from roma.train.config import load_config
 from roma.train.trainer import Trainer, train
 from roma.train.views import ViewMaker, by_corruption, hardest
 from roma.views import ViewSpec, sample
 from roma_kernels.roma_loss.api import view_divergence
 
-REWARD = Path(__file__).parents[1] / "support" / "length_reward.py"
 CPU = torch.device("cpu")
-
-
-def config(out: Path, *overrides: str) -> Config:
-    """Four prompts × four rollouts a step, six tokens."""
-    data = small_model.folder() / "data"
-    return load_config(
-        None,
-        [
-            f"data.train_files={data}@train",
-            f"data.val_files={data}@val",
-            "data.max_response_length=6",
-            "data.rollout_batch_size=4",
-            f"worker.actor.model_path={small_model.folder() / 'model'}",
-            "worker.actor.lr=1e-3",
-            "worker.actor.micro_batch_size=8",
-            "worker.rollout.n=4",
-            f"worker.reward.function={REWARD}:compute_score",
-            "trainer.total_steps=2",
-            "trainer.logger=[file]",
-            f"trainer.out={out}",
-            *overrides,
-        ],
-    )
 
 
 def logged(out: Path) -> list[dict[str, Any]]:
@@ -197,11 +174,6 @@ def test_an_error_in_the_views_thread_is_the_steps(
     monkeypatch.setattr("roma.train.views.degrade_batch", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(config(tmp_path))
-
-
-def test_views_on_a_gpu_need_the_policy_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"algorithm\.views\.device: expected cpu, as the policy"):
-        train(config(tmp_path, "algorithm.views.device=cuda", "trainer.device=cpu"))
 
 
 def test_the_curriculum_grows_with_the_step() -> None:

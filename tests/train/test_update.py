@@ -1,6 +1,7 @@
 """The update: distinct rows, micro-batches and ranks change nothing but the cost."""
 
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -98,16 +99,51 @@ def test_own_log_probs_are_the_old_ones_of_a_first_update(policy: Policy) -> Non
     policy_loss = PolicyLoss(policy, RomaConfig())
     scored = policy_loss.score(batch).logp
     without, given = (policy_loss(replace(batch, old_logp=old), TOTALS) for old in (None, scored))
-    assert without.metrics["ppo_kl"].abs() < 1e-6
+    assert without.metrics["ppo_kl"] == 0
     torch.testing.assert_close(without.loss, given.loss, rtol=0, atol=1e-5)
     assert (scored[~batch.mask] == 0).all()
+
+
+def test_a_first_update_sweeps_the_head_once(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sweep(*_: object, **__: object) -> None:
+        pytest.fail("log-probs were computed a second time")
+
+    monkeypatch.setattr(update_module, "linear_logprob", sweep)
+    PolicyLoss(policy, RomaConfig())(replace(batch_of(policy), old_logp=None), TOTALS)
+
+
+def test_without_views_there_are_no_view_terms(policy: Policy) -> None:
+    batch = batch_of(policy).without_views()
+    clean = RomaConfig(lambda_inv=0.0, lambda_aux=0.0)
+    losses = [PolicyLoss(policy, config)(batch, TOTALS).loss for config in (RomaConfig(), clean)]
+    assert torch.equal(*losses)
+
+
+def test_scores_are_those_of_the_loss(policy: Policy) -> None:
+    """Log-probs as the loss has them, and entropies as all logits have them."""
+    batch, policy_loss = batch_of(policy), PolicyLoss(policy, RomaConfig(temperature=0.7))
+    with torch.no_grad():
+        out = policy_loss(batch, TOTALS)
+        scored = policy_loss.score(batch, entropy=True)
+        logits = scored.hidden @ policy.head_weight.T / 0.7
+    torch.testing.assert_close(scored.logp, out.logp, rtol=0, atol=5e-6)
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    expected = entropy.where(batch.mask, 0.0)
+    torch.testing.assert_close(scored.entropy, expected, rtol=0, atol=5e-6)
+    assert policy_loss.score(batch).entropy is None
 
 
 def _rank(rank: int, store: str, path: str) -> None:
     """One of two ranks: its half of the rollout batch, wrapped; compares with the whole."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(minutes=2),
     )
     policy = Policy.load(path)
     whole = batch_of(policy)

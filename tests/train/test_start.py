@@ -1,0 +1,118 @@
+"""How a run starts: what it prints, and what is refused before a model is read."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.small_run import config
+
+from roma.models.qwen_vl import Policy
+from roma.train.trainer import train
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a model fails the test."""
+
+    def read(*_: Any, **__: Any) -> None:
+        pytest.fail("the model was read")
+
+    monkeypatch.setattr(Policy, "load", read)
+
+
+def test_the_console_says_what_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("trainer.logger=[console]", "trainer.total_steps=1")
+    given = config(tmp_path, *options, "trainer.device=cpu")
+    train(given)
+    folder, model, backend, step = capsys.readouterr().out.splitlines()
+    assert folder == f"run folder: {tmp_path}"
+    assert model == f"model: {given.worker.actor.model_path}, on cpu"
+    assert backend.startswith("back end: auto takes ")
+    assert step.startswith("step 1/1")
+    train(config(tmp_path, *options, "trainer.total_steps=2"))
+    resumed = capsys.readouterr().out.splitlines()[0]
+    assert resumed == f"run folder: {tmp_path}, from {tmp_path / 'global_step_1'}"
+
+
+def test_without_the_console_nothing_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(config(tmp_path, "trainer.total_steps=1"))
+    told = capsys.readouterr()
+    assert told.out == told.err == ""
+
+
+def test_a_finished_run_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    first = train(config(tmp_path, "trainer.total_steps=1"))
+    kept = {path: path.read_bytes() for path in tmp_path.glob("*.*")}
+    capsys.readouterr()
+    request.getfixturevalue("unread")
+    assert train(config(tmp_path, "trainer.total_steps=1")) == first
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err == (
+        f"nothing left to train: {first} has trainer.total_steps = 1 steps; raise it to go on, or "
+        "give trainer.resume=never to start anew\n"
+    )
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.*")} == kept
+
+
+def test_changed_options_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = train(config(tmp_path / "one", "trainer.total_steps=1"))
+    train(config(tmp_path / "one", "trainer.total_steps=2", "algorithm.roma.lambda_inv=3"))
+    capsys.readouterr()  # a run that goes on in its folder; below, one from elsewhere
+    options = ("algorithm.roma.lambda_inv=0.25", "data.limit=7", "trainer.total_steps=2")
+    train(config(tmp_path / "two", *options, f"trainer.resume={path}"))
+    told = capsys.readouterr()
+    assert told.err.splitlines() == [
+        f"changed since {path}: data.limit: null -> 7",
+        f"changed since {path}: algorithm.roma.lambda_inv: 3.0 -> 0.25",
+    ]
+    assert (tmp_path / "two" / "global_step_2").is_dir()
+
+
+def test_a_damaged_config_does_not_stop_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(config(tmp_path, "trainer.total_steps=1"))
+    (tmp_path / "config.yaml").write_text("data: {limit: [")
+    train(config(tmp_path, "trainer.total_steps=2"))
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "are not compared: " in told and "expected YAML" in told
+    assert (tmp_path / "global_step_2").is_dir()
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here a GPU would be taken")
+def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    message = r"trainer\.device: expected a device that torch can use here, got 'cuda' \("
+    with pytest.raises(ValueError, match=message):
+        train(config(tmp_path, "trainer.device=cuda"))
+
+
+@pytest.mark.usefixtures("unread")
+def test_a_level_table_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = config(tmp_path, "algorithm.views.level_table=configs/none.yaml")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError) as caught:
+        train(given)
+    looked = tmp_path / "configs" / "none.yaml"
+    assert str(caught.value) == (
+        f"algorithm.views.level_table: expected a YAML file, got 'configs/none.yaml', and no file "
+        f"at {looked}; correct the path, which is relative to the working directory"
+    )
+
+
+@pytest.mark.usefixtures("unread")
+def test_views_on_a_gpu_need_the_policy_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"algorithm\.views\.device: expected cpu, as the policy"):
+        train(config(tmp_path, "algorithm.views.device=cuda", "trainer.device=cpu"))
+
+
+@pytest.mark.usefixtures("unread")
+def test_a_path_that_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"checkpoint: expected a folder with actor, got .*none"):
+        train(config(tmp_path, f"trainer.resume={tmp_path / 'none'}"))
