@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 
 @pytest.mark.parametrize("share", (*CORRUPTIONS["impulse_noise"].levels, 1.0))
 def test_impulse_noise_hits_its_share_of_values(share: float) -> None:
-    """Every channel by itself, salt and pepper alike."""
+    """Each channel is drawn independently, salt and pepper alike."""
     found = view(flat(100, 128, 192), "impulse_noise", share, seed=4)
     salt, pepper = found == 255, found == 0
     assert (salt | pepper | (found == 100)).all()
@@ -109,7 +109,7 @@ def test_shot_noise_is_independent(p: float) -> None:
 
 
 def test_shot_noise_leaves_black_black() -> None:
-    """And takes every value by itself, whatever is beside it."""
+    """Each value is drawn independently of its neighbours."""
     image = flat(0, 128, 128)
     image[::2, :, 1] = 128
     for p in SHARES:
