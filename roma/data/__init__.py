@@ -1,10 +1,10 @@
-"""Questions about images: datasets in EasyR1's columns, read, and two of our own, written.
+"""Questions about images: reads datasets in EasyR1's columns, and writes two generated ones.
 
     write_digits("data/digits")                               # roma data digits --out data/digits
     data = load_dataset_rows("data/digits", split="train")    # a sequence of Example
 
-Needs numpy, Pillow and pyarrow; `datasets` for its own form, scikit-learn for the digits (the extra
-`train` has them all).
+Needs numpy, Pillow and pyarrow, `datasets` for folders that it saved, and scikit-learn for the
+digits; the extra `train` has them all.
 """
 
 import roma.namesake  # noqa: F401 - an ImportError if another `roma` is in the way

@@ -14,25 +14,26 @@ from roma_kernels.errors import fail
 
 
 class RowError(ValueError):
-    """A row of a dataset that cannot be used; the message names file, row and remedy."""
+    """A dataset row that cannot be used; the message names file, row and remedy."""
 
 
 def row_error(origin: str, cause: ValueError) -> RowError:
-    """The cause, with the row it stands in and the way around it."""
+    """The cause as an error that names the row, and how to skip it."""
     return RowError(f"{origin}: {cause}, or skip such rows with skip_broken=True")
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    r"""One question: encoded images, the problem that names them, the answer to be found.
+    r"""One question: encoded images, the problem, the answer.
 
-    id: stable name of the row, the key of its views' seeds.
-    images: encoded images, paths or Pillow images; decoded by `load_images` only.
-    problem: the prompt's text, with as many `<image>` as there are images.
-    answer: ground truth, never empty.
-    solution: a written response that ends in the answer, for a supervised warm start; None if the
-        data has none.
-    origin: where the row came from, for messages.
+    Attributes:
+        id: stable name of the row, the key of its views' seeds.
+        images: encoded images, paths or Pillow images; `load_images` decodes them.
+        problem: text of the prompt, with one `<image>` per image.
+        answer: ground truth, never empty.
+        solution: a written response that ends in the answer, for a supervised warm start; None if
+            the data has none.
+        origin: file and row, for messages.
     """
 
     id: str
@@ -56,10 +57,10 @@ class Example:
 
 
 def image_source(value: Any, folder: Path | None) -> ImageSource:
-    """What a dataset's cell says of one image: {bytes, path}, bytes, a path or a Pillow image.
+    """The image of a dataset's cell: {bytes, path}, bytes, a path or a Pillow image.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: the cell holds none of these.
     """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")

@@ -1,4 +1,4 @@
-"""Reads questions about images in EasyR1's columns: parquet, JSON lines, or as `datasets` saves."""
+"""Reads questions about images in EasyR1's columns: parquet, JSON lines, saved `datasets`."""
 
 import difflib
 import json
@@ -22,7 +22,7 @@ _SPLIT_FILE = re.compile(r"(?P<split>.+?)(-\d{5}-of-(?P<shards>\d{5}))?\.(parque
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column holds what. `solution` may be absent from the data, the others must not."""
+    """Names of the columns. Only `solution` may be absent from the data."""
 
     images: str = "images"
     problem: str = "problem"
@@ -44,7 +44,7 @@ class Rows(Protocol):
 
 
 class ArrowRows:
-    """Rows of an Arrow table; a row is copied out when it is asked for."""
+    """Rows of an Arrow table; a row is copied when it is read."""
 
     def __init__(self, table: pa.Table) -> None:
         self._table = table
@@ -58,7 +58,7 @@ class ArrowRows:
 
 
 class JsonRows:
-    """Rows of JSON lines; a line is parsed when it is asked for. Blank lines are not rows."""
+    """Rows of JSON lines; a line is parsed when it is read. Blank lines are skipped."""
 
     def __init__(self, lines: Iterable[bytes]) -> None:
         self._lines = [line for line in lines if line.strip()]
@@ -66,7 +66,7 @@ class JsonRows:
         for index in range(len(self._lines)):
             try:
                 names.update(dict.fromkeys(self[index]))
-            except ValueError:  # reported with its index, or skipped, when the row itself is read
+            except ValueError:  # reported with its index, or skipped, when the row is read
                 continue
         self.column_names = list(names)
 
@@ -85,19 +85,19 @@ class JsonRows:
 
 
 class RomaDataset(Sequence[Example]):
-    """A sequence of `Example`, checked when it is built; its images are decoded later, on demand.
+    """A sequence of `Example`, checked when it is built; images are decoded later, on demand.
 
-    Building it reads the text of every row, so that a bad row ends a run before its first step and
-    not in the middle. `skip_broken=True` decodes every image once as well, leaves out what is
-    broken and lists it in `skipped`.
+    Building it reads the text of every row, so that a bad row ends a run before its first step.
+    `skip_broken=True` also decodes every image once, leaves broken rows out and lists them in
+    `skipped`.
 
     Args:
-        rows: the table; a `datasets.Dataset` will do as well.
+        rows: the table; a `datasets.Dataset` is one too.
         name: what messages call it.
-        columns: which column holds what. A column `id`, where there is one, names the rows; else
-            their index does.
-        image_dir: folder that relative image paths start from (None: the working directory).
-        skip_broken: leave broken rows out in place of raising.
+        columns: names of the columns. A column `id`, where there is one, names the rows; else their
+            index does.
+        image_dir: folder of relative image paths (None: the working directory).
+        skip_broken: leave broken rows out instead of raising.
 
     Raises:
         ValueError: a column is missing, or no row is left.
@@ -211,14 +211,14 @@ def load_dataset_rows(
 
     Args:
         path: a .parquet or .jsonl file; a folder that `datasets` saved (`save_to_disk`); or a
-            folder with one such file, set of shards or saved dataset per split, directly in it or
-            in its `data/`. `path@split` is the same as `split=`. Parquet and JSON lines are held in
-            memory (still encoded), a saved dataset is mapped from disk.
-        split: which split of a folder; may be left out where there is only one.
-        columns: which column holds what: images (a list of {bytes, path}, or of paths), problem,
+            folder that holds one such file, set of shards or saved dataset per split, directly or
+            in its `data/`. `path@split` is the same as `split=`. Parquet and JSON lines are kept in
+            memory, images still encoded; a saved dataset is mapped from disk.
+        split: the split of a folder; may be omitted if there is only one.
+        columns: names of the columns: images (a list of {bytes, path}, or of paths), problem,
             answer.
-        image_dir: folder that relative image paths start from; None: the folder of the file.
-        skip_broken: leave out rows that cannot be used, and report them in `skipped`; decodes every
+        image_dir: folder of relative image paths; None: the folder of the file.
+        skip_broken: leave out rows that cannot be used and list them in `skipped`; decodes every
             image once.
 
     Raises:
@@ -247,7 +247,7 @@ def load_dataset_rows(
 
 
 def _find_files(root: Path, split: str | None) -> list[Path]:
-    """The files (or the one saved dataset) that hold a split."""
+    """The files of a split, or the saved dataset that it is."""
     if not root.exists():
         got = f"nothing at {root}"
         remedy = "check the path; fetch one of the hub with hf download NAME --repo-type dataset"
@@ -293,7 +293,7 @@ def _is_saved_dataset(folder: Path) -> bool:
 
 def _open(files: Sequence[Path]) -> Rows:
     if files[0].is_dir():
-        from datasets import load_from_disk  # a second to import, and needed for this form only
+        from datasets import load_from_disk  # takes a second to import
 
         return ArrowRows(load_from_disk(str(files[0])).with_format("arrow")[:])
     if files[0].suffix == ".parquet":

@@ -52,20 +52,20 @@ def compute_score(
 
         overall = (1 − w)·accuracy + w·format,   w = format_weight          (EasyR1's weighting)
 
-    accuracy is 1 if the content of the last `\boxed{…}` is the ground truth (`same_answer`), else
-    0. format is 1 if the response is `<think> … </think> … \boxed{…}`, each tag once, with nothing
-    but blanks around it, and is finished; else 0.
+    accuracy is 1 if the content of the last `\boxed{…}` equals the ground truth (`same_answer`),
+    else 0. format is 1 if the response is finished and is `<think> … </think> … \boxed{…}`, each
+    tag once, with nothing but blanks around it; else 0.
 
     Args:
-        reward_inputs: per response a mapping with "response" (text), "ground_truth", and, if known,
-            "finished": False when the end token never came (taken as True if absent).
-            "response_length" is there for other reward functions.
+        reward_inputs: per response a mapping with "response" (text), "ground_truth" and optionally
+            "finished" (default True): whether the response ended with the end token.
+            "response_length" is not read; other reward functions may use it.
         format_weight: w in 0..1.
-        strict_end: demand the end right after the box for accuracy too. Without it a run learns to
-            ramble: text behind a right answer would cost only the format's small share. Set it to
-            False for a model that writes `$\boxed{5}$.`
-        think: the two tags; an empty first one if the prompt already opens it; None demands the box
-            alone.
+        strict_end: accuracy too requires the end right after the box. Without it a run learns to
+            add text after a right answer, which costs only the format's small share. False suits a
+            model that writes `$\boxed{5}$.`
+        think: the two tags, the first one empty if the prompt already holds it; None: a box without
+            tags is well formed.
 
     Returns:
         Per response {"overall", "format", "accuracy"}, each in 0..1.
@@ -100,7 +100,7 @@ def compute_score(
 
 
 def _before_box(think: Sequence[str] | None) -> re.Pattern[str]:
-    """What must stand before the box for the format's reward."""
+    """What the format requires before the box."""
     if think is None:
         return re.compile(r".*", re.DOTALL)
     if len(think) != 2 or not think[1]:

@@ -1,4 +1,4 @@
-"""Reward functions under EasyR1's signature: the built-in one, and a user's own from a file."""
+"""Reward functions of EasyR1's signature: the built-in one, and a user's own from a file."""
 
 import difflib
 import functools
@@ -23,19 +23,19 @@ KEYS = ("overall", "format", "accuracy")
 def load_reward(spec: str, **options: Any) -> RewardFunction:
     """Loads a reward function of EasyR1's signature, as `compute_score` has it.
 
-    The function that comes back checks each call's result, so that a slip in a reward file shows at
-    the first batch.
+    The returned function checks each call's result, so that a mistake in a reward file shows at the
+    first batch.
 
     Args:
-        spec: "file.py:function", or "package.module:function", as "roma.rewards:compute_score".
-        options: keywords to bind, as `format_weight=0.5`.
+        spec: "file.py:function", or "package.module:function", like "roma.rewards:compute_score".
+        options: keywords to bind, like `format_weight=0.5`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: spec is no such pair, the function is not in the file, or it does not take an
             option. The loaded function raises ValueError for a wrong number of results, a missing
-            key or a value that is not finite, and TypeError for results of a wrong type. More keys
-            than the three are let through.
+            key or a value that is not finite, and TypeError for results of a wrong type. Further
+            keys are allowed.
     """
     source, _, name = spec.rpartition(":")
     if not source or not name:
@@ -69,9 +69,9 @@ def _load_file(path: Path) -> ModuleType:
         fail("reward", "an existing file", str(path), "check the path", error=FileNotFoundError)
     module_name = f"roma_reward_{path.stem}"
     module_spec = importlib.util.spec_from_file_location(module_name, path)
-    assert module_spec is not None and module_spec.loader is not None  # always so for a .py file
+    assert module_spec is not None and module_spec.loader is not None  # holds for every .py file
     module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_name] = module  # dataclasses and pickle look a module up by its name
+    sys.modules[module_name] = module  # dataclasses and pickle look a module up by name
     module_spec.loader.exec_module(module)
     return module
 

@@ -1,4 +1,4 @@
-r"""Whether two answers say the same: numbers exactly, text but for how LaTeX sets it."""
+r"""Compares two answers: numbers by exact value, text without LaTeX formatting."""
 
 import re
 from decimal import Decimal
@@ -6,42 +6,42 @@ from fractions import Fraction
 
 
 def same_answer(answer: str, truth: str) -> bool:
-    r"""Whether two answers are the same number, or the same text but for how it is set.
+    r"""Whether two answers are the same number, or the same text.
 
-    Case, blanks and LaTeX dressing such as $, \text{} and \left do not count.
+    Text is compared without case, blanks and LaTeX formatting such as $, \text{} and \left.
 
     Numbers are compared exactly: 1,000 = 1000.0; 0.5 = 1/2 = \frac{1}{2}; a percent sign is
-    dropped, so 50% = 50. Nothing is evaluated: 2+3 is not 5.
+    dropped, so that 50% = 50. Nothing is evaluated: 2+3 is not 5.
 
     Example:
         >>> same_answer(r"\frac{1}{2}", "0.50"), same_answer(r"\text{Rice}", "rice")
         (True, True)
     """
-    left, right = _undress(answer), _undress(truth)
+    left, right = _unformatted(answer), _unformatted(truth)
     if left == right:
         return left != ""
     a, b = _number(left), _number(right)
     return a is not None and a == b
 
 
-# In this order. What stands here changes how an answer is set, never what it says.
-_DRESS = (
+# Applied in this order. They change the formatting of an answer, never its meaning.
+_FORMATTING = (
     (re.compile(r"\\(?:left|right|displaystyle)(?![a-z])|\\?\$"), ""),
     (re.compile(r"\\[,;:! ]"), " "),
     (re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}"), r"\1"),
     (re.compile(r"\\[dt]frac"), r"\\frac"),
     (re.compile(r"\\?%|\^\s*(?:\\circ|\{\s*\\circ\s*\})|°"), ""),
     (re.compile(r"\{,\}"), ","),  # 1{,}000
-    (re.compile("\u2212"), "-"),  # the minus sign of typography
+    (re.compile("\u2212"), "-"),  # the typographic minus sign
     (re.compile(r"\s*([^\w\s.])\s*"), r"\1"),  # (1, 2) is (1,2), x + 1 is x+1; but 8 8 is not 88
     (re.compile(r"\s+"), " "),
     (re.compile(r"^\(([a-z])\)$"), r"\1"),  # an option: (b) is b
 )
 
 
-def _undress(text: str) -> str:
+def _unformatted(text: str) -> str:
     text = text.strip().removesuffix(".").casefold()
-    for pattern, replacement in _DRESS:
+    for pattern, replacement in _FORMATTING:
         text = pattern.sub(replacement, text).strip()
     return text
 

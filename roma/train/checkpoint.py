@@ -1,14 +1,14 @@
-"""Checkpoints that survive a crash, a full disk and a change of model.
+"""Checkpoints that survive a crash and a full disk, and refuse another model.
 
     out/checkpoint_tracker.json     {"last_global_step": N, "last_actor_path": "global_step_N/…"}
-    out/global_step_N/actor/        the policy in Hugging Face form, loadable by itself
+    out/global_step_N/actor/        the policy in Hugging Face form, a model of its own
     out/global_step_N/optimizer.pt  optimizer and learning-rate schedule
-    out/global_step_N/trainer.pt    what the trainer hands over: generators, data position, …
-    out/global_step_N/model.json    what the model is, to recognise a checkpoint of another one
+    out/global_step_N/trainer.pt    state of the trainer: the step
+    out/global_step_N/model.json    identity of the model, to recognise a checkpoint of another one
 
 The layout is EasyR1's. A checkpoint is written under a hidden name, synced to disk and renamed;
-only then does the tracker move, in one rename too. Whatever interrupts a save leaves its
-predecessor valid.
+then the tracker is replaced, by a rename too. A save that is interrupted at any point leaves the
+previous checkpoint valid.
 """
 
 import errno
@@ -34,11 +34,11 @@ _VOLATILE = ("transformers_version", "dtype", "torch_dtype", "use_cache")
 
 
 class Checkpointable(Protocol):
-    """What a policy must have to be saved and restored."""
+    """The parts of a policy that saving and restoring need."""
 
     @property
     def model(self) -> nn.Module:
-        """The Hugging Face module: has `.config` and the class method `.from_pretrained`."""
+        """The Hugging Face module, with `.config` and the class method `.from_pretrained`."""
 
     @property
     def processor(self) -> Any:
@@ -58,23 +58,23 @@ def save(
     state: Mapping[str, Any],
     keep: int | None = None,
 ) -> Path:
-    """Writes `out/global_step_<step>`, points the tracker at it and drops the oldest beyond `keep`.
+    """Writes `out/global_step_<step>`, updates the tracker and drops the oldest beyond `keep`.
 
     Args:
         out: the run folder; made if missing.
-        step: training steps done. A checkpoint of the same step is replaced.
+        step: number of training steps done. A checkpoint of the same step is replaced.
         policy: written by its `save_pretrained`, in Hugging Face form.
-        optimizer: its whole state is saved.
-        scheduler: likewise; None for none.
+        optimizer: all of its state is saved.
+        scheduler: likewise; may be None.
         state: tensors, numbers, strings, and lists, tuples and dicts of them, for `restore`.
-        keep: how many checkpoints up to this step stay, at least 1; None for all.
+        keep: number of checkpoints up to this step to keep, at least 1; None: all.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        OSError: it could not be written, for one because the disk is full. The earlier checkpoints
-            are untouched, and what was written of this one is gone.
+        OSError: it could not be written, for example because the disk is full. Earlier checkpoints
+            are untouched, and the part that was written is deleted.
     """
     out, name = Path(out), f"global_step_{step}"
     out.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def save(
         tracker.write_text(json.dumps(pointer, indent=2) + "\n")
         for path in (*partial.rglob("*"), partial, tracker):
             _sync(path)
-        # From here on only renames, which need no space.
+        # Only renames from here on: they need no space.
         if (out / name).exists():
             (out / name).rename(replaced)
         partial.rename(out / name)
@@ -109,17 +109,17 @@ def save(
         shutil.rmtree(replaced, ignore_errors=True)
         tracker.unlink(missing_ok=True)
     if keep is not None:
-        # Later steps belong to a run that this one branched off from: not ours to drop.
+        # Later steps belong to the run from which this one branched off: they are kept.
         for old in [other for other in _steps(out) if other <= step][:-keep]:
             shutil.rmtree(out / f"global_step_{old}")
     return out / name
 
 
 def latest(out: str | Path) -> Path | None:
-    """The checkpoint that the tracker in `out` names; None where nothing was saved.
+    """The checkpoint that the tracker in `out` names; None if nothing was saved.
 
     Raises:
-        ValueError: the tracker cannot be read, or names a checkpoint that is gone.
+        ValueError: the tracker cannot be read, or names a checkpoint that does not exist.
     """
     tracker = Path(out) / TRACKER
     if not tracker.is_file():
@@ -138,7 +138,7 @@ def latest(out: str | Path) -> Path | None:
 
 
 def starting_point(out: str | Path, resume: str) -> Path | None:
-    """The checkpoint that a run goes on from, by `trainer.out` and `trainer.resume`; None for none.
+    """The checkpoint to resume from, by `trainer.out` and `trainer.resume`; None: start anew.
 
     Raises:
         ValueError: as `latest`.
@@ -208,13 +208,13 @@ def _write(
         "trainer.pt": dict(state),
     }
     for name, content in files.items():
-        # A file of our own: torch then keeps the cause of a failed write as the error's context.
+        # An open file: torch then keeps the cause of a failed write as the error's context.
         with (folder / name).open("wb") as file:
             torch.save(content, file)
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk; space that was only promised runs out here."""
+    """Waits until a file or folder is on the disk; a full disk may be noticed only here."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -226,7 +226,7 @@ def _disk_is_full(error: BaseException | None) -> bool:
     while error is not None:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if os.strerror(errno.ENOSPC) in str(error):  # safetensors gives no number
+        if os.strerror(errno.ENOSPC) in str(error):  # safetensors sets no errno
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -239,7 +239,7 @@ def _steps(out: Path) -> list[int]:
 
 
 def _identity(policy: Checkpointable) -> dict[str, Any]:
-    """What tells one model from another: class, configuration, vocabulary, parameters' shapes."""
+    """What distinguishes models: class, configuration, vocabulary, shapes of parameters."""
     config: Any = policy.model.config
     vocabulary = json.dumps(policy.processor.tokenizer.get_vocab(), sort_keys=True)
     return {
@@ -251,7 +251,7 @@ def _identity(policy: Checkpointable) -> dict[str, Any]:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values, without those that say nothing of the model."""
+    """Dotted keys and values, without those that do not describe the model."""
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
@@ -264,7 +264,7 @@ def _check_same_model(
 ) -> None:
     there, here = json.loads((path / "model.json").read_text()), _identity(policy)
     pairs = [("architecture", there["architecture"], here["architecture"])]
-    # A newer transformers knows further keys: only those that both know are compared.
+    # A newer transformers has further keys: only the common ones are compared.
     common = here["config"].keys() & there["config"].keys()
     pairs += [(key, there["config"][key], here["config"][key]) for key in sorted(common)]
     pairs.append(("vocabulary (hash)", there["vocabulary"], here["vocabulary"]))

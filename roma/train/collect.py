@@ -86,7 +86,7 @@ class Collector:
         prompts = self.encode(examples)
         views = self.view_maker.start(self.policy, prompts, examples, step)
         if self.view_maker.rollouts_see_views:
-            prompts = views.result().in_place_of_clean(prompts)
+            prompts = views.result().applied_to(prompts)
         with self.policy.autocast(config.trainer.dtype):
             rollouts = self.sampler.sample(
                 prompts,

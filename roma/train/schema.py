@@ -1,8 +1,9 @@
 """From YAML to a tree of frozen dataclasses, every key and type checked against the annotations.
 
 Understands bool, int, float, str, `Literal` of strings, `X | None`, tuples (YAML lists),
-`Annotated[number, Range(…)]` and dataclasses within dataclasses. A field without a default must be
-given. Errors name the full dotted key.
+`Annotated[number, Range(…)]` and dataclasses within dataclasses. Of a union that has more members
+YAML can express the first. A field without a default must be given. Errors name the full dotted
+key.
 """
 
 import ast
@@ -15,6 +16,7 @@ import re
 import types
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import (
     Annotated,
     Any,
@@ -257,7 +259,7 @@ def _value(kind: Any, value: Any, key: str) -> Any:
     """A value of the annotated type `kind`."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        return None if value is None else _value(arguments[0], value, key)
+        return None if value is None and NoneType in arguments else _value(arguments[0], value, key)
     if origin is tuple:
         return _items(arguments, kind, value, key)
     if dataclasses.is_dataclass(kind):
@@ -323,7 +325,7 @@ def _describe(kind: Any) -> str:
     words = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        return f"{_describe(arguments[0])}, or null"
+        return _describe(arguments[0]) + (", or null" if NoneType in arguments else "")
     if origin is Annotated:
         return f"{words[arguments[0]]} {arguments[1]}"
     if origin is Literal:

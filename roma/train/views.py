@@ -58,7 +58,7 @@ class Views:
             self.seconds,
         )
 
-    def in_place_of_clean(self, prompts: PromptBatch) -> PromptBatch:
+    def applied_to(self, prompts: PromptBatch) -> PromptBatch:
         """The prompts with the images of the first view."""
         return replace(prompts, images=self.images[0], pixel_values=self.pixels[0])
 
@@ -77,7 +77,7 @@ class Views:
 
 
 class ViewMaker:
-    """Makes views from clean images at model resolution, keyed by (run seed, step, row, view).
+    """Makes views of clean images at model resolution, keyed by (run seed, step, row, view).
 
     Args:
         algorithm: view mode, pool, K and levels.
@@ -128,7 +128,7 @@ class ViewMaker:
         if not self.count:
             return Views.none()
         begin, options = time.perf_counter(), self.options
-        specs = [
+        drawn = [  # [P][K]
             sample(
                 options.pool,
                 self.count,
@@ -139,23 +139,21 @@ class ViewMaker:
             )
             for example in examples
         ]
-        wanted = [
-            (image, chosen[view], seed_for(self.seed, step, example.id, view, number))
-            for view in range(self.count)
-            for example, chosen, images in zip(examples, specs, prompts.images, strict=True)
+        specs = [list(column) for column in zip(*drawn, strict=True)]
+        jobs = [
+            (image, spec, seed_for(self.seed, step, example.id, view, number))
+            for view, column in enumerate(specs)
+            for example, spec, images in zip(examples, column, prompts.images, strict=True)
             for number, image in enumerate(images)
         ]
-        images, columns, seeds = map(list, zip(*wanted, strict=True))
+        clean, job_specs, seeds = map(list, zip(*jobs, strict=True))
         if options.device == "cuda":
-            images = [torch.from_numpy(image).to(policy.device) for image in images]
-        degraded = degrade_batch(images, columns, seeds, corruptions=self.corruptions)
-        arrays = (x if isinstance(x, np.ndarray) else x.numpy(force=True) for x in degraded)
-        by_view = [
-            [[next(arrays) for _ in images] for images in prompts.images] for _ in range(self.count)
-        ]
-        pixels = [policy.view_pixels(prompts, images) for images in by_view]
-        by_spec = [[own[view] for own in specs] for view in range(self.count)]
-        return Views(by_spec, by_view, pixels, time.perf_counter() - begin)
+            clean = [torch.from_numpy(image).to(policy.device) for image in clean]
+        made = degrade_batch(clean, job_specs, seeds, corruptions=self.corruptions)
+        arrays = (x if isinstance(x, np.ndarray) else x.numpy(force=True) for x in made)
+        images = [[[next(arrays) for _ in own] for own in prompts.images] for _ in specs]
+        pixels = [policy.view_pixels(prompts, view) for view in images]
+        return Views(specs, images, pixels, time.perf_counter() - begin)
 
 
 def _corruptions(table: str | None) -> Mapping[str, Corruption]:
@@ -169,26 +167,26 @@ def _corruptions(table: str | None) -> Mapping[str, Corruption]:
 
 
 def hardest(divergence: Tensor, counted: Tensor, k: int) -> list[list[int]]:
-    """Of each prompt's M candidates the k on which the policy diverges most.
+    """The k of each prompt's M candidates on which the policy diverges most.
 
     Args:
         divergence: [M, B] nats, B = P·G rollouts, prompt after prompt.
-        counted: [P, G] bool: rollouts whose mean decides; all of a prompt that has none.
-        k: how many are kept, at most M.
+        counted: [P, G] bool: rollouts to average over; of a prompt that has none, all.
+        k: number to keep, at most M.
 
     Returns:
-        P lists of k places, ascending; of equal candidates the earlier is kept.
+        P lists of k indices, ascending; of equal candidates the earlier ones.
     """
     counted = counted | ~counted.any(1, keepdim=True)
-    by_prompt = divergence.view(len(divergence), *counted.shape)
-    mean = (by_prompt * counted).sum(-1) / counted.sum(-1)
+    grouped = divergence.view(len(divergence), *counted.shape)
+    mean = (grouped * counted).sum(-1) / counted.sum(-1)
     order = mean.argsort(dim=0, descending=True, stable=True)[:k]
     kept: list[list[int]] = order.sort(dim=0).values.T.tolist()
     return kept
 
 
 def by_corruption(divergence: Tensor, specs: Sequence[Sequence[ViewSpec]]) -> Mapping[str, float]:
-    """Mean divergence of each corruption, and the share of sequences whose worst view it is.
+    """Mean divergence of each corruption, and its share of the sequences' worst views.
 
     Args:
         divergence: [K, B] nats, B = P·G rollouts, prompt after prompt.
@@ -198,8 +196,9 @@ def by_corruption(divergence: Tensor, specs: Sequence[Sequence[ViewSpec]]) -> Ma
         Metrics under `roma_penalty/<corruption>` and `roma_worst_view/<corruption>`.
     """
     values = divergence.numpy(force=True)
-    group = values.shape[1] // len(specs[0])
-    names = np.array([[spec.corruption for spec in own] for own in specs]).repeat(group, axis=1)
+    group_size = values.shape[1] // len(specs[0])
+    names = np.array([[spec.corruption for spec in column] for column in specs])
+    names = names.repeat(group_size, axis=1)
     worst = names[values.argmax(0), np.arange(values.shape[1])]
     metrics = {}
     for name in np.unique(names):

@@ -107,6 +107,7 @@ SLIPS = {
     "algorithm.roma=[1]": "algorithm.roma: expected a section (KEY: VALUE lines), got the list [1]",
     "algorithm=3": "algorithm: expected a section",
     "algorithm.roma.penalty_ratio=up": "algorithm.roma.penalty_ratio: expected one of view/clean",
+    "algorithm.roma.lambda_inv=null": "algorithm.roma.lambda_inv: expected a number, got nothing (null)",
     "algorithm.roma.lambda_inv=-1": "algorithm.roma.lambda_inv: expected a finite number ≥ 0",
     "algorithm.roma.temperature=2": "expected worker.rollout.temperature = 1, got 2; leave it out",
     "worker.actor.mini_batch_size=100": "expected a divisor of data.rollout_batch_size = 512, got 100",

@@ -108,10 +108,10 @@ _ASKS: tuple[_Ask, ...] = (_extreme, _value, _difference, _total, _count)
 def chart_questions(split: str, size: int, *, seed: int = 0) -> Iterator[Question]:
     r"""Yields `size` questions about charts of three to six bars.
 
-    Question i depends on (seed, split, i) alone. One of five kinds: which bar is highest or lowest,
-    the value of one, the difference or the sum of two, how many are higher than a limit. Half of
-    the charts carry their numbers, the others must be read off the grid. The solution is written as
-    `<think> … </think> \boxed{answer}`.
+    Question i depends on (seed, split, i) alone. There are five kinds: which bar is highest or
+    lowest, the value of one, the difference or the sum of two, how many are higher than a limit.
+    Half of the charts show their numbers, the others must be read off the grid. The solution is
+    written as `<think> … </think> \boxed{answer}`.
 
     Raises:
         ValueError: unknown split.
@@ -122,13 +122,13 @@ def chart_questions(split: str, size: int, *, seed: int = 0) -> Iterator[Questio
     """
     for index in range(size):
         rng = question_rng(seed, split, index)
-        chart = _draw_lots(rng)
+        chart = _random_chart(rng)
         problem, reasoning, answer = _ASKS[rng.integers(len(_ASKS))](chart, rng)
         solution = f"<think> {reasoning} </think> \\boxed{{{answer}}}"
         yield Question(chart.draw(), f"<image>{problem}", answer, solution)
 
 
-def _draw_lots(rng: np.random.Generator) -> BarChart:
+def _random_chart(rng: np.random.Generator) -> BarChart:
     title = tuple(_THEMES)[rng.integers(len(_THEMES))]
     bars = int(rng.integers(3, 7))
     return BarChart(
@@ -155,7 +155,7 @@ def write_charts(
 
     Raises:
         ValueError: a negative size or seed, no rows at all, or an unknown format.
-        FileExistsError: a split stands in `out` and `overwrite` is false.
+        FileExistsError: `out` holds such a split and `overwrite` is false.
     """
     sizes = {"train": train, "val": val, "test": test}
     return write_splits(

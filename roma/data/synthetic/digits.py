@@ -2,8 +2,8 @@ r"""Arithmetic questions about two real handwritten digits: small enough to lear
 
 The digits are the 1797 scans of 8×8 pixels and 17 gray levels that scikit-learn carries (UCI
 "Optical Recognition of Handwritten Digits", the test part, 13 writers). Of each class, scans 5n to
-5n+2 are for training, 5n+3 for validation and 5n+4 for testing, whatever the seed: no scan of one
-split is seen in another, though the writers are the same.
+5n+2 are for training, 5n+3 for validation and 5n+4 for testing, with every seed: no two splits
+share a scan, though they share the writers.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from roma_kernels.errors import fail
 
 HEIGHT, WIDTH = 32, 64
 
-# Every word of every problem and solution; `<image>` is the processor's.
+# Every word of every problem and solution; the processor handles `<image>`.
 DIGIT_WORDS: tuple[str, ...] = (
     *("<think>", "</think>", "\\boxed{", "}", "left", "right", "so", "sum", "larger", "?"),
     *(str(number) for number in range(19)),
@@ -58,8 +58,8 @@ def digit_questions(split: str, size: int, *, seed: int = 0) -> Iterator[Questio
     """Yields `size` questions; question i depends on (seed, split, i) alone.
 
     Each half of the 32×64 image holds one scan, enlarged to 24–28 px by bicubic interpolation, at a
-    random place and strength, bright on a dark ground. Half of the problems ask for the sum, half
-    for the larger digit (of equal ones, that digit).
+    random place and strength, bright on a dark background. Half of the problems ask for the sum,
+    half for the larger digit (of equal ones, that digit).
 
     Example:
         >>> question = next(digit_questions("train", 1))
@@ -108,7 +108,7 @@ def write_digits(
 
     Raises:
         ValueError: a negative size or seed, no rows at all, or an unknown format.
-        FileExistsError: a split stands in `out` and `overwrite` is false.
+        FileExistsError: `out` holds such a split and `overwrite` is false.
     """
     sizes = {"train": train, "val": val, "test": test}
     return write_splits(

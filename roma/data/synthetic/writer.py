@@ -1,4 +1,4 @@
-"""Writes generated questions: parquet, JSON lines with PNG files, or as `datasets` saves."""
+"""Writes generated questions: parquet, JSON lines with PNG files, or a saved `datasets` folder."""
 
 import io
 import json
@@ -48,11 +48,11 @@ class Question:
         return buffer.getvalue()
 
 
-# Makes the first questions of a split from (split, size, seed=); number i must not depend on size.
+# Makes the first questions of a split from (split, size, seed=); size does not change question i.
 Source = Callable[..., Iterator[Question]]
 
 Progress = Callable[[str, int, int], None]
-"""Called with a split, the rows of it made so far, and its size: now and then, and at the end."""
+"""Called from time to time, and at the end, with a split, the rows made of it, and its size."""
 
 
 def question_rng(seed: int, split: str, index: int) -> np.random.Generator:
@@ -89,12 +89,12 @@ def write_splits(
         format: "parquet" (SPLIT.parquet, PNG bytes inside), "jsonl" (SPLIT.jsonl and
             SPLIT_images/*.png) or "hf" (what `datasets.DatasetDict.save_to_disk` writes; needs
             `datasets`).
-        overwrite: replaces splits that stand there; False: that is an error.
-        progress: told how far each split is.
+        overwrite: replace splits that `out` holds; False: that is an error.
+        progress: called with the progress of each split.
 
     Raises:
         ValueError: a negative size, all sizes 0, a negative seed, or an unknown format.
-        FileExistsError: a split stands there and `overwrite` is false; nothing is written.
+        FileExistsError: `out` holds such a split and `overwrite` is false; nothing is written.
     """
     if format not in FORMATS:
         fail("format", " or ".join(FORMATS), repr(format), "choose one of them")
@@ -104,7 +104,7 @@ def write_splits(
         fail("sizes", "0 or more rows of each split, not all 0", str(sizes), "ask for some rows")
     out, ending = Path(out), "" if format == "hf" else f".{format}"
     paths = {split: out / f"{split}{ending}" for split, size in sizes.items() if size}
-    # That of `datasets` lists its splits in one file, which a split more would replace.
+    # `datasets` lists the splits of a folder in one file, which another split would replace.
     for path in (*paths.values(), *([out / "dataset_dict.json"] if format == "hf" else [])):
         if path.exists() and not overwrite:
             expected = "a folder without this set"
