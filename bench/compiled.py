@@ -23,11 +23,12 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from roma_kernels.linear_logprob import configs, dlogits, forward, gather
-from roma_kernels.roma_loss import triton_backend as view_loss
+from roma_kernels.linear_logprob.triton import configs, dlogits, forward, gather
+from roma_kernels.roma_loss import triton_backend
 from roma_kernels.roma_loss.token_local import chunks
 from roma_kernels.roma_loss.token_local import kernels as token_local
 from roma_kernels.roma_loss.token_local.op import LEAST_ROWS
+from roma_kernels.roma_loss.triton import kernels as roma_loss
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "KERNELS.md"
 
@@ -88,9 +89,9 @@ def _sweep_builds(chip: str) -> Iterator[Build]:
             "hidden": source(tile.block_r),
             "weight": source(tile.block_v),
             "tokens_ptr": "*i64",
-            "counted_ptr": "*i64",
+            "num_tokens_ptr": "*i64",
             **dict.fromkeys(("stride_hr", "stride_wv", "stride_dz"), "i64"),
-            **dict.fromkeys(("first", "views", "vocab_start", "R", "A", "V", "D"), "i32"),
+            **dict.fromkeys(("first", "per_token", "vocab_start", "R", "A", "V", "D"), "i32"),
             **dict.fromkeys(("scale", "softcap"), "fp32"),
             **dict.fromkeys(
                 ("peak_ptr", "total_ptr", "target_ptr", "lse_ptr", "dlogp_ptr"), "*fp32"
@@ -98,7 +99,7 @@ def _sweep_builds(chip: str) -> Iterator[Build]:
             "dz_ptr": f"*{dtype}",
         }
         entropy = dict.fromkeys(("moment_ptr", "entropy_ptr", "dentropy_ptr"), "*fp32")
-        others = {"scale_ptr": "*fp32", "boost_ptr": "*fp32", "bias_ptr": f"*{dtype}"}
+        others = {"scale_ptr": "*fp32", "loss_scale_ptr": "*fp32", "bias_ptr": f"*{dtype}"}
         constants = {
             "stride_hd": 1,
             "stride_wd": 1,
@@ -127,10 +128,10 @@ def _sweep_builds(chip: str) -> Iterator[Build]:
 
 
 # The options with which a role is compiled: none, the entropy, or all (entropy, softcap, bias, a
-# temperature by row, fp16's boost).
+# temperature by row, fp16's loss scale).
 _EXTRAS = {
     "many": ("",),
-    "options": ("entropy", "all"),
+    "softcap_or_entropy": ("entropy", "all"),
     "few": ("", "entropy", "all"),
     "fp32": ("", "entropy", "all"),
 }
@@ -140,17 +141,17 @@ def _small_builds() -> Iterator[Build]:
     """The kernels without a product."""
     integers = dict.fromkeys(
         (
-            *("first", "views", "parts", "R", "D", "stride", "B", "K", "N", "stride_vk"),
+            *("first", "per_token", "parts", "R", "D", "stride", "B", "K", "M", "stride_vk"),
             *("first_token", "last_token", "V"),
         ),
         "i32",
     )
-    floats = ("low", "high", "dual", "clamp", "lambda_inv", "lambda_aux", "ref_coef")
-    whole = ("counted", "chosen", "index", "wanted", "ends", "lengths", "aux", "worst")
+    floats = ("low", "high", "dual", "clamp", "ref_coef")
+    whole = ("num_tokens", "rows", "active", "index", "num_active", "ends", "lengths", "aux")
     types: dict[str, str] = {
         **integers,
         **dict.fromkeys((*floats, "scale", "softcap"), "fp32"),
-        **{f"{name}_ptr": "*i64" for name in (*whole, "tokens")},
+        **{f"{name}_ptr": "*i64" for name in (*whole, "worst", "tokens")},
         "correct_ptr": "*i1",
         "stride_k": "i64",
     }
@@ -158,8 +159,8 @@ def _small_builds() -> Iterator[Build]:
     merge = {"BLOCK_R": forward._MERGE_R, "BLOCK_P": forward._MERGE_P}
     yield Build("merge", "with entropy", forward._merge_kernel, types, merge)
     for name, kernel in {
-        "take_rows": gather._take_rows_kernel,
-        "give_rows": gather._give_rows_kernel,
+        "gather_rows": gather._gather_rows_kernel,
+        "scatter_rows": gather._scatter_rows_kernel,
     }.items():
         yield Build(name, "bf16, K views", kernel, types | bf16, {"BLOCK_D": gather.BLOCK_D})
     logits = {"SOFTCAP": True, "BLOCK_V": chunks._BLOCK_V}
@@ -169,18 +170,21 @@ def _small_builds() -> Iterator[Build]:
     }.items():
         pointers = {"dz_ptr": "*bf16", "bias_ptr": "*bf16"}
         yield Build(name, "bf16, softcap, bias", kernel, types | pointers, logits)
+    block_t = triton_backend._BLOCK_T
+    clean = {"stride_n": 1, "BLOCK_T": block_t}
+    yield Build("clean_coefficients", "", roma_loss._clean_coefficients_kernel, types, clean)
     for worst_over in ("sequence", "token", "batch", "mean"):
         constants = {
             "stride_n": 1, "stride_vn": 1, "VIEW_OVER_CLEAN": True, "WORST_OVER": worst_over,
-            "MAIN": True, "BLOCK_K": 4, "BLOCK_T": view_loss._BLOCK_T // 4,
+            "MAIN": True, "BLOCK_K": 4, "BLOCK_T": block_t // 4,
+            "BLOCK_B": triton_backend._BLOCK_B,
         }  # fmt: skip
         for name, kernel in {
-            "view_loss_sums": view_loss._view_loss_sums_kernel,
-            "view_loss_total": view_loss._view_loss_total_kernel,
-            "view_loss_coefficients": view_loss._view_loss_coefficients_kernel,
+            "sums": roma_loss._sums_kernel,
+            "total": roma_loss._total_kernel,
+            "view_coefficients": roma_loss._view_coefficients_kernel,
         }.items():
-            total = {"BLOCK_B": view_loss._BLOCK_B} if name == "view_loss_total" else {}
-            yield Build(name, f"K = 4, {worst_over}", kernel, types, constants | total)
+            yield Build(name, f"K = 4, {worst_over}", kernel, types, constants)
 
 
 def builds(chip: str) -> Iterator[Build]:
@@ -292,11 +296,11 @@ instruction.
 | inputs | rows | configuration |
 |---|---|---|
 | bf16, fp16 | more than {few} | many |
-| the same with a softcap or an entropy | more than {few} | options |
+| the same with a softcap or an entropy | more than {few} | softcap_or_entropy |
 | bf16, fp16 | at most {few} | few |
 | fp32, or mixed with fp32 | any | fp32: exact products, no tf32 |
 
-"all" in a configuration means entropy, softcap, bias, a temperature by row and fp16's boost at once.
+"all" in a configuration means entropy, softcap, bias, a temperature by row and fp16's loss scale at once.
 
 Tensor descriptors (TMA) are used on sm_90 and sm_100 where both matrices have 16-byte addresses,
 16-byte row strides and contiguous elements; otherwise the same kernel loads through pointers. A device of compute
@@ -308,10 +312,10 @@ For K views, hidden size D, vocabulary V, A active rows a token, two bytes an el
 
 | step | FLOP a token | bytes a token, to and from memory |
 |---|---|---|
-| take_rows (roma_loss only) | – | 4·D·(K+1) |
+| gather_rows (roma_loss only) | – | 4·D·(K+1) |
 | linear_logprob_fwd | 2·D·V·(K+1) | 2·D·(K+1), and 2·D·V once per GROUP·BLOCK_R rows; writes 8·(K+1)·V/BLOCK_V |
 | merge | 3·(K+1)·V/BLOCK_V | 8·(K+1)·V/BLOCK_V |
-| view_loss | about 60·(K+1) | 4·(2·(K+5) + K+1) |
+| sums, total, coefficients | about 60·(K+1) | 4·(3·(K+5) + K+1) |
 | dlogits | 2·D·V·A | 2·V·A written |
 | dh and dW, the vendor's products | 4·D·V·A | 4·V·A read; dh 8·D·A per vocabulary tile; dW 10·D·V once |
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from roma.testing import oracle, strategies, tolerance
 from roma.testing.candidate import Backend, on
 from roma.testing.strategies import LossSpec
+from roma_kernels.roma_loss import batch
 from roma_kernels.roma_loss.api import roma_loss_from_logp
-from roma_kernels.roma_loss.batch import METRICS
 
 TERMS = {
     "pg_loss": "main",
@@ -24,6 +24,8 @@ TERMS = {
     "ppo_kl": "moved",
 }
 """Metric → the oracle's token terms that it sums; the loss sums several, the others are shares."""
+
+METRICS = set(batch.METRICS)
 
 LOGPS = ("logp", "view_logp")
 
@@ -43,7 +45,7 @@ def require_clear_of_kinks(want: oracle.Expected, noise: float) -> None:
 
 def on_leaves(case: dict[str, Any]) -> dict[str, Any]:
     """The same case with fresh differentiable logp and view_logp."""
-    return case | {name: case[name].clone().requires_grad_() for name in LOGPS}
+    return case | {name: case[name].detach().clone().requires_grad_() for name in LOGPS}
 
 
 def call(case: dict[str, Any], backend: Backend) -> Any:
@@ -108,7 +110,7 @@ def check_metrics(
     got: Any, want: oracle.Expected, eager: oracle.Expected, leaves: list[Tensor], noise: float
 ) -> None:
     """Every metric, and the loss itself; `leaves` are the oracle's log-probs."""
-    assert got.metrics.keys() == METRICS.keys(), f"metrics: got {list(got.metrics)}"
+    assert got.metrics.keys() == METRICS, f"metrics: got {list(got.metrics)}"
     for name, result in got.metrics.items():
         bare = result.shape == () and not result.requires_grad
         assert bare, f"{name}: expected a detached 0-dim tensor"

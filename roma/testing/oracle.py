@@ -97,24 +97,25 @@ def view_loss(
     index = torch.cat(rows)
     sequence = torch.cat([torch.full_like(n, i) for i, n in enumerate(rows)])
 
-    def counted(x: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
+    def counted(x: Tensor) -> Tensor:
         lead = x.shape[: x.ndim - mask.ndim]
         return x.reshape(*lead, mask.numel())[..., index].to(dtype)
+
+    def constant(x: Tensor | None) -> Tensor | None:
+        return None if x is None else counted(x).detach()
 
     def number(given: float | Tensor | None, own: int) -> Tensor:
         return torch.tensor(float(own if given is None else given), dtype=dtype)
 
-    per_token = advantages.shape == mask.shape and advantages.numel() != len(rows)
+    packed_twice = advantages.ndim == 1 and len(advantages) == len(rows)  # [B] where N = B
+    per_token = advantages.shape == mask.shape and not packed_twice
     per_row = counted(advantages) if per_token else advantages.to(dtype)[sequence]
-    old, view_old = counted(old_logp), counted(view_old_logp)
     batch = Batch(
         logp=counted(logp),
         view_logp=counted(view_logp),
-        old_logp=old if old is None else old.detach(),
-        ref_logp=counted(ref_logp),
-        view_old_logp=view_old if config.aux_old == "view" else None,
+        old_logp=constant(old_logp),
+        ref_logp=constant(ref_logp),
+        view_old_logp=constant(view_old_logp) if config.aux_old == "view" else None,
         advantages=per_row,
         sequence=sequence,
         lengths=torch.tensor([len(n) for n in rows]),

@@ -112,17 +112,32 @@ def test_frozen_parts(frozen: tuple[str, ...]) -> None:
 
 def test_operator_keeps_its_promises(monkeypatch: pytest.MonkeyPatch) -> None:
     """Schema, aliasing, fake tensors and autograd, as PyTorch's own checker sees them."""
-    seen: list[tuple[Any, ...]] = []
+    seen: list[tuple[Any, Any]] = []
     original = op.token_local_loss_op
 
-    def watch(*arguments: Any) -> Any:
-        seen.append(arguments)
-        return original(*arguments)
+    def watch(*arguments: Any, **options: Any) -> Any:
+        seen.append((arguments, options))
+        return original(*arguments, **options)
 
-    monkeypatch.setattr("roma_kernels.roma_loss.api.token_local_loss_op", watch)
+    monkeypatch.setattr(op, "token_local_loss_op", watch)
     for spec in (LossSpec(config=TOKEN, bias=True), LossSpec(k=1, packed=True, aux=False)):
         compare_whole.call(compare_whole.on_leaves(spec.make()), "triton")
-        opcheck(original, seen.pop())
+        opcheck(original, *seen.pop())
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_the_log_probs_are_differentiable(both: bool) -> None:
+    """A trainer's own objective on them, alone or beside the loss, as on any back end."""
+    grads = []
+    for backend in ("triton", "torch"):
+        spec = LossSpec(b=3, t=6, k=2, v=129, bias=True, config=TOKEN)
+        case = compare_whole.on_leaves(spec.make())
+        out = compare_whole.call(case, backend)
+        own = (out.logp * out.logp.detach()).sum() + out.view_logp[1].square().sum()
+        leaves = [case[name] for name in compare_whole.LEAVES]
+        grads.append(torch.autograd.grad(own + out.loss if both else own, leaves))
+    for mine, theirs in zip(*grads, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
 
 
 def test_two_runs_are_bitwise_equal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from roma import RomaConfig
 from roma.testing import compare_head, compare_logp, compare_whole
 from roma.testing.strategies import HeadSpec, LossSpec
 from roma_kernels.linear_logprob.op import linear_logprob_backward_op, linear_logprob_op
-from roma_kernels.roma_loss.config import RomaConfig as Config
+from roma_kernels.roma_loss.config import decoded
+from roma_kernels.roma_loss.op import combine_op
 
 LEAVES = compare_whole.LEAVES
 
@@ -67,70 +69,63 @@ def test_compiled_head_is_one_node(compiler: str, kernel: str) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("worst_over", ["sequence", "token", "batch"])
-def test_compiled_loss_is_one_node_an_op(packed: bool, worst_over: str) -> None:
-    """Back end "triton": how many tokens count is the device's to know, nothing breaks the graph.
-
-    The others ask for the number, and torch.compile splits there.
-    """
+def test_compiled_loss_is_one_node_an_op(packed: bool, worst_over: str, kernel: str) -> None:
+    """The number of counted tokens is a value, not a shape: nothing breaks the graph."""
     config = RomaConfig(worst_over=worst_over)
     case = compare_whole.on_leaves(LossSpec(bias=True, packed=packed, config=config).make())
-    want = compare_whole.call(case, "triton")
+    want = compare_whole.call(case, kernel)
     nodes = Nodes()
     compiled = torch.compile(
-        lambda **x: compare_whole.call(x, "triton"), fullgraph=True, backend=nodes
+        lambda **x: compare_whole.call(x, kernel), fullgraph=True, backend=nodes
     )
     got = compiled(**case)
     assert torch.equal(got.loss, want.loss) and torch.equal(got.worst_view, want.worst_view)
     assert_equal(gradients(got.loss, case), gradients(want.loss, case))
     ours = [call for call in nodes.calls if "roma" in call]
-    whole = ["roma.linear_logprob.default", "roma.view_loss.default"]
-    assert ours == (["roma.token_local_loss.default"] if worst_over == "token" else whole)
-
-
-def test_compiled_loss_checks_values() -> None:
-    """A graph cannot say which value is bad, but it does not run on."""
-    case = LossSpec().make()
-    compiled = torch.compile(
-        lambda **x: compare_whole.call(x, "triton").loss, fullgraph=True, backend="aot_eager"
-    )
-    compiled(**case)
-    case["tokens"] = case["tokens"].masked_fill(case["mask"], -100)
-    with pytest.raises(RuntimeError, match="ROMA_CHECK=1"):
-        compiled(**case)
+    one_pass = kernel == "triton" and worst_over == "token"
+    two = ["roma.linear_logprob.default", "roma.combine.default"]
+    assert ours == (["roma.token_local_loss.default"] if one_pass else two)
 
 
 def test_operators_keep_their_promises(kernel: str) -> None:
     """Schema, aliasing, fake tensors and autograd, as PyTorch's own checker sees them."""
     inputs, (hidden, weight, bias) = head_case()
     views = torch.stack([hidden.detach() + 0.1, hidden.detach()]).requires_grad_()
-    tokens, index = inputs["tokens"], torch.arange(5)
-    options = (1.0, 5.0, True, kernel, None, None)
-    arguments = (hidden, views, weight, bias, tokens, index, None, None, *options)
-    opcheck(linear_logprob_op, arguments)
-    opcheck(linear_logprob_op, (hidden, None, weight, None, tokens, None, None, None, *options))
-    logp, lse, entropy = linear_logprob_op(*arguments)
-    tensors = [x.detach() for x in (torch.ones_like(logp), entropy * 0, lse, entropy)]
+    tokens, index, count = inputs["tokens"], torch.arange(5), torch.tensor(4)
+    shared = {"scale": 1.0, "softcap": 5.0, "backend": kernel, "group": None, "workspace": None}
+    arguments = (hidden, views, weight, bias, [tokens, index, count, None])
+    opcheck(linear_logprob_op, arguments, shared | {"entropy": True})
+    bare = (hidden, None, weight, None, [tokens, None, None, None])
+    opcheck(linear_logprob_op, bare, shared | {"entropy": True})
+    by_row = (hidden, views, weight, bias, [tokens, index, count, torch.ones(5)])
+    opcheck(linear_logprob_op, by_row, shared | {"entropy": True})
+    logp, lse, entropy = linear_logprob_op(*arguments, **shared, entropy=True)
+    upstream = [x.detach() for x in (lse, entropy, torch.ones_like(logp), entropy * 0)]
     frozen = [x.detach() for x in (hidden, views, weight, bias)]
     opcheck(
         linear_logprob_backward_op,
-        (
-            *tensors,
-            *frozen,
-            tokens,
-            index,
-            None,
-            None,
-            1.0,
-            5.0,
-            kernel,
-            None,
-            None,
-            True,
-            False,
-            True,
-        ),
+        (upstream, *frozen, [tokens, index, count, None]),
+        shared | {"needs": [True, False, True]},
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_combine_keeps_its_promises(
+    every: bool, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same of the operator from log-probs to the loss, also where no constant is None."""
+    seen: list[tuple[Any, Any]] = []
+
+    def watch(*arguments: Any, **options: Any) -> Any:
+        seen.append((arguments, options))
+        return combine_op(*arguments, **options)
+
+    monkeypatch.setattr("roma_kernels.roma_loss.op.combine_op", watch)
+    config = RomaConfig(ref_coef=0.1, aux_old="view") if every else RomaConfig()
+    case = compare_logp.on_leaves(LossSpec(config=config, aux=every).make_logp())
+    compare_logp.call(case, kernel)
+    opcheck(combine_op, *seen.pop())
 
 
 def test_no_second_derivative(kernel: str) -> None:
@@ -227,10 +222,8 @@ def test_inputs_changed_in_place_are_noticed(kernel: str) -> None:
 
 
 def test_options_travel_as_they_are() -> None:
-    """The line of JSON makes the same options again, also of whole numbers and None."""
-    import json
-
-    config = RomaConfig(lambda_inv=3, dual_clip=None, main=None, max_length=7)
-    assert Config(**json.loads(config.line)) == config
+    """The string makes the same options again, also of whole numbers, None and numpy's numbers."""
+    config = RomaConfig(clip_low=np.float32(0.25), dual_clip=None, main=None, max_length=7)
+    assert decoded(config.encoded()) == config and type(config.clip_low) is float
     case = compare_logp.on_leaves(LossSpec(config=config).make_logp())
     assert torch.isfinite(compare_logp.call(case, "triton").loss)

@@ -42,12 +42,62 @@ def same(out: Any) -> Any:
     return out
 
 
-@pytest.mark.parametrize("op", ["roma_loss", "roma_loss_from_logp"])
+LOSSES = ["roma_loss", "roma_loss_from_logp"]
+
+
+def highest_of_a_tie(out: Any) -> Any:
+    """The same choice of views, but of equal ones the highest index."""
+    scored = out.view_logp.detach().reshape(len(out.view_logp), *out.worst_view.shape[:1], -1)
+    chosen = out.worst_view.clone()
+    for row, worst in enumerate(chosen.tolist() if chosen.ndim == 1 else []):
+        own = scored[:, row]
+        chosen[row] = max(k for k in range(len(own)) if torch.equal(own[k], own[worst]))
+    return out._replace(worst_view=chosen)
+
+
+@pytest.mark.parametrize("op", LOSSES)
+def test_a_tie_broken_the_other_way_is_refused(op: Any) -> None:
+    """A sequence's worst view where two are equal; also with so few examples that none is drawn."""
+    with pytest.raises(AssertionError, match="of equal views the lowest index"):
+        check_backend(spoiled(highest_of_a_tie), op=op, examples=1, packed=False)
+
+
+@pytest.mark.parametrize("name", sorted(roma.METRICS))
+@pytest.mark.parametrize("op", LOSSES)
+def test_every_metric_is_held_to_the_oracle(op: Any, name: str) -> None:
+    def wrong(out: Any) -> Any:
+        return out._replace(metrics=out.metrics | {name: -1.5 * out.metrics[name] + 7})
+
+    with pytest.raises(AssertionError, match=rf"^{name}: "):
+        check_backend(spoiled(wrong), op=op, examples=20)
+
+
+@pytest.mark.parametrize("name", [n for n in sorted(roma.METRICS) if n != "loss"])
+def test_a_metric_slightly_off_is_refused(name: str) -> None:
+    """One part in a hundred, which no rounding makes."""
+
+    def wrong(out: Any) -> Any:
+        return out._replace(metrics=out.metrics | {name: out.metrics[name] * 1.01})
+
+    with pytest.raises(AssertionError, match=rf"^{name}: "):
+        check_backend(spoiled(wrong), op="roma_loss_from_logp", examples=100)
+
+
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match=r"^op: expected one of 'linear_logprob'.*got 'typo'; "):
+        check_backend(same, op="typo")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^HeadSpec\.temperature: expected one of 'one'"):
+        check_backend(same, temperature=1.0)
+    with pytest.raises(ValueError, match=r"^batch: expected a field of LossSpec, got an unknown"):
+        check_backend(same, op="roma_loss", batch=3)
+
+
+@pytest.mark.parametrize("op", LOSSES)
 def test_a_right_loss_passes(op: Any) -> None:
     check_backend(spoiled(same), op=op, examples=20)
 
 
-@pytest.mark.parametrize("op", ["roma_loss", "roma_loss_from_logp"])
+@pytest.mark.parametrize("op", LOSSES)
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [

@@ -126,7 +126,9 @@ def score(
         logp, lse and entropy (or None), each [K+1, n].
     """
     if head.backend == "reference":
-        return _score_by_reference(head, hidden, tokens, temperature, view_hidden, index, entropy)
+        # Not as a decorator, which imports torch's compiler with this module.
+        by_reference = torch.compiler.disable(_score_by_reference, reason="it is for tests")
+        return by_reference(head, hidden, tokens, temperature, view_hidden, index, entropy)
     refuse_transforms(
         {"hidden": hidden, "view_hidden": view_hidden, "weight": head.weight, "bias": head.bias}
     )
@@ -148,7 +150,6 @@ def score(
     return logp.T, lse.T, found.T if entropy else None
 
 
-@torch.compiler.disable(reason="backend='reference' is for tests: compile another")  # type: ignore[untyped-decorator]  # torch's
 def _score_by_reference(
     head: CheckedHead,
     hidden: Tensor,

@@ -97,11 +97,11 @@ def check_constants(
     total_correct: Total | None,
 ) -> Constants:
     """Checks what the loss does not differentiate, and brings it to the layout; K = `views`."""
+    by_token = _advantages(advantages, layout, dtype)
     right = _per_sequence("correct", correct, layout, torch.bool)
     totals = {"total_sequences": total_sequences, "total_tokens": total_tokens}
     if config.penalty_over == "correct" or total_correct is not None:
         totals["total_correct"] = total_correct
-    _check_all_or_none(totals)
     sampled = _aux_view(aux_view, layout, views)
     needed = {}
     if config.ref_coef > 0:
@@ -123,12 +123,13 @@ def check_constants(
     counts = {
         name: _total(name, totals.get(name), value, layout, dtype) for name, value in own.items()
     }
+    _check_all_or_none(totals)
     return Constants(
         old_logp=logps["old_logp"],
         ref_logp=logps["ref_logp"],
         view_old_logp=logps["view_old_logp"],
         **counts,
-        advantages=_advantages(advantages, layout, dtype),
+        advantages=by_token,
         sequence=layout.sequence,
         lengths=layout.lengths,
         correct=right,
@@ -243,7 +244,7 @@ def _scalar(value: Total, layout: Layout, dtype: torch.dtype) -> Tensor:
     device = layout.index.device
     if isinstance(value, Tensor):
         return value.detach().to(device, dtype)
-    # Not as_tensor, which copies from the host; not full, for which torch.compile takes a float as a
+    # Not as_tensor, which copies from the host; not full, where torch.compile takes a float for a
     # constant and recompiles when it changes.
     return torch.zeros((), dtype=dtype, device=device) + value
 

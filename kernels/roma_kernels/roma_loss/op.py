@@ -38,7 +38,9 @@ def combine(
     For callers who have checked every argument and chosen the back end.
     """
     if backend == "reference":
-        return _combine_by_reference(logp, view_logp, constants.tensors(), config)
+        # Not as a decorator, which imports torch's compiler with this module.
+        by_reference = torch.compiler.disable(_combine_by_reference, reason="it is for tests")
+        return by_reference(logp, view_logp, constants.tensors(), config)
     refuse_transforms({"logp": logp, "view_logp": view_logp})
     found = combine_op(
         logp, view_logp, constants.tensors(), options=config.encoded(), backend=backend
@@ -46,7 +48,6 @@ def combine(
     return Combined(*found[:3])
 
 
-@torch.compiler.disable(reason="backend='reference' is for tests: compile another")  # type: ignore[untyped-decorator]  # torch's
 def _combine_by_reference(
     logp: Tensor, view_logp: Tensor, constants: list[Tensor | None], config: RomaConfig
 ) -> Combined:

@@ -28,8 +28,8 @@ class LossReference:
     """int64: [B]; [N] for worst_over "token"; 0-dim for "batch"."""
     metrics: dict[str, Tensor]
     terms: dict[str, Tensor]
-    """ "main" (without the reference's KL), "ref", "aux", "inv": token terms, without λ and β; "mean"
-    and "moved" of roma_penalty_mean and ppo_kl."""
+    """Token terms of "main" (without the KL), "ref", "aux" and "inv", before λ and β; "mean" and
+    "moved" sum to roma_penalty_mean and ppo_kl."""
     penalty: Tensor
     """What the maximum runs over: D [B, K]; d [N, K] for "token"; Σ_i m_i D_i / denominator [1, K]
     for "batch"."""
