@@ -1,4 +1,4 @@
-"""FIELD.md's ten traps, each of which has bitten a known project.
+"""The ten traps of losses over a large vocabulary, each of which has bitten a known project.
 
 5 to 7, in the loss and its gradient.
 

@@ -1,4 +1,4 @@
-"""FIELD.md's ten traps, each of which has bitten a known project: 8 to 10, where it is used.
+"""The ten traps of losses over a large vocabulary: 8 to 10, where the loss is used.
 
 Every test holds the back end to the rule and then shows that it would have noticed: the faulty form
 stands in the test, small and in plain PyTorch, and the same comparison must refuse it.
