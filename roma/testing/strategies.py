@@ -1,8 +1,6 @@
 """What Hypothesis draws: sizes from short lists, a seed, switches and a named difficulty.
 
-Never raw floats.
-
-A drawn value is a small frozen dataclass whose repr is the whole reproducer: `HeadSpec(...)` builds
+No raw floats. A drawn value is a small frozen dataclass whose repr is the whole reproducer: `HeadSpec(...)` builds
 the inputs of `linear_logprob`, `LossSpec(...)` those of the loss, from its own torch.Generator. A
 found bug stays as an @example.
 """
@@ -182,10 +180,7 @@ class LossSpec:
         return self._finish({"logp": logp, "view_logp": view_logp}, logp, view_logp, g, dtype)
 
     def make(self) -> dict[str, Any]:
-        """The arguments of roma_loss.
-
-        Log-probs of the old policy lie near the ones of these hidden states.
-        """
+        """The arguments of roma_loss; old log-probs lie near those of these hidden states."""
         g = generator(self.seed)
         rows = self.b * self.t
         hidden, weight, bias, tokens = head_tensors(
@@ -397,8 +392,7 @@ def loss_specs(
         ),
     }
     specs = st.builds(LossSpec, **(drawn | {k: st.just(x) for k, x in fixed.items()}))
-    # No view, no penalty: K = 0 with λ_inv > 0 is an error that test_loss_errors.py holds to its
-    # message.
+    # K = 0 with λ_inv > 0 is refused.
     return specs.map(
         lambda s: s if s.k else replace(s, config=replace(s.config, lambda_inv=0.0), aux=False)
     )
