@@ -8,7 +8,7 @@ import torch
 from support.small_run import config
 
 from roma.models.qwen_vl import Policy
-from roma.train.trainer import train
+from roma.train.trainer import Trainer, train
 
 
 @pytest.fixture
@@ -89,8 +89,9 @@ def test_a_damaged_config_does_not_stop_a_run(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here a GPU would be taken")
 def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     message = r"trainer\.device: expected a device that torch can use here, got 'cuda' \("
-    with pytest.raises(ValueError, match=message):
-        train(config(tmp_path, "trainer.device=cuda"))
+    for start in (train, Trainer):
+        with pytest.raises(ValueError, match=message):
+            start(config(tmp_path, "trainer.device=cuda"))
 
 
 @pytest.mark.usefixtures("unread")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,7 +19,7 @@ from roma.rollout.hf import HfSampler
 from roma.train.config import load_config
 from roma.train.trainer import Trainer, train
 from roma.train.views import ViewMaker, by_corruption, hardest
-from roma.views import ViewSpec, sample
+from roma.views import ViewSpec, degrade_batch, sample, seed_for
 from roma_kernels.roma_loss.api import view_divergence
 
 CPU = torch.device("cpu")
@@ -47,6 +48,7 @@ def test_every_mode_trains_and_says_what_it_did(mode: str, tmp_path: Path) -> No
     if mode == "roma":
         shares = [v for name, v in last.items() if name.startswith("actor/roma_worst_view/")]
         assert sum(shares) == pytest.approx(1)
+        assert last["actor/roma_aux_loss"] != 0 and last["actor/roma_penalty_worst"] > 0
 
 
 def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
@@ -123,6 +125,26 @@ def test_views_do_not_depend_on_the_batch() -> None:
         assert torch.equal(alone.pixels[view], whole.pixels[view][2 * patches : 3 * patches])
     assert all(a.corruption != b.corruption for a, b in zip(*whole.specs, strict=True))
     assert not torch.equal(whole.pixels[0], whole.pixels[1])
+
+
+def test_a_view_is_what_its_row_of_the_log_says() -> None:
+    """Specs, images and patches of a view belong together."""
+    policy, rows = small_model.policy(), load_dataset_rows(small_model.folder() / "data@train")
+    examples = [rows[i] for i in range(3)]
+    prompts = policy.encode_prompts(
+        [example.problem for example in examples], [example.load_images() for example in examples]
+    )
+    views = ViewMaker(load_config(None, NEEDED).algorithm, 5, CPU).make(
+        policy, prompts, examples, 7
+    )
+    for number, images in enumerate(views.images):
+        for p, row in enumerate(views.rows(examples)):
+            spec = ViewSpec(**row["views"][number])
+            assert row["id"] == examples[p].id and spec == views.specs[number][p]
+            seed = seed_for(5, 7, examples[p].id, number, 0)
+            (expected,) = degrade_batch(prompts.images[p], [spec], [seed])
+            assert np.array_equal(images[p][0], expected)
+        assert torch.equal(views.pixels[number], policy.view_pixels(prompts, images))
 
 
 NEEDED = ["data.train_files=data", "worker.actor.model_path=model"]
