@@ -25,7 +25,7 @@ class AdvantageInputs:
     hidden: Tensor | None = None  # [B, T, D], after the last norm, where a token is predicted
 
 
-Optional = Literal["logp", "entropy", "hidden"]
+OptionalInput = Literal["logp", "entropy", "hidden"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Estimator:
     """
 
     compute: Callable[[AdvantageInputs], Tensor]
-    needs: frozenset[Optional] = frozenset()
+    needs: frozenset[OptionalInput] = frozenset()
 
     def __call__(self, inputs: AdvantageInputs) -> Tensor:
         """The advantages.
