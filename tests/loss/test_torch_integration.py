@@ -71,6 +71,7 @@ def test_compiled_head_is_one_node(compiler: str, kernel: str) -> None:
 @pytest.mark.parametrize("worst_over", ["sequence", "token", "batch"])
 def test_compiled_loss_is_one_node_an_op(packed: bool, worst_over: str, kernel: str) -> None:
     """The number of counted tokens is a value, not a shape: nothing breaks the graph."""
+    torch._dynamo.reset()  # one function, eight compilations at most: a case each
     config = RomaConfig(worst_over=worst_over)
     case = compare_whole.on_leaves(LossSpec(bias=True, packed=packed, config=config).make())
     want = compare_whole.call(case, kernel)
