@@ -275,7 +275,7 @@ int32_t dlogits(int threads, const RomaRows& rows, const RomaHead& head,
                 const RomaUpstream& given, void* dz, int64_t stride, int32_t dtype) {
   PackedRows<Step> packed(rows, head.vocab, head.start);
   const PaddedUpstream upstream(given, rows.count, packed.panels * kColumns);
-  // At least two tasks a thread, if there are so many panels.
+  // At least two tasks a thread, if there are enough panels.
   const int64_t share = divide(divide(head.vocab, kRows), 2 * threads);
   const int64_t at_once = kRows * least(panels_in_cache(packed.steps), share);
   const int64_t own = at_once * packed.steps + 4 * packed.steps;

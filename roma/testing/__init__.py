@@ -1,6 +1,6 @@
 """Hold a kernel of your own to the oracle that ours are held to.
 
-`check_backend` draws inputs (`strategies`), runs your function in the place of `linear_logprob`,
+`check_backend` draws inputs (`strategies`), runs your function instead of `linear_logprob`,
 `roma_loss` or `roma_loss_from_logp`, and compares values and every gradient with an oracle in
 float64 (`oracle`) under derived bounds (`tolerance`). `count_products` tells how many rows a call
 really multiplied. Needs Hypothesis: `pip install 'roma-vlm[testing]'`.

@@ -1,4 +1,4 @@
-"""What is held to the oracle: a back end by name, or a function in the place of a public one."""
+"""What is held to the oracle: a back end by name, or a function that replaces a public one."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def test_same_input_twice_is_bitwise_equal(spec: HeadSpec, backend: str) -> None
 
 @given(spec=head_specs(dtype=torch.float32, bias=True, softcap=None, difficulty="plain"))
 def test_shifting_logits_changes_nothing(spec: HeadSpec, backend: str) -> None:
-    """A constant on every logit moves lse by itself over τ and leaves logp and entropy alone."""
+    """A constant on every logit moves lse by that constant over τ, and neither logp nor entropy."""
     inputs = spec.make()
     before, _ = compare_head.call(inputs, spec, backend)
     # A multiple of 1/8 near 64: the shifted bias is rounded once, at 2^-18.

@@ -1,4 +1,4 @@
-"""What only a GPU can show: `PYTHONPATH=. python -m pytest tests -m gpu`, compute capability 8+.
+"""What only a GPU can show: `PYTHONPATH=.:kernels python -m pytest tests -m gpu`, compute capability 8+.
 
 The same properties as everywhere, on the compiled kernels; then what the interpreter cannot show:
 tensor descriptors, a head of full size, CUDA graphs, waits, memory, bitwise repetition, Inductor.
@@ -60,7 +60,7 @@ def test_tensor_descriptors(dtype: torch.dtype, rows: int, options: bool) -> Non
         softcap=5.0 if options else None, temperature="rows" if options else "one",
     )  # fmt: skip
     inputs = spec.make()
-    tile = configs.tile_for(torch.device("cuda"), dtype, rows, options=options)
+    tile = configs.tile_for(torch.device("cuda"), dtype, rows, softcap_or_entropy=options)
     described, _, _ = configs.sources(tile, inputs["hidden"].cuda(), inputs["weight"].cuda())
     assert described == tile.descriptors
     compare_head.check_against_oracle(spec, there("linear_logprob"))

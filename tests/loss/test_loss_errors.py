@@ -160,7 +160,7 @@ def test_head_dtypes(name: str, wrong: torch.Tensor, backend: str) -> None:
 )
 @pytest.mark.parametrize("call", [whole_call, logp_call])
 def test_loss_dtypes(name: str, dtype: torch.dtype, call: Any, backend: str) -> None:
-    """A 0/1 float in the place of a bool, int32 in the place of int64: refused, never guessed."""
+    """A 0/1 float for a bool, int32 for int64: refused, never guessed."""
     good = SPEC.make()[name]
     with refuse(name, str(dtype).removeprefix("torch."), kind=DTYPE_ERRORS):
         call(backend, **{name: good.to(dtype)})

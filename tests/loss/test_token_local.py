@@ -21,7 +21,7 @@ TOKEN = RomaConfig(worst_over="token")
 
 
 def in_chunks(rows: int, spec: LossSpec) -> dict[str, Any]:
-    """Arguments of a triton call whose workspace holds so many rows of logits."""
+    """Arguments of a triton call whose workspace holds `rows` rows of logits."""
     by_row = spec.v * (4 + spec.dtype.itemsize)
     return {"backend": "triton", "workspace": rows * by_row}
 
