@@ -1,8 +1,8 @@
 """What Hypothesis draws: sizes from short lists, a seed, switches and a named difficulty.
 
-No raw floats. A drawn value is a small frozen dataclass whose repr is the whole reproducer: `HeadSpec(...)` builds
-the inputs of `linear_logprob`, `LossSpec(...)` those of the loss, from its own torch.Generator. A
-found bug stays as an @example.
+No raw floats. A drawn value is a small frozen dataclass whose repr makes it again: `HeadSpec(...)`
+builds the inputs of `linear_logprob`, `LossSpec(...)` those of the loss, each from its own
+torch.Generator. A found bug stays as an @example.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What only a GPU can show: `PYTHONPATH=.:kernels python -m pytest tests -m gpu`, compute capability 8+.
+"""What only a GPU of compute capability 8+ can show.
+
+    PYTHONPATH=.:kernels python -m pytest tests -m gpu
 
 The same properties as everywhere, on the compiled kernels; then what the interpreter cannot show:
 tensor descriptors, a head of full size, CUDA graphs, waits, memory, bitwise repetition, Inductor.
