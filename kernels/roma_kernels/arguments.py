@@ -5,6 +5,8 @@ CPU always; on another device a read would wait for it, so there they become a d
 assertion, or the named `ValueError` when the environment says `ROMA_CHECK=1`.
 """
 
+import math
+import numbers
 import os
 from collections.abc import Callable, Sequence
 
@@ -65,8 +67,15 @@ def check_shape(
 
 
 def _same(shape: Sequence[int], sizes: Sequence[int]) -> bool:
-    # One by one: torch.compile's sizes may be symbols, of which tuples are never found equal.
+    # One by one: torch.compile's sizes may be symbols, and tuples of symbols never compare equal.
     return len(shape) == len(sizes) and all(a == b for a, b in zip(shape, sizes, strict=True))
+
+
+def check_positive(name: str, value: object, remedy: str) -> None:
+    """Checks that `value` is a finite number > 0."""
+    number = isinstance(value, (int, float, numbers.Real)) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:  # type: ignore[operator]  # a number by then
+        fail(name, "a finite number > 0", repr(value), remedy)
 
 
 def check_values(ok: Tensor, explain: Callable[[], str]) -> None:
@@ -75,12 +84,16 @@ def check_values(ok: Tensor, explain: Callable[[], str]) -> None:
     Costs no synchronisation: away from the CPU, and without `ROMA_CHECK=1`, the device asserts by
     itself; so it does wherever torch.compile traces, which cannot look at values.
     """
-    if torch.compiler.is_compiling():
-        torch._assert_async(ok.all(), _SOMETHING_BAD)
-    elif ok.device.type == "meta" or isinstance(ok, FakeTensor):
+    if ok.device.type == "meta" or isinstance(ok, FakeTensor):
         return  # no values to look at
-    elif ok.device.type == "cpu" or os.environ.get("ROMA_CHECK") == "1":
-        if not bool(ok.all()):
-            raise ValueError(explain())
-    else:
+    told = os.environ.get("ROMA_CHECK") == "1" and not torch.compiler.is_compiling()
+    if not (readable(ok) or told):
         torch._assert_async(ok.all(), _SOMETHING_BAD)
+    elif not bool(ok.all()):
+        raise ValueError(explain())
+
+
+def readable(value: Tensor) -> bool:
+    """Whether a value can be read without a wait: on the CPU, outside of tracing."""
+    tracing = torch.compiler.is_compiling() or isinstance(value, FakeTensor)
+    return value.device.type == "cpu" and not tracing

@@ -79,29 +79,41 @@ def choose(device_type: str) -> tuple[str, str]:
 def resolve(backend: str, device_type: str, *, float64: bool = False) -> str:
     """The back end to run for the argument `backend`, on a device type, perhaps in float64.
 
-    While torch.compile traces a call on a CPU, "auto" stays "auto": an operator looks when it runs.
+    While torch.compile traces a call on a CPU, "auto" stays "auto": the operator chooses when it
+    runs.
 
     Raises:
         ValueError: `backend` is no known name, or it cannot run here or on these tensors.
     """
-    if torch.compiler.is_compiling():  # a graph cannot look around; its compiler needs Triton too
+    if torch.compiler.is_compiling():
+        # Tracing cannot probe the machine; on CUDA Inductor needs Triton anyway.
         if backend == "auto" and float64:
             return "torch"
-        return "triton" if backend == "auto" and device_type == "cuda" else backend
-    if backend == "auto":
+        if backend == "auto" and device_type == "cuda":
+            return "triton"
+        if backend in NAMES:
+            return _fit(backend, _unfit(backend, device_type, float64))
+    elif backend == "auto":
         return "torch" if float64 else choose(device_type)[0]
-    for known in backends():
-        if known.name == backend:
-            reason = known.reason if not known.available else _unfit(backend, device_type, float64)
-            if not reason:
-                return backend
-            fail(
-                "backend",
-                "one that can run here",
-                f"{backend!r}, but {reason}",
-                "use 'auto' or ask `roma info`",
-            )
-    fail("backend", "one of " + ", ".join(map(repr, NAMES)), repr(backend), "use 'auto'")
+    else:
+        for known in backends():
+            if known.name == backend:
+                reason = _unfit(backend, device_type, float64) if known.available else known.reason
+                return _fit(backend, reason)
+    fail(
+        "backend",
+        "one of " + ", ".join([repr(name) for name in NAMES]),
+        repr(backend),
+        "use 'auto'",
+    )
+
+
+def _fit(backend: str, reason: str) -> str:
+    """The back end itself, unless there is a reason against it."""
+    if reason:
+        remedy = "use 'auto' or ask `roma info`"
+        fail("backend", "one that can run here", f"{backend!r}, but {reason}", remedy)
+    return backend
 
 
 def _unfit(backend: str, device_type: str, float64: bool) -> str:

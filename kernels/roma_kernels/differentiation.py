@@ -21,7 +21,7 @@ def refuse_transforms(tensors: dict[str, Tensor | None]) -> None:
     """Refuses forward mode and torch.func for tensors that enter an operator.
 
     torch.library's operators have no forward mode (a tangent would silently become 0), and
-    torch.func cannot see into them.
+    torch.func has no rule for them.
 
     Raises:
         RuntimeError: one of the tensors has a tangent, or is inside a transform.
@@ -47,8 +47,7 @@ def refuse_transforms(tensors: dict[str, Tensor | None]) -> None:
 def no_gradients(tensors: Sequence[Tensor | None]) -> list[None] | None:
     """What a backward returns for a list of constants.
 
-    torch.library takes a list in which all are tensors for arguments one by one, any other list for
-    one argument.
+    torch.library counts a list of tensors as that many arguments, and a list with a None as one.
     """
     return None if any(x is None for x in tensors) else [None] * len(tensors)
 
@@ -68,7 +67,7 @@ class _Scaled(torch.autograd.Function):
 
 
 def scaled(op: str, upstream: Tensor, gradient: Tensor, of: Tensor) -> Tensor:
-    """A gradient by `of` that the forward has finished, times the loss's own."""
+    """The upstream gradient times one by `of` that the forward formed."""
     # Without `of` the result would count as constant, and a second derivative as zero.
-    scaled: Tensor = _Scaled.apply(op, upstream, gradient, of)
-    return scaled
+    product: Tensor = _Scaled.apply(op, upstream, gradient, of)
+    return product

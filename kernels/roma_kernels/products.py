@@ -56,7 +56,7 @@ def report(purpose: str, rows: int, columns: int, depth: int) -> None:
 
 
 def mm(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left·right in `dtype`, to which the sums are kept."""
+    """left·right, summed and returned in `dtype`."""
     if left.dtype == dtype:
         return torch.mm(left, right)
     if left.is_cuda:

@@ -83,9 +83,12 @@ def check_backend(
     }
     drawn: Callable[..., st.SearchStrategy[Any]] = head_specs if head else loss_specs
     function = candidate if device == "cpu" else on_device(candidate, device)
-    specs = drawn(**fixed)
+    pinned = dict(fixed)
+    if isinstance(fixed.get("config"), RomaConfig):
+        pinned["config"] = st.just(fixed["config"])
+    specs = drawn(**pinned)
     if "dtype" not in fixed:
-        specs = st.sampled_from(list(dtypes)).flatmap(lambda dtype: drawn(**fixed, dtype=dtype))
+        specs = st.sampled_from(list(dtypes)).flatmap(lambda dtype: drawn(**pinned, dtype=dtype))
 
     def holds(spec: Any) -> None:
         comparisons[op](spec, function)
@@ -111,6 +114,8 @@ def _check_fixed(spec: type, fixed: dict[str, Any]) -> None:
         {"temperature": ("one", "float", "rows")} if spec is HeadSpec else {}
     )
     choices["difficulty"] = HEAD_DIFFICULTIES if spec is HeadSpec else LOSS_DIFFICULTIES
+    if spec is LossSpec:
+        choices |= {"totals": ("own", "number", "tensor"), "head_difficulty": HEAD_DIFFICULTIES}
     for name, value in fixed.items():
         if name not in known:
             fail(name, f"a field of {spec.__name__}", "an unknown one", f"it has {known}")

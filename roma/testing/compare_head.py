@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roma.testing import oracle, strategies, tolerance
+from roma.testing import oracle, tensors, tolerance
 from roma.testing.candidate import Backend, on
 from roma.testing.strategies import HeadSpec
 from roma_kernels.linear_logprob.api import linear_logprob
@@ -44,7 +44,7 @@ def run_oracle(
 
 def draw_upstream(spec: HeadSpec, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Random gradients for logp and, if asked for, entropy; about a third of the rows get none."""
-    g = strategies.generator(spec.seed + 1)
+    g = tensors.generator(spec.seed + 1)
     active = torch.rand(spec.shape, generator=g) < 0.7
     names = ["logp", "entropy"] if spec.entropy else ["logp"]
     return {name: (torch.randn(spec.shape, generator=g) * active).to(dtype) for name in names}

@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, currently_in_test_context
 from torch import Tensor
 
-from roma.testing import oracle, strategies, tolerance
+from roma.testing import oracle, tensors, tolerance
 from roma.testing.candidate import Backend, on
 from roma.testing.strategies import LossSpec
 from roma_kernels.roma_loss import batch
@@ -129,14 +129,32 @@ def penalty_noise(want: oracle.Expected, logp_error: float, slope: float) -> flo
     return (slope + 1) * (2 * logp_error + tolerance.eps(torch.float32))
 
 
+def own_gradients(spec: LossSpec, case: dict[str, Any], got: Any) -> dict[str, Tensor]:
+    """The gradient of another objective by the returned log-probs; zeros where there is none."""
+    g = tensors.generator(spec.seed + 2)
+    made = {name: torch.randn(getattr(got, name).shape, generator=g) for name in LOGPS}
+    weight = case["mask"] * spec.own
+    return {name: (x * weight).to(getattr(got, name).dtype) for name, x in made.items()}
+
+
+def backward(got: Any, upstream: Tensor, own: dict[str, Tensor]) -> None:
+    """Backward of upstream·loss + Σ own·log-probs."""
+    total = upstream * got.loss
+    for name, gradient in own.items():
+        if bool(gradient.any()):
+            total = total + (gradient * getattr(got, name)).sum()
+    if total.requires_grad:
+        total.backward()
+
+
 def check_against_oracle(spec: LossSpec, backend: Backend) -> None:
-    """One call: loss, metrics, worst view, both gradients under a random upstream gradient."""
+    """One call: loss, metrics, worst view, both gradients under random upstream gradients."""
     case = spec.make_logp()
     mine = on_leaves(case)
     got = call(mine, backend)
-    upstream = torch.randn((), generator=strategies.generator(spec.seed + 1))
-    if got.loss.requires_grad:
-        (upstream * got.loss).backward()
+    upstream = torch.randn((), generator=tensors.generator(spec.seed + 1))
+    own = own_gradients(spec, case, got)
+    backward(got, upstream, own)
 
     chosen = got.worst_view if spec.k else None
     theirs, plain = on_leaves(case), on_leaves(case)
@@ -160,15 +178,14 @@ def check_against_oracle(spec: LossSpec, backend: Backend) -> None:
     for name, g, h, e in zip(LOGPS, rate, curve, plain_rate, strict=True):
         grad = mine[name].grad
         if grad is None:  # nothing depends on it
-            assert not bool(g.any()), name
+            assert not bool(g.any()) and not bool(own[name].any()), f"{name} got no gradient"
             continue
         assert bool((grad[..., masked] == 0).all()), f"d{name} on masked positions"
         # h is the slope's own slope: an error of the log-ratio moves the gradient by as much
         wobble = 2 * noise * h.abs() + tolerance.eps(torch.float32) * g.abs()
-        by_entry = wobble * float(upstream.abs())
-        tolerance.check(
-            f"d{name}", grad, upstream * g, upstream * e, dtype=torch.float32, noise=by_entry
-        )
+        by_entry = wobble * float(upstream.abs()) + tolerance.eps(torch.float32) * own[name].abs()
+        value, rough = upstream * g + own[name], upstream * e + own[name]
+        tolerance.check(f"d{name}", grad, value, rough, dtype=torch.float32, noise=by_entry)
 
     for name in LOGPS:
         result, given_ = getattr(got, name).detach(), case[name]

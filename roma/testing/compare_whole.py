@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roma.testing import compare_logp, oracle, strategies, tolerance
+from roma.testing import compare_logp, oracle, tensors, tolerance
 from roma.testing.candidate import Backend, on
 from roma.testing.strategies import LossSpec
 from roma_kernels.linear_logprob.reference import HeadReference
@@ -73,9 +73,9 @@ def check_against_oracle(spec: LossSpec, backend: Backend, frozen: tuple[str, ..
     accumulate = tolerance.accumulator(spec.dtype)
     mine = on_leaves(case, frozen=frozen)
     got = call(mine, backend)
-    upstream = torch.randn((), generator=strategies.generator(spec.seed + 1)).to(accumulate)
-    if got.loss.requires_grad:
-        (upstream * got.loss).backward()
+    upstream = torch.randn((), generator=tensors.generator(spec.seed + 1)).to(accumulate)
+    own = compare_logp.own_gradients(spec, case, got)
+    compare_logp.backward(got, upstream, own)
 
     theirs, plain = on_leaves(case, torch.float64), on_leaves(case, accumulate)
     chosen = got.worst_view if spec.k else None
@@ -106,11 +106,12 @@ def check_against_oracle(spec: LossSpec, backend: Backend, frozen: tuple[str, ..
     bend = torch.stack([g.sum() for g in rate]).sum()
     curve = compare_logp.slopes(bend, logps, retain_graph=True)
 
-    def by_row(pair: list[Tensor]) -> Tensor:
-        whole = torch.cat([pair[0][None], pair[1]]).detach().reshape(spec.k + 1, -1)
-        return whole[:, counted].reshape(-1) * float(upstream)
+    def by_row(logp: Tensor, view_logp: Tensor) -> Tensor:
+        whole = torch.cat([logp[None], view_logp]).detach().reshape(spec.k + 1, -1)
+        return whole[:, counted].reshape(-1)
 
-    g, h = by_row(rate), by_row(curve)
+    h = by_row(*curve) * float(upstream)
+    g = by_row(*rate) * float(upstream) + by_row(own["logp"], own["view_logp"])
     dz = tolerance.dlogits(
         stacked,
         targets,
@@ -131,26 +132,26 @@ def check_against_oracle(spec: LossSpec, backend: Backend, frozen: tuple[str, ..
         "bias": tolerance.dweight_noise(dz, torch.ones(len(rows), 1), spec.dtype)[:, 0],
     }
     names = [n for n in LEAVES if case[n] is not None]
-    truth = compare_logp.slopes(want.loss, [theirs[n] for n in names], retain_graph=True)
-    rough = compare_logp.slopes(eager.loss, [plain[n] for n in names], retain_graph=True)
-    for name, value, e in zip(names, truth, rough, strict=True):
+
+    def gradients(found: oracle.Expected, leaves: dict[str, Any]) -> list[Tensor]:
+        total = upstream.to(found.loss.dtype) * found.loss
+        for which in compare_logp.LOGPS:
+            total = total + (own[which].to(total.dtype) * getattr(found, which)).sum()
+        return compare_logp.slopes(total, [leaves[n] for n in names], retain_graph=True)
+
+    pairs = zip(names, gradients(want, theirs), gradients(eager, plain), strict=True)
+    for name, value, rough in pairs:
         grad = mine[name].grad
         if name in frozen:
             assert grad is None, f"{name} is frozen"
             continue
         if grad is None:  # nothing depends on it
-            assert not bool(value.any()), name
+            assert not bool(value.any()), f"{name} got no gradient"
             continue
         room = torch.finfo(grad.dtype).max / 2
-        fits = not value.numel() or float((upstream * value).abs().max()) < room
+        fits = not value.numel() or float(value.abs().max()) < room
         compare_logp.require(fits, f"d{name} is too large for {grad.dtype}")
         if name in ("hidden", "view_hidden"):
             assert bool((grad[..., masked, :] == 0).all()), f"d{name} on masked positions"
-        tolerance.check(
-            f"d{name}",
-            grad,
-            upstream * value,
-            upstream * e,
-            dtype=mine[name].dtype,
-            noise=spreads[name],
-        )
+        how = {"dtype": mine[name].dtype, "noise": spreads[name]}
+        tolerance.check(f"d{name}", grad, value, rough, **how)

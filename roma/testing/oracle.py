@@ -113,7 +113,7 @@ def view_loss(
     batch = Batch(
         logp=counted(logp),
         view_logp=counted(view_logp),
-        old_logp=constant(old_logp),
+        old_logp=constant(logp if old_logp is None else old_logp),
         ref_logp=constant(ref_logp),
         view_old_logp=constant(view_old_logp) if config.aux_old == "view" else None,
         advantages=per_row,

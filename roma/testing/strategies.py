@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from roma.testing import oracle
+from roma.testing.tensors import generator, head_tensors, strided
 from roma_kernels.roma_loss.config import RomaConfig
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,7 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIFFICULTIES = (
     "plain",
     "huge_logits",  # |z| in the hundreds: overflow unless the maximum is taken off first
-    "below_zero",  # every logit near -100: a padded lane of exp(0) would own the whole sum
+    "below_zero",  # every logit near -100: a padded lane of exp(0) would dominate the sum
     "peaked_tail",  # the last vocabulary entry, in the ragged tail, takes nearly all probability
     "peaked_elsewhere",  # the same mass on an entry that is not the target
     "uniform_weights",  # all logits equal: the weights under which a padded tail stays hidden
@@ -45,37 +46,6 @@ LOSS_DIFFICULTIES = (
     "zero_advantages",
     "nan_when_masked",  # NaN, inf and token -100 wherever the mask is False
 )
-
-
-def generator(seed: int) -> torch.Generator:
-    """A stream of its own for one drawn value."""
-    return torch.Generator().manual_seed(seed)
-
-
-def head_tensors(
-    rows: int, d: int, v: int, difficulty: str, g: torch.Generator, *, bias: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Hidden [rows, d], weight [v, d], bias [v] or None, tokens [rows], of the named difficulty."""
-    hidden = torch.randn(rows, d, generator=g, dtype=torch.float64)
-    weight = torch.randn(v, d, generator=g, dtype=torch.float64) * (2 / math.sqrt(d))
-    offset = torch.randn(v, generator=g, dtype=torch.float64) if bias else None
-    tokens = torch.randint(v, (rows,), generator=g)
-    if difficulty == "huge_logits":
-        weight = weight * 100
-    elif difficulty == "below_zero":
-        hidden[:, 0] = 10.0
-        weight[:, 0] = -10.0
-    elif difficulty in ("peaked_tail", "peaked_elsewhere"):
-        hidden[:, 0] = 4.0
-        weight[v - 1, 0] = 8.0
-        tokens.fill_(v - 1 if difficulty == "peaked_tail" else 0)
-    elif difficulty == "uniform_weights":
-        weight.fill_(1.0)
-    elif difficulty == "zero_rows":
-        hidden.zero_()
-    elif difficulty == "equal_rows":
-        hidden[:] = hidden[:1]
-    return hidden, weight, offset, tokens
 
 
 @dataclass(frozen=True)
@@ -111,6 +81,7 @@ class HeadSpec:
         tokens = tokens.reshape(self.shape)
         if self.strided:
             hidden, weight = strided(hidden), strided(weight)
+            bias = None if bias is None else strided(bias)
             tokens = torch.stack([tokens, tokens], dim=-1)[..., 0]
         return {
             "hidden": hidden,
@@ -120,11 +91,6 @@ class HeadSpec:
             "temperature": temperature,
             "softcap": self.softcap,
         }
-
-
-def strided(x: Tensor) -> Tensor:
-    """The same values with a stride of 2 in the last dimension."""
-    return torch.stack([x, torch.full_like(x, float("nan"))], dim=-1)[..., 0]
 
 
 def head_specs(**fixed: Any) -> st.SearchStrategy[HeadSpec]:
@@ -152,7 +118,11 @@ DEFAULT = RomaConfig()
 
 @dataclass(frozen=True)
 class LossSpec:
-    """One call of roma_loss or of roma_loss_from_logp (which ignores the fields of the head)."""
+    """One call of roma_loss or of roma_loss_from_logp (which ignores the fields of the head).
+
+    old: whether old_logp is given. own: whether the gradient of another objective on the returned
+    log-probs joins the loss's. strided: whether bias, correct and aux_view have a stride of 2.
+    """
 
     b: int = 3
     t: int = 5
@@ -163,6 +133,9 @@ class LossSpec:
     token_advantages: bool = False
     totals: str = "own"
     aux: bool = True
+    old: bool = True
+    own: bool = False
+    strided: bool = False
     config: RomaConfig = DEFAULT
     d: int = 8
     v: int = 33
@@ -218,6 +191,7 @@ class LossSpec:
             "tokens": tokens.reshape(self.b, self.t),
         }
         case = self._finish(states, logp, view_logp, g, torch.float32)
+        bias = strided(bias) if self.strided and bias is not None else bias
         return case | {"weight": weight, "bias": bias}
 
     def _finish(
@@ -306,7 +280,11 @@ class LossSpec:
         case["aux_view"] = torch.randint(k, (b,), generator=g) if self.aux and k else None
         if config.aux_old != "view" or case["aux_view"] is None:
             case["view_old_logp"] = None
+        if not self.old:
+            case["old_logp"] = None
         case |= self._totals(case)
+        if self.strided:
+            case |= {n: strided(case[n]) for n in ("correct", "aux_view") if case[n] is not None}
         return case | {"config": config}
 
     def _spoil(self, case: dict[str, Any]) -> None:
@@ -382,6 +360,9 @@ def loss_specs(
         "token_advantages": st.booleans(),
         "totals": st.sampled_from(["own", "number", "tensor"]),
         "aux": st.booleans(),
+        "old": st.booleans(),
+        "own": st.booleans(),
+        "strided": st.booleans(),
         "config": configs() if config is None else config,
         "d": st.sampled_from([1, 5, 8, 33]),
         "v": st.sampled_from([2, 33, 127, 128, 129]),

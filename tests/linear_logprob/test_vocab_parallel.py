@@ -39,6 +39,7 @@ def _head(rank: int, store: str, kernel: str) -> None:
         HeadSpec(shape=(3, 2), v=2, dtype=torch.bfloat16),
         HeadSpec(shape=(5,), v=130, difficulty="peaked_tail", entropy=True),
         HeadSpec(shape=(5,), v=130, difficulty="below_zero"),
+        HeadSpec(shape=(2, 0, 3), v=130, entropy=True),  # no position at all
     ):
         inputs, upstream = spec.make(), compare_head.draw_upstream(spec)
         want, want_grad = compare_head.run_oracle(inputs, upstream, torch.float64)

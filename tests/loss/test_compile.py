@@ -172,3 +172,22 @@ def test_every_argument_given(kernel: str) -> None:
     compare_whole.check_against_oracle(spec, kernel)
     compiled = torch.compile(lambda **x: compare_whole.call(x, kernel), fullgraph=True)
     assert_same(compiled(**case), compare_whole.call(case, kernel), case, LEAVES)
+
+
+def test_a_transposed_head(kernel: str) -> None:
+    """Tied embeddings kept as [D, V]: the gradient's strides are what the operator declares."""
+    config = RomaConfig(worst_over="token")
+    case = LossSpec(bias=True, config=config).make()
+    case = compare_whole.on_leaves(case | {"weight": case["weight"].T.contiguous().T})
+    assert case["weight"].stride() != case["weight"].contiguous().stride()
+    compiled = torch.compile(lambda **x: compare_whole.call(x, kernel), fullgraph=True)
+    assert_same(compiled(**case), compare_whole.call(case, kernel), case, LEAVES)
+
+
+@pytest.mark.parametrize("backend", ["typo", "native"])
+def test_a_wrong_back_end_is_named(backend: str) -> None:
+    case = LossSpec().make_logp()
+    case = {n: x.double() if n.endswith("logp") and x is not None else x for n, x in case.items()}
+    compiled = torch.compile(lambda **x: compare_logp.call(x, backend).loss)
+    with pytest.raises(ValueError, match=r"^backend: expected one .*use 'auto'"):
+        compiled(**case)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import assume, given
 
 from roma import RomaConfig
-from roma.testing import compare_logp, strategies, tolerance
+from roma.testing import compare_logp, tensors, tolerance
 from roma.testing.strategies import LossSpec, configs, loss_specs
 
 
@@ -36,7 +36,7 @@ def same(
 def test_order_of_rollouts_is_free(spec: LossSpec, backend: str) -> None:
     """Permuting sequences permutes the choices and leaves the loss."""
     case = spec.make_logp()
-    order = torch.randperm(spec.b, generator=strategies.generator(spec.seed))
+    order = torch.randperm(spec.b, generator=tensors.generator(spec.seed))
     a, b = same(case, compare_logp.take(case, order), backend, spec)
     if spec.config.worst_over != "batch" and spec.k:
         assert torch.equal(a.worst_view[order], b.worst_view)
@@ -48,7 +48,7 @@ def test_order_of_views_is_free(spec: LossSpec, backend: str) -> None:
     case = spec.make_logp()
     # Short sequences may tie exactly at 0 where everything is clamped: far from it under this
     # difficulty.
-    order = torch.randperm(4, generator=strategies.generator(spec.seed))
+    order = torch.randperm(4, generator=tensors.generator(spec.seed))
     back = torch.argsort(order)
     aux = None if case["aux_view"] is None else back[case["aux_view"]]
     permuted = case | {"view_logp": case["view_logp"][order], "aux_view": aux}

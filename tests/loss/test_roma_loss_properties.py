@@ -10,7 +10,7 @@ from hypothesis import given
 
 import roma
 from roma import RomaConfig
-from roma.testing import compare_logp, compare_whole, count_products, strategies, tolerance
+from roma.testing import compare_logp, compare_whole, count_products, tensors, tolerance
 from roma.testing.strategies import LossSpec, configs, loss_specs
 
 
@@ -154,7 +154,7 @@ def test_backward_follows_active_rows(kernel: str) -> None:
     B/2 of (K+1)·B rows.
     """
     b, t, k, d, v = 8, 16, 3, 16, 512
-    g = strategies.generator(0)
+    g = tensors.generator(0)
     hidden = torch.randn(b, t, d, generator=g).requires_grad_()
     views = (hidden.detach() + 0.3 * torch.randn(k, b, t, d, generator=g)).requires_grad_()
     weight = torch.randn(v, d, generator=g).requires_grad_()

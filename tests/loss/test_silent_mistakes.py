@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from types import SimpleNamespace
 from typing import Any
 
@@ -116,6 +117,50 @@ def test_numbers_of_other_kinds() -> None:
     for wrong in (-1.0, float("nan"), float("inf")):
         with refuse("RomaConfig.lambda_inv", "got"):
             logp_call("torch", config=RomaConfig(lambda_inv=torch.tensor(wrong)))
+
+
+def test_options_of_other_kinds_reach_the_operators(kernel: str) -> None:
+    """They travel as text, in which np.float64(0.2) is no number."""
+
+    class Choice(str, enum.Enum):
+        TOKEN = "token"
+
+    config = RomaConfig(
+        clip_low=np.float64(0.1),  # type: ignore[arg-type]
+        aggregation=np.str_("dr_grpo"),  # type: ignore[arg-type]
+        worst_over=Choice.TOKEN,  # type: ignore[arg-type]
+        max_length=np.int64(9),  # type: ignore[arg-type]
+    )
+    plain = RomaConfig(clip_low=0.1, aggregation="dr_grpo", worst_over="token", max_length=9)
+    assert config == plain and type(config.worst_over) is str
+    losses = [logp_call(kernel, config=options).loss for options in (config, plain)]
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("wrong", [float("inf"), float("nan"), -1.0, "a", True])
+def test_softcap_and_temperature_are_finite(wrong: Any) -> None:
+    hidden, weight, tokens = torch.randn(2, D), torch.randn(V, D), torch.arange(2)
+    for name in ("softcap", "temperature"):
+        with refuse(name, repr(wrong)):
+            roma.linear_logprob(hidden, weight, tokens, **{name: wrong})
+    with refuse("total_tokens", "'3'"):
+        logp_call("torch", total_sequences=9, total_tokens="3")
+
+
+def test_view_divergence_checks_its_arguments() -> None:
+    case = SPEC.make_logp()
+    roma.view_divergence(case["logp"], case["view_logp"], case["mask"])
+    with refuse("view_logp", f"[{K}, {B}, {T}]"):
+        roma.view_divergence(case["logp"], case["view_logp"][:, :, :-1], case["mask"])
+    with refuse("mask", "int64", kind=ValueError):
+        roma.view_divergence(case["logp"], case["view_logp"], case["mask"].long())
+
+
+def test_a_masked_vocabulary_leaves_the_loss_finite(backend: str) -> None:
+    """A counted token with log-prob −∞ is clamped like any other log-ratio."""
+    case = SPEC.make_logp()
+    logp = case["logp"].masked_fill(case["mask"], -float("inf"))
+    assert torch.isfinite(logp_call(backend, logp=logp, config=RomaConfig()).loss)
 
 
 def test_help_shows_every_field() -> None:

@@ -16,7 +16,14 @@ from support.counting import Watch
 
 import roma
 from roma import RomaConfig
-from roma.testing import compare_head, compare_logp, compare_whole, oracle, strategies, tolerance
+from roma.testing import (
+    compare_head,
+    compare_logp,
+    compare_whole,
+    oracle,
+    tensors,
+    tolerance,
+)
 from roma.testing.strategies import HeadSpec, LossSpec
 
 
@@ -24,7 +31,7 @@ def test_5_upstream_per_token(backend: str) -> None:
     """Every token's upstream counts on its own; the faulty form knows their mean only."""
     spec = HeadSpec(shape=(17,), v=33)
     inputs = spec.make()
-    upstream = {"logp": torch.randn(17, generator=strategies.generator(3))}
+    upstream = {"logp": torch.randn(17, generator=tensors.generator(3))}
     mean = {"logp": upstream["logp"].mean().expand(17)}
     want, want_grad = compare_head.run_oracle(inputs, upstream, torch.float64)
     _, eager_grad = compare_head.run_oracle(inputs, upstream, torch.float32)

@@ -21,7 +21,7 @@ from roma.testing import (
     compare_whole,
     count_products,
     oracle,
-    strategies,
+    tensors,
     tolerance,
 )
 from roma.testing.strategies import HeadSpec, LossSpec
@@ -38,7 +38,7 @@ def test_8_gradients_reach_what_lies_before(backend: str) -> None:
     for call in (lambda **kw: compare_head.score(inputs, backend, **kw).logp, None):
         body = inputs["hidden"].clone().requires_grad_()
         base = inputs["weight"].clone().requires_grad_()
-        g = strategies.generator(2)
+        g = tensors.generator(2)
         low, high = (
             torch.randn(shape, generator=g).requires_grad_() for shape in ((33, 2), (2, 8))
         )
@@ -73,7 +73,7 @@ def test_8_unused_outputs(backend: str) -> None:
     spec = HeadSpec(entropy=True, bias=True)
     inputs = spec.make()
     for name in ("logp", "entropy"):
-        upstream = {name: torch.randn(5, generator=strategies.generator(1))}
+        upstream = {name: torch.randn(5, generator=tensors.generator(1))}
         _, want = compare_head.run_oracle(inputs, upstream, torch.float64)
         out, leaves = compare_head.call(inputs, spec, backend)
         getattr(out, name).backward(upstream[name])
@@ -127,7 +127,7 @@ def test_9_autocast_around_the_whole_loss(backend: str) -> None:
 
 def test_9_tied_embeddings(backend: str) -> None:
     """One parameter as embedding and head: its gradient is the sum of both uses."""
-    g = strategies.generator(4)
+    g = tensors.generator(4)
     table = torch.randn(33, 8, generator=g)
     tokens = torch.randint(33, (5,), generator=g)
 

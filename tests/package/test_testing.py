@@ -93,6 +93,25 @@ def test_wrong_arguments_are_named() -> None:
 
 
 @pytest.mark.parametrize("op", LOSSES)
+def test_options_can_be_pinned(op: Any) -> None:
+    config = roma.RomaConfig(worst_over="token")
+    check_backend(spoiled(same), op=op, examples=5, config=config, k=2)
+    with pytest.raises(ValueError, match=r"^LossSpec\.totals: expected one of 'own'"):
+        check_backend(same, op=op, totals="typo")
+
+
+@pytest.mark.parametrize("op", LOSSES)
+def test_log_probs_without_a_gradient_are_refused(op: Any) -> None:
+    """What another objective with main=None stands on."""
+
+    def detached(out: Any) -> Any:
+        return out._replace(logp=out.logp.detach(), view_logp=out.view_logp.detach())
+
+    with pytest.raises(AssertionError, match=r"got no gradient|^d"):
+        check_backend(spoiled(detached), op=op, examples=30)
+
+
+@pytest.mark.parametrize("op", LOSSES)
 def test_a_right_loss_passes(op: Any) -> None:
     check_backend(spoiled(same), op=op, examples=20)
 

@@ -6,8 +6,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from roma_kernels.arguments import check_dtype, check_shape, check_tensor, check_values
-from roma_kernels.errors import fail
+from roma_kernels.arguments import (
+    check_dtype,
+    check_positive,
+    check_shape,
+    check_tensor,
+    check_values,
+)
 from roma_kernels.linear_logprob.head import check_head, score
 
 
@@ -109,14 +114,13 @@ def linear_logprob(
 
 def _check_temperature(temperature: float | Tensor, tokens: Tensor) -> float | Tensor:
     if not isinstance(temperature, Tensor):
-        if not temperature > 0:
-            fail("temperature", "a number > 0", repr(temperature), "pass 1.0 for none")
+        check_positive("temperature", temperature, "pass 1.0 for none")
         return temperature
     check_tensor("temperature", temperature, like=tokens)
     if temperature.ndim:
         check_shape("temperature", temperature, ("tokens' shape [...]", tuple(tokens.shape)))
     check_values(
-        temperature > 0,
-        lambda: "temperature: expected numbers > 0, got one that is not; pass τ, not 1/τ",
+        (temperature > 0) & torch.isfinite(temperature),
+        lambda: "temperature: expected finite numbers > 0, got one that is not; pass τ, not 1/τ",
     )
     return temperature

@@ -50,7 +50,11 @@ def linear_logprob_bwd(
     need_states, need_weight, need_bias = needs
     count, depth = active.states.shape
     dstates = upstream.lse.new_zeros(count if need_states else 0, depth)
-    blank = torch.empty_like if count else torch.zeros_like
+
+    def blank(x: Tensor) -> Tensor:
+        # Contiguous, as the operator's fake form says, also for a transposed weight.
+        return x.new_empty(x.shape) if count else x.new_zeros(x.shape)
+
     dweight = blank(head.weight) if need_weight else None
     dbias = blank(head.bias) if need_bias and head.bias is not None else None
     for vocab, blocks in _walk(kernels, workspace, count, head.weight, dtype):
@@ -72,7 +76,11 @@ def linear_logprob_bwd(
                 kernels.addmm_(dstates[block], dz, part.weight)
                 report("dhidden", len(dz), width, depth)
             if dtile is not None:
-                (kernels.addmm_ if block.start else kernels.mm_out)(dtile, dz.T, piece.states)
+                # The first block writes, the others add.
+                if block.start:
+                    kernels.addmm_(dtile, dz.T, piece.states)
+                else:
+                    kernels.mm_out(dtile, dz.T, piece.states)
                 report("dweight", len(dz), width, depth)
             if dbias is not None:
                 dtile_bias += dz.sum(0, dtype=upstream.lse.dtype)

@@ -1,13 +1,19 @@
 """A head whose arguments have been checked, and the one way from hidden states to log-probs."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from roma_kernels.arguments import FLOATS, check_dtype, check_shape, check_tensor, check_values
+from roma_kernels.arguments import (
+    FLOATS,
+    check_dtype,
+    check_positive,
+    check_shape,
+    check_tensor,
+    check_values,
+)
 from roma_kernels.backends import resolve
 from roma_kernels.differentiation import refuse_transforms
 from roma_kernels.errors import fail
@@ -32,11 +38,11 @@ class CheckedHead:
         ranks = 1 if self.vocab_group is None else dist.get_world_size(self.vocab_group)
         return len(self.weight) * ranks
 
-    def check_tokens(self, tokens: Tensor, counted: Tensor | bool = True) -> None:
-        """Checks that token ids are in the vocabulary where they count."""
+    def check_tokens(self, tokens: Tensor, counted: Tensor | None = None) -> None:
+        """Checks that token ids are in the vocabulary, where `counted` says so or everywhere."""
         vocabulary = self.vocabulary
         good = (tokens >= 0) & (tokens < vocabulary)
-        if isinstance(counted, Tensor):
+        if counted is not None:
             good = good | ~counted
 
         def explain() -> str:
@@ -83,8 +89,9 @@ def check_head(
         check_tensor("bias", bias, like=hidden)
         check_dtype("bias", bias, FLOATS)
         check_shape("bias", bias, ("[V]", (weight.shape[0],)))
-    if softcap is not None and not softcap > 0:
-        fail("softcap", "a number > 0 or None", repr(softcap), "pass None for no soft cap")
+        bias = bias.contiguous()  # kernels read it entry by entry
+    if softcap is not None:
+        check_positive("softcap", softcap, "pass None for no soft cap")
     if workspace is not None and not (isinstance(workspace, int) and workspace > 0):
         fail("workspace", "a whole number of bytes > 0, or None", repr(workspace), "pass None")
     float64 = torch.float64 in (hidden.dtype, weight.dtype)
@@ -128,7 +135,9 @@ def score(
     if head.backend == "reference":
         # Not as a decorator, which imports torch's compiler with this module.
         by_reference = torch.compiler.disable(_score_by_reference, reason="it is for tests")
-        return by_reference(head, hidden, tokens, temperature, view_hidden, index, entropy)
+        return by_reference(
+            head, hidden, tokens, temperature, view_hidden=view_hidden, index=index, entropy=entropy
+        )
     refuse_transforms(
         {"hidden": hidden, "view_hidden": view_hidden, "weight": head.weight, "bias": head.bias}
     )
@@ -155,22 +164,24 @@ def _score_by_reference(
     hidden: Tensor,
     tokens: Tensor,
     temperature: float | Tensor,
-    *where: Any,
+    *,
+    view_hidden: Tensor | None,
+    index: Tensor | None,
+    entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    view_hidden, index, entropy = where
     states = hidden[None] if view_hidden is None else torch.cat([hidden[None], view_hidden])
     states = states if index is None else states[:, index]
-    images, count = states.shape[:2]
+    per_token, count = states.shape[:2]
     if isinstance(temperature, Tensor):
-        temperature = temperature.repeat(images)
+        temperature = temperature.repeat(per_token)
     found = linear_logprob_reference(
         states.flatten(0, 1),
         head.weight,
-        tokens.repeat(images),
+        tokens.repeat(per_token),
         bias=head.bias,
         temperature=temperature,
         softcap=head.softcap,
     )
-    shape = (images, count)
+    shape = (per_token, count)
     logp, lse = found.logp.view(shape), found.lse.detach().view(shape)
     return logp, lse, found.entropy.view(shape) if entropy else None

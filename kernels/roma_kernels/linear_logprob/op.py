@@ -111,7 +111,7 @@ def linear_logprob_op(
 
 
 def _fold(sums: Tensor, vocab: int, group: "dist.ProcessGroup") -> Tensor:
-    """Folds the ranks' sums; with them travels the size of each slice, for a check."""
+    """Folds the ranks' sums; the size of each slice is gathered too, and checked."""
     own = torch.cat([sums.flatten(), sums.new_tensor([float(vocab)])])
     gathered = own.new_empty(dist.get_world_size(group) * len(own))
     dist.all_gather_into_tensor(gathered, own, group=group)
@@ -124,7 +124,7 @@ def _fold(sums: Tensor, vocab: int, group: "dist.ProcessGroup") -> Tensor:
             "with a bias of −inf on the padding"
         ),
     )
-    by_rank = gathered[:, :-1].view(-1, *sums.shape).unbind(1)
+    by_rank = gathered[:, :-1].unflatten(1, sums.shape).unbind(1)
     peak = by_rank[0].amax(0)
     weights = torch.exp(by_rank[0] - peak)
     folded = [peak, (weights * by_rank[1]).sum(0), by_rank[2].sum(0)]

@@ -1,7 +1,7 @@
 """What kernels work on: rows of hidden states, a head, active rows; what a back end provides."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -39,13 +39,9 @@ class Rows:
         """The rows that are computed, and no others; reads num_tokens from the device."""
         if self.num_tokens is None:
             return self
-        n = int(self.num_tokens)
-
-        def cut(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[:n]
-
-        index, scale = cut(self.index), cut(self.row_scale)
-        return Rows(self.hidden, self.view_hidden, self.tokens[:n], scale, index, None)
+        n, by_token = int(self.num_tokens), ("tokens", "row_scale", "index")
+        cut = {name: x[:n] for name in by_token if (x := getattr(self, name)) is not None}
+        return replace(self, **cut, num_tokens=None)
 
 
 @dataclass(frozen=True)
@@ -84,17 +80,11 @@ class Active:
     dentropy: Tensor | None  # [A]
     loss_scale: Tensor | None  # 0-dim: a power of two on every dlogit, so that fp16 can hold it
 
-    def part(self, rows: slice) -> "Active":
+    def part(self, block: slice) -> "Active":
         """A range of the rows."""
-
-        def cut(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[rows]
-
-        return Active(
-            self.rows[rows], None, self.states[rows], self.tokens[rows], cut(self.row_scale),
-            self.lse[rows], cut(self.entropy), self.dlogp[rows], cut(self.dentropy),
-            self.loss_scale,
-        )  # fmt: skip
+        by_row = ("rows", "states", "tokens", "row_scale", "lse", "entropy", "dlogp", "dentropy")
+        cut = {name: x[block] for name in by_row if (x := getattr(self, name)) is not None}
+        return replace(self, **cut, num_active=None)
 
 
 class Kernels(NamedTuple):

@@ -16,6 +16,7 @@ from roma_kernels.roma_loss.checks import (
     check_constants,
     check_layout,
     check_views,
+    layout_for,
 )
 from roma_kernels.roma_loss.config import RomaConfig
 from roma_kernels.roma_loss.op import Combined, combine
@@ -93,7 +94,7 @@ def roma_loss(
             coincide.)
         correct: [B] bool: the rollout's answer is correct (accuracy alone, not a mix with format).
         old_logp: [B, T] nats: log-probs of the policy that sampled, on the clean image; None: this
-            very policy sampled, and its own log-probs, detached, stand in.
+            very policy sampled, and its own log-probs, detached, are used.
         ref_logp: [B, T] nats: log-probs of a reference policy; needed when config.ref_coef > 0.
         aux_view: [B] int64 in 0..K-1: each sequence's sampled view; None: no auxiliary loss.
         view_old_logp: [B, T] nats: the old policy on the sampled view; needed when config.aux_old =
@@ -107,8 +108,9 @@ def roma_loss(
         total_correct: the same; None: this call's correct sequences.
         config: the options. With worst_over = "batch" the maximum is over this call's sequences.
         vocab_group: as in `linear_logprob`: the ranks that hold the head between them.
-        workspace: as in `linear_logprob`: bytes for the backward's tiles of logits, and for chunks
-            of logits where worst_over is "token" or "mean" and 4096 rows of them fit.
+        workspace: as in `linear_logprob`: bytes for the backward's tiles of logits. Back end
+            "triton" keeps a chunk of logits in it, and recomputes none, where worst_over is "token"
+            or "mean", or K ≤ 1, or lambda_inv = 0, and 4096 rows (or all of them) fit.
         backend: "auto", "triton", "native", "torch" or "reference".
 
     Returns:
@@ -140,8 +142,7 @@ def roma_loss(
         workspace=workspace,
         backend=backend,
     )
-    if head.backend == "reference":
-        layout = layout.trimmed()
+    layout = layout_for(head.backend, layout)
     views = check_views("view_hidden", view_hidden, hidden, layout, config)
     check_tensor("tokens", tokens, like=hidden)
     check_dtype("tokens", tokens, (torch.int64,))
@@ -242,8 +243,7 @@ def roma_loss_from_logp(
     layout = check_layout("logp", logp, mask, cu_seqlens, features=0)
     check_dtype("logp", logp, (torch.float32, torch.float64))
     backend = resolve(backend, logp.device.type, float64=logp.dtype == torch.float64)
-    if backend == "reference":
-        layout = layout.trimmed()
+    layout = layout_for(backend, layout)
     views = check_views("view_logp", view_logp, logp, layout, config)
     constants = check_constants(
         layout,
@@ -283,11 +283,20 @@ def view_divergence(
     Returns:
         [K, B] nats; 0 for a sequence without counted tokens.
 
+    Raises:
+        TypeError: an argument is not a tensor.
+        ValueError: a shape, dtype or device does not fit.
+
     Example:
         >>> counted = torch.tensor([[True, False]])
         >>> view_divergence(torch.zeros(1, 2), torch.zeros(3, 1, 2), counted).shape
         torch.Size([3, 1])
     """
+    check_config(config)
+    layout = check_layout("logp", logp, mask, None, features=0)
+    check_tensor("view_logp", view_logp, like=logp)
+    views = (len(view_logp), *layout.shape) if view_logp.ndim else layout.shape
+    check_shape("view_logp", view_logp, ("[K, B, T]", views))
     # Before the exponential: masked positions may hold anything.
     gap = torch.where(mask, view_logp.detach() - logp.detach(), 0)
     gap = gap if config.penalty_ratio == "view/clean" else -gap

@@ -28,8 +28,8 @@ class Layout:
     """Where the counted tokens stand in [B, T] or [N], flattened to M positions.
 
     Tensors over tokens are [M], whatever the mask: the N counted tokens come first, in order, and
-    what follows has no meaning. So no shape depends on a value, and torch.compile and CUDA graphs
-    can follow; a kernel computes the first N.
+    what follows has no meaning. So no shape depends on a value, torch.compile and CUDA graphs can
+    follow, and a kernel computes the first N. Where reading N costs nothing, M is N.
     """
 
     shape: torch.Size  # (B, T) or (M,)
@@ -38,11 +38,7 @@ class Layout:
     sequence: Tensor  # [M] int64: sequence of each counted token
     lengths: Tensor  # [B] int64: counted tokens of each sequence
     num_tokens: Tensor  # 0-dim int64: N
-
-    @property
-    def valid(self) -> Tensor:
-        """[M] bool: the first N."""
-        return torch.arange(len(self.index), device=self.index.device) < self.num_tokens
+    valid: Tensor  # [M] bool: the first N
 
     def pack(self, tokens: Tensor) -> Tensor:
         """[..., B, T] or [..., N] to [..., M]."""
@@ -59,8 +55,8 @@ class Layout:
 
     def trimmed(self) -> "Layout":
         """The counted tokens alone; reads their number from the device."""
-        n = int(self.num_tokens)
-        return replace(self, index=self.index[:n], sequence=self.sequence[:n])
+        n, by_token = int(self.num_tokens), ("index", "sequence", "valid")
+        return replace(self, **{name: getattr(self, name)[:n] for name in by_token})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +65,7 @@ class Constants:
 
     old_logp: Tensor | None  # [M]; None: logp itself, detached
     ref_logp: Tensor | None  # [M]
-    view_old_logp: Tensor | None  # [M], old policy on the sampled view; None: old_logp serves
+    view_old_logp: Tensor | None  # [M], old policy on the sampled view; None: old_logp is used
     advantages: Tensor  # [M]
     sequence: Tensor  # [M] int64, not decreasing over the first N
     lengths: Tensor  # [B] int64, N = Σ lengths, 0 allowed
@@ -100,7 +96,7 @@ class Batch(Constants):
     def of(cls, logp: Tensor, view_logp: Tensor, constants: list[Tensor | None]) -> "Batch":
         """A batch from log-probs and `Constants.tensors`."""
         named = dict(zip(_CONSTANTS, constants, strict=True))
-        return cls(logp=logp, view_logp=view_logp, **named)  # type: ignore[arg-type]  # as they were
+        return cls(logp=logp, view_logp=view_logp, **named)  # type: ignore[arg-type]  # in the order of tensors()
 
     @property
     def old(self) -> Tensor:
@@ -134,8 +130,9 @@ def divisors(batch: Batch, config: RomaConfig) -> tuple[Tensor, Tensor]:
     return sequences.clamp(min=1), of_tokens.to(batch.logp.dtype)
 
 
-def first_view(batch: Batch, config: RomaConfig) -> Tensor:
+def first_view(constants: Constants, config: RomaConfig) -> Tensor:
     """View 0 everywhere, in the shape of the worst views: what K = 0 returns for them."""
     if config.worst_over == "batch":
-        return batch.lengths.new_zeros(())
-    return torch.zeros_like(batch.sequence if config.worst_over == "token" else batch.lengths)
+        return constants.lengths.new_zeros(())
+    like = constants.sequence if config.worst_over == "token" else constants.lengths
+    return like.new_zeros(like.shape)

@@ -1,11 +1,19 @@
 """The arguments of the loss, each checked once, on their way from [B, T] or [N] to a `Layout`."""
 
+import numbers
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from roma_kernels.arguments import FLOATS, check_dtype, check_shape, check_tensor, check_values
+from roma_kernels.arguments import (
+    FLOATS,
+    check_dtype,
+    check_shape,
+    check_tensor,
+    check_values,
+    readable,
+)
 from roma_kernels.errors import fail
 from roma_kernels.linear_logprob.rows import packed_index
 from roma_kernels.roma_loss.batch import Constants, Layout
@@ -39,9 +47,10 @@ def check_layout(
     check_shape("mask", mask, (letters, shape))
     flat = mask.reshape(-1)
     index, num_tokens = packed_index(flat), flat.sum()
+    valid = torch.arange(len(index), device=index.device) < num_tokens
     if cu_seqlens is None:
         sequence, lengths = index // max(shape[1], 1), mask.sum(1)
-        return Layout(shape, letters, index, sequence, lengths, num_tokens)
+        return Layout(shape, letters, index, sequence, lengths, num_tokens, valid)
     check_tensor("cu_seqlens", cu_seqlens, like=like)
     check_dtype("cu_seqlens", cu_seqlens, (torch.int32,))
     remedy = "pass torch.cumsum of the lengths with a 0 in front, as int32"
@@ -57,7 +66,17 @@ def check_layout(
     )
     sequence = torch.searchsorted(cu_seqlens.contiguous(), index, right=True) - 1
     before = torch.nn.functional.pad(flat.cumsum(0), (1, 0))[cu_seqlens.long()]
-    return Layout(shape, letters, index, sequence, before.diff(), num_tokens)
+    return Layout(shape, letters, index, sequence, before.diff(), num_tokens, valid)
+
+
+def layout_for(backend: str, layout: Layout) -> Layout:
+    """The layout as a back end takes it: trimmed where that costs no wait for a device.
+
+    The reference cannot do without; Triton's kernels never ask for it.
+    """
+    if backend == "reference" or (backend != "triton" and readable(layout.num_tokens)):
+        return layout.trimmed()
+    return layout
 
 
 def check_views(
@@ -186,7 +205,7 @@ def _per_sequence(name: str, value: Tensor, layout: Layout, dtype: torch.dtype) 
     check_tensor(name, value, like=layout.index)
     check_dtype(name, value, (dtype,))
     check_shape(name, value, ("[B]", (len(layout.lengths),)))
-    return value
+    return value.contiguous()  # kernels read it entry by entry
 
 
 def _logp(name: str, value: Tensor | None, layout: Layout, dtype: torch.dtype) -> Tensor | None:
@@ -214,12 +233,14 @@ def _total(
     mine = _scalar(own, layout, dtype)
     if given is None:
         return mine
-    count = _scalar(given, layout, dtype)
-    least = mine.clamp(min=1) if name == "total_sequences" else mine
     expected = "a number or a 0-dim tensor, at least this call's own count"
     remedy = "pass the count over all shards and micro-batches whose losses are summed"
-    if count.ndim:
-        fail(name, expected, str(list(count.shape)), remedy)
+    if isinstance(given, Tensor) and given.ndim:
+        fail(name, expected, str(list(given.shape)), remedy)
+    if not isinstance(given, (int, float, Tensor, numbers.Real)):
+        fail(name, expected, repr(given), remedy)
+    count = _scalar(given, layout, dtype)
+    least = mine.clamp(min=1) if name == "total_sequences" else mine
     check_values(
         (count >= least) & torch.isfinite(count),
         lambda: f"{name}: expected {expected} ({least:g}), got {count.item():g}; {remedy}",
@@ -241,12 +262,10 @@ def _lambda(name: str, value: float | Tensor, layout: Layout, dtype: torch.dtype
 
 
 def _scalar(value: Total, layout: Layout, dtype: torch.dtype) -> Tensor:
-    device = layout.index.device
-    if isinstance(value, Tensor):
-        return value.detach().to(device, dtype)
-    # Not as_tensor, which copies from the host; not full, where torch.compile takes a float for a
-    # constant and recompiles when it changes.
-    return torch.zeros((), dtype=dtype, device=device) + value
+    # A sum, not as_tensor or .to(device), which copy from the host and wait, and not full, where
+    # torch.compile takes a float for a constant and recompiles when it changes.
+    zero = torch.zeros((), dtype=dtype, device=layout.index.device)
+    return (zero + (value.detach() if isinstance(value, Tensor) else value)).to(dtype)
 
 
 def _missing(name: str, layout: Layout, because: str, otherwise: str) -> NoReturn:

@@ -37,11 +37,6 @@ _NUMBERS = {  # name -> (lower end, whether the end itself is allowed, whether N
     "max_length": (1.0, True, True),
 }
 _TENSORS = ("lambda_inv", "lambda_aux")  # may be 0-dim tensors
-_COMBINE = (  # what the operators need to know; the two lambdas travel as tensors
-    *("penalty_ratio", "worst_over", "penalty_over", "main", "aggregation", "clip_low"),
-    *("clip_high", "dual_clip", "ref_coef", "aux_old", "log_ratio_clamp", "temperature"),
-    *("softcap", "max_length"),
-)
 
 
 @dataclass(frozen=True)
@@ -71,7 +66,8 @@ class RomaConfig:
         aux_old: Denominator of the auxiliary ratio: the old policy on the "clean" image or on the
             "view" (needs view_old_logp).
         log_ratio_clamp: Every log-ratio is clamped to ± this many nats, with no gradient beyond.
-        temperature: τ of the logits, > 0.
+        temperature: τ of the logits, > 0. (One per row: `linear_logprob`, then
+            `roma_loss_from_logp`.)
         softcap: s of the logits' soft cap, > 0, or None.
         max_length: L_max of "dr_grpo", tokens.
 
@@ -101,12 +97,13 @@ class RomaConfig:
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        """Checks every value; numbers of other kinds (numpy's, for one) become Python's."""
+        """Checks every value; numbers and strings of other kinds (numpy's) become Python's."""
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
                 expected = "one of " + ", ".join([repr(choice) for choice in choices])
                 fail(f"RomaConfig.{name}", expected, repr(value), "choose one of them")
+            object.__setattr__(self, name, choices[choices.index(value)])
         for name in _NUMBERS:
             value = getattr(self, name)
             if not (name in _TENSORS and isinstance(value, Tensor)):
@@ -131,9 +128,12 @@ class RomaConfig:
         return isinstance(self.lambda_inv, Tensor) or self.lambda_inv > 0
 
     def encoded(self) -> str:
-        """All options but the two lambdas as a string, for an operator; `decoded` reads it."""
-        pairs = [f"{name!r}: {getattr(self, name)!r}" for name in _COMBINE]
+        """All options but the two lambdas, which are tensor arguments of the operators."""
+        pairs = [f"{name!r}: {getattr(self, name)!r}" for name in _ENCODED]
         return "{" + ", ".join(pairs) + "}"
+
+
+_ENCODED = tuple(name for name in RomaConfig.__dataclass_fields__ if name not in _TENSORS)
 
 
 @functools.lru_cache
@@ -149,9 +149,9 @@ def _checked_number(name: str, value: object) -> float | int | None:
     whole = name == "max_length"
     kinds = numbers.Integral if whole else numbers.Real
     if isinstance(value, (int, float, kinds)) and not isinstance(value, bool):
-        number = value if isinstance(value, (int, float)) else float(value)
+        number = int(value) if isinstance(value, (int, numbers.Integral)) else float(value)
         good = number > low or (inclusive and number == low)
-        if good and number < math.inf and not (whole and not isinstance(value, kinds)):
+        if good and number < math.inf and not (whole and isinstance(number, float)):
             return number
     kind = "a whole number" if whole else "a finite number"
     expected = f"{kind} {'≥' if inclusive else '>'} {low:g}" + (" or None" if optional else "")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from roma_kernels.differentiation import no_gradients, refuse_transforms, scaled
-from roma_kernels.roma_loss.batch import METRICS, Batch, Constants
+from roma_kernels.roma_loss.batch import METRICS, Batch, Constants, first_view
 from roma_kernels.roma_loss.config import RomaConfig, decoded
 from roma_kernels.roma_loss.reference import roma_loss_reference
 
@@ -92,18 +92,11 @@ def _fake(
     batch = Batch.of(logp, view_logp, list(constants))
     return (
         logp.new_empty(()),
-        worst_view_like(batch, decoded(options)),
+        first_view(batch, decoded(options)),
         logp.new_empty(len(METRICS)),
         logp.new_empty(logp.shape),
         logp.new_empty(view_logp.shape),
     )
-
-
-def worst_view_like(constants: Constants, config: RomaConfig) -> Tensor:
-    """An int64 tensor in the shape of the worst views."""
-    lengths, sequence = constants.lengths, constants.sequence
-    shape = {"token": sequence.shape, "batch": ()}.get(config.worst_over, lengths.shape)
-    return lengths.new_empty(shape)
 
 
 def _setup_context(

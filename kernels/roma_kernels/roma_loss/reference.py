@@ -109,7 +109,8 @@ def roma_loss_reference(
     terms["moved"] = (batch.old - batch.logp) / tokens
 
     total = {name: values.sum() for name, values in terms.items()}
-    zero = 0 * torch.cat([batch.logp, *batch.view_logp]).nan_to_num().sum()  # ties the graph
+    # The loss depends on both, even where no term does.
+    zero = batch.logp[:0].sum() + batch.view_logp[:, :0].sum()
     loss = total["main"] + config.ref_coef * total["ref"]
     loss = loss + batch.lambda_aux * total["aux"] + batch.lambda_inv * total["inv"] + zero
     above, below = (flags.sum() / tokens for flags in clipped["main"])

@@ -52,15 +52,15 @@ def _clipped_objective(
         ratio * advantages,
         ratio.clamp(1 - config.clip_low, 1 + config.clip_high) * advantages,
     )
-    bites = free > clipped
-    loss = -torch.where(bites, clipped, free)
-    flat = bites | (gap.abs() > config.log_ratio_clamp)
+    clips = free > clipped
+    loss = -torch.where(clips, clipped, free)
+    flat = clips | (gap.abs() > config.log_ratio_clamp)
     if config.dual_clip is not None:
         ceiling = -config.dual_clip * advantages
         capped = (advantages < 0) & (loss > ceiling)
         loss, flat = torch.where(capped, ceiling, loss), flat | capped
     return _Objective(
-        loss, torch.where(flat, 0, -free), bites & (advantages > 0), bites & (advantages < 0)
+        loss, torch.where(flat, 0, -free), clips & (advantages > 0), clips & (advantages < 0)
     )
 
 

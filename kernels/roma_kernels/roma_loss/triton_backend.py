@@ -5,7 +5,7 @@
 
 Four small launches, no wait for the host: one program a sequence sums its tokens, one program adds
 the sequences up and finds the worst view of a batch, one program a sequence writes the coefficients
-of the clean image, one those of the views. Reads 4·(K+5) bytes a token three times and writes
+of the clean image, one those of the views. Reads 8·(K+6) bytes a token and writes
 4·(K+1): next to the head's 2·D·V FLOP nothing.
 """
 
@@ -28,11 +28,17 @@ _SUMS = 9  # numbers that the first kernel leaves of each sequence
 _BLOCK_T, _BLOCK_B = 256, 64
 
 
-class _Launch(NamedTuple):
+class Launch(NamedTuple):
     """What the launches of one batch share."""
 
     penalty_divisor: Tensor
     token_divisors: Tensor
+    token_weights: Tensor
+    """[B], of each token's clean loss."""
+    aux_weights: Tensor
+    """[B], of each token's auxiliary loss."""
+    penalty_weights: Tensor
+    """[B], of each token's divergence."""
     ends: Tensor
     view_logp: Tensor | None
     old_logp: Tensor
@@ -43,13 +49,22 @@ class _Launch(NamedTuple):
     options: dict[str, Any]
 
 
-def _launch(batch: Batch, config: RomaConfig) -> _Launch:
+def prepare(batch: Batch, config: RomaConfig) -> Launch:
+    """What depends on no log-prob: built once, also where the log-probs come in chunks."""
     views = len(batch.view_logp)
     block_k = triton.next_power_of_2(max(views, 1))
+    penalty_divisor, token_divisors = divisors(batch, config)
+    token_weights = 1 / token_divisors
     # As floats even if given as whole numbers, for which Triton would compile kernels of their own.
     dual = float("inf") if config.dual_clip is None else float(config.dual_clip)
-    return _Launch(
-        *divisors(batch, config),
+    return Launch(
+        penalty_divisor,
+        token_divisors,
+        token_weights,
+        aux_weights=batch.lambda_aux * token_weights,
+        penalty_weights=batch.lambda_inv
+        * batch.correct
+        / (batch.lengths.clamp(min=1) * penalty_divisor),
         ends=batch.lengths.cumsum(0),
         view_logp=batch.view_logp if views else None,
         old_logp=batch.old.contiguous(),
@@ -66,10 +81,10 @@ def _launch(batch: Batch, config: RomaConfig) -> _Launch:
     )
 
 
-def totals(batch: Batch, config: RomaConfig) -> tuple[Tensor, Tensor]:
+def totals(batch: Batch, config: RomaConfig, launch: Launch) -> tuple[Tensor, Tensor]:
     """Metrics [10], of which the first is the loss, and the worst view."""
     (views, _), sequences = batch.view_logp.shape, len(batch.lengths)
-    launch, device = _launch(batch, config), batch.logp.device
+    device = batch.logp.device
     sums = torch.zeros(_SUMS, sequences, device=device)
     divergence = torch.zeros(views, sequences, device=device) if views else None
     worst = first_view(batch, config)
@@ -93,32 +108,26 @@ def totals(batch: Batch, config: RomaConfig) -> tuple[Tensor, Tensor]:
 def coefficients(
     batch: Batch,
     config: RomaConfig,
+    launch: Launch,
     worst: Tensor,
-    dlogp: Tensor,
-    dview_logp: Tensor,
+    out: tuple[Tensor, Tensor],
     tokens: slice,
 ) -> None:
-    """Fills the coefficients `dlogp` [M] and `dview_logp` [K, M] of a range of tokens.
+    """Fills the coefficients `out`, by logp [M] and view_logp [K, M], of a range of tokens.
 
     `worst` [B] or 0-dim is read if worst_over is "sequence" or "batch".
     """
     (views, size), sequences = batch.view_logp.shape, len(batch.lengths)
-    if not sequences:
-        return
-    launch = _launch(batch, config)
-    stride_n = launch.strides[0]
-    token_weights = 1 / launch.token_divisors
-    if config.main is not None:
+    dlogp, dview_logp = out
+    if sequences and config.main is not None:
         _clean_coefficients_kernel[(sequences,)](
-            dlogp, token_weights, batch.logp, launch.old_logp, launch.ref_logp, batch.advantages,
-            launch.ends, batch.lengths, stride_n, tokens.start, tokens.stop, *launch.clips,
-            float(config.ref_coef), BLOCK_T=_BLOCK_T,
+            dlogp, launch.token_weights, batch.logp, launch.old_logp, launch.ref_logp,
+            batch.advantages, launch.ends, batch.lengths, launch.strides[0], tokens.start,
+            tokens.stop, *launch.clips, float(config.ref_coef), BLOCK_T=_BLOCK_T,
         )  # fmt: skip
-    if views:
-        lengths = batch.lengths.clamp(min=1) * launch.penalty_divisor
-        penalty_weights = batch.lambda_inv * batch.correct / lengths
+    if sequences and views:
         _view_coefficients_kernel[(sequences,)](
-            dview_logp, worst, penalty_weights, batch.lambda_aux * token_weights, batch.logp,
+            dview_logp, worst, launch.penalty_weights, launch.aux_weights, batch.logp,
             launch.view_logp, launch.view_old_logp, batch.advantages, launch.ends, batch.lengths,
             batch.aux_view, *launch.strides, size, views, tokens.start, tokens.stop,
             *launch.clips, **launch.options,
@@ -130,9 +139,11 @@ def combine(batch: Batch, config: RomaConfig) -> tuple[Tensor, Tensor, Tensor, T
 
     Tokens beyond Σ lengths are not read, and their coefficients are 0.
     """
-    metrics, worst = totals(batch, config)
+    launch = prepare(batch, config)
+    metrics, worst = totals(batch, config, launch)
     dlogp, dview_logp = (
         torch.zeros(x.shape, device=x.device) for x in (batch.logp, batch.view_logp)
     )
-    coefficients(batch, config, worst, dlogp, dview_logp, slice(0, len(batch.logp)))
+    everything = slice(0, len(batch.logp))
+    coefficients(batch, config, launch, worst, (dlogp, dview_logp), everything)
     return metrics[0].clone(), worst, metrics, dlogp, dview_logp

@@ -24,7 +24,7 @@ class Tile:
     block_v: int
     block_d: int
     group: int
-    """Row tiles that sweep the vocabulary abreast, their hidden states resident in L2."""
+    """Row tiles that walk the vocabulary together, their hidden states resident in L2."""
     num_warps: int
     num_stages: int
     descriptors: bool = False
@@ -40,7 +40,7 @@ class Tiles(NamedTuple):
     many: Tile
     """bf16 and fp16."""
     softcap_or_entropy: Tile
-    """The same with a softcap or an entropy, whose registers `many` has not left."""
+    """The same with a softcap or an entropy, which need more registers than `many` leaves."""
     few: Tile
     """The same for at most FEW_ROWS rows."""
     fp32: Tile

@@ -18,7 +18,7 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 @triton.jit
 def _tile_at(turn, row_tiles, vocab_tiles, GROUP: tl.constexpr):
-    """Row tile and vocabulary tile of a turn: GROUP row tiles sweep the vocabulary abreast."""
+    """Row tile and vocabulary tile of a turn: GROUP row tiles walk the vocabulary together."""
     group = turn // (GROUP * vocab_tiles)
     height = tl.minimum(row_tiles - group * GROUP, GROUP)
     inside = turn - group * GROUP * vocab_tiles

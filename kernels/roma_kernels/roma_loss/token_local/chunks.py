@@ -15,7 +15,7 @@ from roma_kernels.products import addmm_, mm, report
 from roma_kernels.roma_loss.batch import Batch
 from roma_kernels.roma_loss.config import RomaConfig
 from roma_kernels.roma_loss.token_local.kernels import _row_dlogits_kernel, _row_sums_kernel
-from roma_kernels.roma_loss.triton_backend import coefficients, totals
+from roma_kernels.roma_loss.triton_backend import coefficients, prepare, totals
 
 _BLOCK_V = 4096
 
@@ -27,46 +27,47 @@ def token_local_fwd(
     places: Sequence[Tensor],
     batch: Batch,
     lse: Tensor,
+    dlogp: Tensor,
     *,
     config: RomaConfig,
     chunk_rows: int,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
-    """Loss, worst view, metrics and gradients; fills the log-probs of `batch`, and `lse` [M, K+1].
+    """Loss, worst view, metrics and gradients; fills the log-probs of `batch`.
 
-    `leaves`: hidden, view_hidden, weight, bias; the batch's log-probs are views of one [M, K+1].
+    Fills `lse` and the coefficients `dlogp`, zeros [K+1, M], too. `leaves`: hidden, view_hidden,
+    weight, bias.
     """
     hidden, view_hidden, weight, bias = leaves
     tokens, index, num_tokens = places
     rows = Rows(hidden, view_hidden, tokens, None, index, num_tokens)
     need_hidden, need_weight, need_bias = needs
-    (vocab, depth), images = weight.shape, rows.per_token
+    (vocab, depth), per_token = weight.shape, rows.per_token
     count = int(num_tokens)
-    step = max(chunk_rows // images, 1)
+    step = max(chunk_rows // per_token, 1)
     scale, softcap = 1 / config.temperature, config.softcap
     options = {"SOFTCAP": softcap is not None, "BLOCK_V": _BLOCK_V}
 
-    dlogp = torch.zeros(batch.logp.shape, device=hidden.device)
-    dview_logp = torch.zeros(batch.view_logp.shape, device=hidden.device)
     dhidden, dviews = zero_gradients(rows) if need_hidden else (None, None)
     dweight = torch.zeros(weight.shape, device=weight.device) if need_weight else None
     dbias = torch.zeros(vocab, device=weight.device) if need_bias else None
-    # The worst view of a sequence or the batch, where there is one view or none counts.
-    only = torch.zeros_like(batch.lengths)
+    launch = prepare(batch, config)
+    # With "sequence" and "batch" this path has K ≤ 1 or λ_inv = 0: the worst view is view 0.
+    view_0 = torch.zeros_like(batch.lengths)
 
     def chunk(part: slice) -> None:
-        first, size = part.start * images, (part.stop - part.start) * images
+        first, size = part.start * per_token, (part.stop - part.start) * per_token
         states = gather_rows(rows, slice(first, first + size))
         logits = mm(states, weight.T, torch.float32)
         report("forward", size, vocab, depth)
         row_logp, row_lse = (logits.new_empty(size) for _ in range(2))
-        settings = (first, images, vocab, scale, softcap or 0.0)
+        settings = (first, per_token, vocab, scale, softcap or 0.0)
         _row_sums_kernel[(size,)](row_logp, row_lse, logits, bias, tokens, *settings, **options)
-        by_image = row_logp.view(-1, images).T
+        by_image = row_logp.view(-1, per_token).T
         batch.logp[part], batch.view_logp[:, part] = by_image[0], by_image[1:]
-        lse[part] = row_lse.view(-1, images)
-        coefficients(batch, config, only, dlogp, dview_logp, part)
-        g = torch.cat([dlogp[None, part], dview_logp[:, part]]).T.reshape(-1)
+        lse[:, part] = row_lse.view(-1, per_token).T
+        coefficients(batch, config, launch, view_0, (dlogp[0], dlogp[1:]), part)
+        g = dlogp[:, part].T.flatten().contiguous()  # of one token, flatten is a view
         active = g.nonzero()[:, 0]
         if not len(active):
             return
@@ -86,7 +87,7 @@ def token_local_fwd(
 
     for start in range(0, count, step):
         chunk(slice(start, min(start + step, count)))  # its logits are freed before the next ones
-    metrics, worst = totals(batch, config)
+    metrics, worst = totals(batch, config, launch)
     by_weight = None if dweight is None else dweight.to(weight.dtype)
     by_bias = None if dbias is None or bias is None else dbias.to(bias.dtype)
     return metrics[0].clone(), worst, metrics, (dhidden, dviews, by_weight, by_bias)

@@ -2,8 +2,8 @@
 
 Where the coefficients of a token depend on that token alone (`is_token_local`), its gradients can
 be formed while its logits are still in memory. The vendor's product writes the logits of a chunk of
-tokens to an fp32 workspace [rows, V]; a row kernel computes log-probs, the loss its coefficients, a
-row kernel dz of the active rows, and two products dh and dW:
+tokens to an fp32 workspace [rows, V]. A row kernel computes the log-probs, the loss's kernels the
+coefficients, a second row kernel dz of the active rows; two products give dh and dW:
 
     (K+1) + 2A products of a token with the head instead of (K+1) + 3A
 
@@ -22,13 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roma_kernels.differentiation import no_gradients, refuse_transforms, scaled
+from roma_kernels.differentiation import (
+    no_gradients,
+    refuse_second_derivative,
+    refuse_transforms,
+    scaled,
+)
 from roma_kernels.linear_logprob.head import CheckedHead
 from roma_kernels.linear_logprob.op import linear_logprob_backward_op
 from roma_kernels.linear_logprob.rows import TRITON_WORKSPACE
-from roma_kernels.roma_loss.batch import METRICS, Batch, Constants, Layout
+from roma_kernels.roma_loss.batch import METRICS, Batch, Constants, Layout, first_view
 from roma_kernels.roma_loss.config import RomaConfig, decoded
-from roma_kernels.roma_loss.op import Combined, worst_view_like
+from roma_kernels.roma_loss.op import Combined
 
 # Rows of a chunk from which the saved product outweighs another sum into dW: it saves
 # 2·A·D·V FLOP at 790 TFLOP/s and costs 8·D·V bytes at 4.3 TB/s, level at A = 735 active rows; with
@@ -91,7 +96,10 @@ def score_and_combine(
         workspace=head.workspace,
         needs=[needs[0] or needs[1], needs[2], needs[3]],
     )
-    return logp.T, Combined(loss, worst_view, metrics)
+    return logp, Combined(loss, worst_view, metrics)
+
+
+_Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("roma::token_local_loss", mutates_args=())
@@ -107,8 +115,8 @@ def token_local_loss_op(
     chunk_rows: int,
     workspace: int | None,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, worst view, metrics, logp and lse [M, K+1], gradients by hidden, views, weight, bias.
+) -> _Results:
+    """Loss, worst view, metrics; logp, lse, coefficients [K+1, M]; gradients by the four leaves.
 
     Args:
         hidden: [M, D].
@@ -125,18 +133,19 @@ def token_local_loss_op(
     """
     from roma_kernels.roma_loss.token_local.chunks import token_local_fwd
 
-    images = 1 if view_hidden is None else 1 + len(view_hidden)
+    per_token = 1 if view_hidden is None else 1 + len(view_hidden)
     tokens, index, num_tokens = places
     assert tokens is not None and index is not None and num_tokens is not None
-    logp, lse = (hidden.new_zeros(2, len(tokens), images, dtype=torch.float32)).unbind()
-    batch = Batch.of(logp[:, 0], logp[:, 1:].T, list(constants))
+    shape = (per_token, len(tokens))
+    logp, lse, dlogp = (hidden.new_zeros(shape, dtype=torch.float32) for _ in range(3))
+    batch = Batch.of(logp[0], logp[1:], list(constants))
     with torch.autocast(hidden.device.type, enabled=False):
         loss, worst, metrics, gradients = token_local_fwd(
-            (hidden, view_hidden, weight, bias), (tokens, index, num_tokens), batch, lse,
+            (hidden, view_hidden, weight, bias), (tokens, index, num_tokens), batch, lse, dlogp,
             config=decoded(options), chunk_rows=chunk_rows, needs=needs,
         )  # fmt: skip
     dhidden, dviews, dweight, dbias = (hidden.new_empty(0) if g is None else g for g in gradients)
-    return loss, worst, metrics, logp.clone(), lse.clone(), dhidden, dviews, dweight, dbias
+    return loss, worst, metrics, logp, lse, dlogp, dhidden, dviews, dweight, dbias
 
 
 @token_local_loss_op.register_fake
@@ -151,20 +160,21 @@ def _fake(
     options: str,
     needs: Sequence[bool],
     **sizes: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> _Results:
     def like(x: Tensor | None, needed: bool) -> Tensor:
         return hidden.new_empty(0) if x is None or not needed else x.new_empty(x.shape)
 
-    images = 1 if view_hidden is None else 1 + view_hidden.shape[0]
+    per_token = 1 if view_hidden is None else 1 + view_hidden.shape[0]
     assert places[0] is not None
-    logp = hidden.new_empty((places[0].shape[0], images), dtype=torch.float32)
-    batch = Batch.of(logp[:, 0], logp[:, 1:].T, list(constants))
+    logp = hidden.new_empty((per_token, places[0].shape[0]), dtype=torch.float32)
+    batch = Batch.of(logp[0], logp[1:], list(constants))
     need_states, need_weight, need_bias = needs
     return (
         logp.new_empty(()),
-        worst_view_like(batch, decoded(options)),
+        first_view(batch, decoded(options)),
         logp.new_empty(len(METRICS)),
         logp,
+        logp.new_empty(logp.shape),
         logp.new_empty(logp.shape),
         like(hidden, need_states),
         like(view_hidden, need_states),
@@ -179,42 +189,105 @@ def _setup_context(
     keyword_only_inputs: dict[str, Any],
     output: tuple[Tensor, ...],
 ) -> None:
-    _, worst_view, metrics, _, lse, *gradients = output
+    _, worst_view, metrics, _, lse, coefficients, *gradients = output
     *leaves, places, constants = inputs
-    ctx.save_for_backward(lse, *gradients, *leaves, *places)
-    ctx.mark_non_differentiable(worst_view, metrics, lse, *gradients)
+    ctx.save_for_backward(lse, coefficients, *gradients, *leaves, *places)
+    ctx.mark_non_differentiable(worst_view, metrics, lse, coefficients, *gradients)
     ctx.set_materialize_grads(False)  # or autograd makes zeros in the size of each gradient
     ctx.of_constants = no_gradients(constants)
     ctx.workspace = keyword_only_inputs["workspace"]
-    ctx.config = decoded(keyword_only_inputs["options"])
+    ctx.options = keyword_only_inputs["options"]
 
 
 def _backward(
     ctx: Any, dloss: Tensor | None, _worst: Any, _metrics: Any, dlogp: Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
-    lse, *saved = ctx.saved_tensors
+    lse, coefficients, *saved = ctx.saved_tensors
     gradients, leaves, places = saved[:4], saved[4:8], saved[8:]
     needed = ctx.needs_input_grad[:4]
     found: list[Tensor | None] = [None] * 4
-    if dloss is not None:
-        for i, (gradient, leaf) in enumerate(zip(gradients, leaves, strict=True)):
-            found[i] = scaled("roma_loss", dloss, gradient, leaf) if needed[i] else None
     if dlogp is not None:
-        more = linear_logprob_backward_op(
-            [lse, None, dlogp, None],
-            *leaves,
-            [*places, None],
-            scale=1 / ctx.config.temperature,
-            softcap=ctx.config.softcap,
-            backend="triton",
-            group=None,
+        found = token_local_backward_op(
+            lse.new_zeros(()) if dloss is None else dloss,
+            dlogp,
+            lse,
+            coefficients,
+            gradients,
+            leaves,
+            places,
+            options=ctx.options,
             workspace=ctx.workspace,
             needs=[needed[0] or needed[1], needed[2], needed[3]],
         )
-        for i, gradient in enumerate(more):
-            if needed[i]:
-                found[i] = gradient if dloss is None else found[i] + gradient
-    return *found, no_gradients(places), ctx.of_constants
+    elif dloss is not None:
+        pairs = zip(gradients, leaves, needed, strict=True)
+        found = [scaled("roma_loss", dloss, g, leaf) if need else None for g, leaf, need in pairs]
+    by_leaf = (g if need else None for g, need in zip(found, needed, strict=True))
+    return *by_leaf, no_gradients(places), ctx.of_constants
+
+
+@torch.library.custom_op("roma::token_local_backward", mutates_args=())
+def token_local_backward_op(
+    dloss: Tensor,
+    dlogp: Tensor,
+    lse: Tensor,
+    coefficients: Tensor,
+    gradients: Sequence[Tensor],
+    leaves: Sequence[Tensor | None],
+    places: Sequence[Tensor | None],
+    *,
+    options: str,
+    workspace: int | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients by the four leaves where there is an upstream gradient by the log-probs too.
+
+    torch.compile passes zeros for one that was not asked for: the finished gradients are the answer
+    then. Else the coefficients of the log-probs are summed first, and the result is rounded once.
+    """
+    if not bool(dlogp.any()):
+        dhidden, dviews, dweight, dbias = ((dloss * g).to(g.dtype) for g in gradients)
+        return dhidden, dviews, dweight, dbias
+    hidden, view_hidden, weight, bias = leaves
+    assert hidden is not None and weight is not None  # bias and views alone are optional
+    config, upstream = decoded(options), dlogp + dloss * coefficients
+    return linear_logprob_backward_op(
+        [lse.T, None, upstream.T, None],
+        hidden,
+        view_hidden,
+        weight,
+        bias,
+        [*places, None],
+        scale=1 / config.temperature,
+        softcap=config.softcap,
+        backend="triton",
+        group=None,
+        workspace=workspace,
+        needs=needs,
+    )
+
+
+@token_local_backward_op.register_fake
+def _fake_backward(
+    dloss: Tensor,
+    dlogp: Tensor,
+    lse: Tensor,
+    coefficients: Tensor,
+    gradients: Sequence[Tensor],
+    *rest: Any,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dhidden, dviews, dweight, dbias = (g.new_empty(g.shape) for g in gradients)
+    return dhidden, dviews, dweight, dbias
+
+
+def _keep_nothing(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    """The second derivative is refused: nothing to keep."""
+
+
+def _refuse(ctx: Any, *gradients: Tensor) -> None:
+    refuse_second_derivative("roma_loss")
 
 
 token_local_loss_op.register_autograd(_backward, setup_context=_setup_context)
+token_local_backward_op.register_autograd(_refuse, setup_context=_keep_nothing)

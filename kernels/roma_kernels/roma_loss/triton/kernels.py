@@ -13,13 +13,13 @@ from roma_kernels.roma_loss.triton.terms import _clipped_objective, _divergence,
 def _sums_kernel(
     sums_ptr,  # [_SUMS, B]
     divergence_ptr,  # [K, B]
-    worst_ptr,  # [B], or [N] if WORST_OVER is "token"
-    logp_ptr,  # [N]
-    view_ptr,  # [K, N]
-    old_ptr,  # [N]
-    ref_ptr,  # [N] or None
-    view_old_ptr,  # [N]
-    advantages_ptr,  # [N]
+    worst_ptr,  # [B], or [M] if WORST_OVER is "token"
+    logp_ptr,  # [M]
+    view_ptr,  # [K, M]
+    old_ptr,  # [M]
+    ref_ptr,  # [M] or None
+    view_old_ptr,  # [M]
+    advantages_ptr,  # [M]
     ends_ptr,  # [B] int64
     lengths_ptr,  # [B] int64
     aux_ptr,  # [B] int64 or None

@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _surrogate_kl(delta):
+def _k3(delta):
     """k3 = expm1(δ) − δ to full relative precision, never negative; see torch_backend.py."""
     s = delta * (1 / 3628800) + 1 / 362880
     s = s * delta + 1 / 40320
@@ -22,23 +22,23 @@ def _surrogate_kl(delta):
 def _divergence(gap, clamp):
     """k3 of a log-ratio and its slope by it, which is 0 beyond the clamp."""
     delta = tl.minimum(tl.maximum(gap, -clamp), clamp)
-    d = _surrogate_kl(delta)
+    d = _k3(delta)
     return d, tl.where(tl.abs(gap) > clamp, 0.0, delta + d)
 
 
 @triton.jit
 def _clipped_objective(logp, old, advantages, low, high, dual, clamp):
-    """Loss of each token, its slope by logp, and whether the clip bit above and below."""
+    """Loss of each token, its slope by logp, and whether it is clipped above and below."""
     gap = logp - old
     ratio = tl.exp(tl.minimum(tl.maximum(gap, -clamp), clamp))
     free = ratio * advantages
     clipped = tl.minimum(tl.maximum(ratio, low), high) * advantages
-    bites = free > clipped
-    loss = -tl.where(bites, clipped, free)
+    clips = free > clipped
+    loss = -tl.where(clips, clipped, free)
     ceiling = tl.where(advantages < 0, -dual * advantages, float("inf"))
-    flat = bites | (loss > ceiling) | (tl.abs(gap) > clamp)
+    flat = clips | (loss > ceiling) | (tl.abs(gap) > clamp)
     slope = tl.where(flat, 0.0, -free)
-    return tl.minimum(loss, ceiling), slope, bites & (advantages > 0), bites & (advantages < 0)
+    return tl.minimum(loss, ceiling), slope, clips & (advantages > 0), clips & (advantages < 0)
 
 
 @triton.jit
