@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from support import recorder
 from triton.runtime import interpreter
@@ -36,6 +37,7 @@ def repair() -> None:
     interpreter._get_np_dtype = _numpy_type
     TensorHandle.__init__ = _init_handle
     InterpreterBuilder.binary_op = _binary
+    tl.pointer_type.primitive_bitwidth = 64
     _launch.__code__ = _launch.__code__.replace(co_stacksize=2**16)
     InterpretedFunction.run = _launch
 
@@ -71,19 +73,15 @@ def _init_handle(
     self: TensorHandle, data: np.ndarray, dtype: tl.dtype, attr: dict[str, Any] | None = None
 ) -> None:
     self.data, self.dtype, self.attr = data, dtype, {} if attr is None else attr
-    if data.itemsize > 1 and data.itemsize * 8 > _bits(dtype):
+    if data.itemsize > 1 and data.itemsize * 8 > dtype.primitive_bitwidth:
         raise ValueError(f"numpy's {data.dtype} is wider than {dtype}")
-
-
-def _bits(kind: tl.dtype) -> int:
-    return getattr(kind, "primitive_bitwidth", 64)  # a pointer has none
 
 
 def _binary(
     self: InterpreterBuilder, lhs: TensorHandle, rhs: TensorHandle, operation: np.ufunc
 ) -> TensorHandle:
     output, kind = operation(lhs.data, rhs.data), lhs.dtype.scalar
-    if output.itemsize > 1 and output.itemsize * 8 > _bits(kind):
+    if output.itemsize > 1 and output.itemsize * 8 > kind.primitive_bitwidth:
         output = output.astype(_numpy_type(kind))
     return TensorHandle(output, kind)
 
@@ -200,5 +198,13 @@ def _launch(
 def _argument(x: Any) -> Any:
     if isinstance(x, float):
         return tl.tensor(TensorHandle(np.array([x], np.float32), tl.float32), tl.float32)
-    assert not hasattr(x, "is_cpu") or x.is_cpu
+    if isinstance(x, torch.Tensor):
+        assert x.is_cpu
+        kind = _pointer_type(x.dtype)
+        return tl.tensor(TensorHandle(np.array([x.data_ptr()], np.uint64), kind), kind)
     return interpreter._implicit_cvt(x)
+
+
+@functools.cache
+def _pointer_type(dtype: torch.dtype) -> tl.pointer_type:
+    return interpreter._implicit_cvt(torch.empty(0, dtype=dtype)).type

@@ -100,10 +100,10 @@ def reduce(
     if recorder is _builder:
         return operation(*options).apply(values)
     many = isinstance(values, tuple)
-    types = [x.type for x in (values if many else (values,))]
+    kinds = [_parts(x) for x in (values if many else (values,))]
 
     def create_reduction(*handles: TensorHandle) -> Any:
-        tensors = tuple(map(tl.tensor, handles, types))
+        tensors = tuple(_tensor(x, *kind) for x, kind in zip(handles, kinds, strict=True))
         results = operation(*options).apply(tensors)
         return tuple(x.handle for x in results) if many else results[0].handle
 
@@ -186,6 +186,11 @@ def _tensor(
     x = object.__new__(tl.tensor)
     x.handle, x.type, x.shape, x.numel, x.dtype = handle, kind, shape, numel, scalar
     return x
+
+
+def _parts(x: tl.tensor) -> tuple[Any, ...]:
+    """What `_tensor` takes beside the handle."""
+    return x.type, x.shape, x.numel, x.dtype
 
 
 class _Place(int):
@@ -309,7 +314,7 @@ class Recorder:
         """Source of a result."""
         if type(x) is tl.tensor and x.handle is not None:
             handle = self._source(self._place(x.handle), fixed, wanted, scope)
-            parts = (_constant(part, scope) for part in (x.type, x.shape, x.numel, x.dtype))
+            parts = (_constant(part, scope) for part in _parts(x))
             return f"tensor({handle}, {', '.join(parts)})"
         if type(x) is tuple:
             return f"({''.join(f'{self._returned(part, fixed, wanted, scope)}, ' for part in x)})"
