@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 
 import roma
 from roma.testing import candidate, check_backend, compare_head, compare_whole
@@ -25,6 +26,20 @@ def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert "within the bounds on 200 inputs" in said
     assert "with_the_bug:" in said and "exceeds" in said
     assert "HeadSpec(" in said  # the input, as a line that makes it again
+
+
+@pytest.fixture
+def unshrunk() -> Iterator[None]:
+    """The first failing input is enough where a test asks only that there is one.
+
+    Making it smaller takes a hundred times as long; the example above does it.
+    """
+    shrinks = settings.get_current_profile_name()
+    phases = set(Phase) - {Phase.shrink, Phase.explain}
+    settings.register_profile("unshrunk", settings.get_profile(shrinks), phases=phases)
+    settings.load_profile("unshrunk")
+    yield
+    settings.load_profile(shrinks)
 
 
 def spoiled(change: Callable[[Any], Any], **options: Any) -> Callable[..., Any]:
@@ -62,6 +77,7 @@ def test_a_tie_broken_the_other_way_is_refused(op: Any) -> None:
         check_backend(spoiled(highest_of_a_tie), op=op, examples=1, packed=False)
 
 
+@pytest.mark.usefixtures("unshrunk")
 @pytest.mark.parametrize("name", sorted(roma.METRICS))
 @pytest.mark.parametrize("op", LOSSES)
 def test_every_metric_is_held_to_the_oracle(op: Any, name: str) -> None:
@@ -72,6 +88,7 @@ def test_every_metric_is_held_to_the_oracle(op: Any, name: str) -> None:
         check_backend(spoiled(wrong), op=op, examples=20)
 
 
+@pytest.mark.usefixtures("unshrunk")
 @pytest.mark.parametrize("name", [n for n in sorted(roma.METRICS) if n != "loss"])
 def test_a_metric_slightly_off_is_refused(name: str) -> None:
     """One part in a hundred, which no rounding makes."""
@@ -100,6 +117,7 @@ def test_options_can_be_pinned(op: Any) -> None:
         check_backend(same, op=op, totals="typo")
 
 
+@pytest.mark.usefixtures("unshrunk")
 @pytest.mark.parametrize("op", LOSSES)
 def test_log_probs_without_a_gradient_are_refused(op: Any) -> None:
     """What another objective with main=None stands on."""
@@ -116,6 +134,7 @@ def test_a_right_loss_passes(op: Any) -> None:
     check_backend(spoiled(same), op=op, examples=20)
 
 
+@pytest.mark.usefixtures("unshrunk")
 @pytest.mark.parametrize("op", LOSSES)
 @pytest.mark.parametrize(
     ("wrong", "named"),
