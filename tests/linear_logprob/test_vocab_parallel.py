@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from support.ranks import RANKS, Ranks
 
 import roma
 from roma import RomaConfig
 from roma.testing import compare_head, compare_whole, tolerance
 from roma.testing.strategies import HeadSpec, LossSpec
-
-RANKS = 2
 
 
 def _start(rank: int, store: str) -> dist.ProcessGroup:
@@ -114,6 +114,23 @@ def _uneven(rank: int, store: str, kernel: str) -> None:
     _stop()
 
 
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    ranks = Ranks()
+    yield ranks
+    ranks.stop()
+
+
 @pytest.mark.parametrize("part", [_head, _loss, _uneven], ids=lambda f: f.__name__.strip("_"))
-def test_two_ranks(part, kernel: str, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(part, (str(tmp_path / "store"), kernel), nprocs=RANKS)
+def test_two_ranks(part, kernel: str, ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(part, str(tmp_path / "store"), kernel)
+
+
+def test_what_ends_a_rank_fails_the_test() -> None:
+    ranks = Ranks()
+    with pytest.raises(AssertionError, match="IndexError"):
+        ranks.run(["of rank 0"].__getitem__)
+    with pytest.raises(AssertionError, match="without a word"):
+        ranks.run(os._exit)
+    ranks.run(abs)
+    ranks.stop()
