@@ -39,7 +39,7 @@ test check: export OMP_NUM_THREADS ?= 1
 
 test: $(STAMP)
 	@echo "test: every test, two at a time"
-	@$(BIN)/pytest -q -n 2
+	@$(BIN)/pytest -q -n 2 --dist worksteal
 
 check: $(STAMP)
 	@echo "check: ruff"

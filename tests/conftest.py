@@ -57,7 +57,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of a GPU run alone: the others hold the kernels in the interpreter."""
+    """Tests of a GPU run alone: the others hold the kernels in the interpreter.
+
+    Slow ones first, so that processes which share the tests end together.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if config.option.markexpr == "gpu" and torch.cuda.is_available():
         return
     reason = "needs a CUDA device and `pytest -m gpu`"

@@ -15,21 +15,18 @@ from roma.testing import compare_logp, tensors, tolerance
 from roma.testing.strategies import LossSpec, configs, loss_specs
 
 
-def same(
-    first: dict[str, Any],
-    second: dict[str, Any],
-    backend: str,
-    spec: LossSpec,
-):
-    """Assert equal losses, to rounding of the terms; returns both results."""
-    a, b = compare_logp.call(first, backend), compare_logp.call(second, backend)
-    want = compare_logp.expect(first)
+def same(cases: list[dict[str, Any]], backend: str, spec: LossSpec) -> list[Any]:
+    """Assert equal losses, to rounding of the terms; returns all results."""
+    results = [compare_logp.call(case, backend) for case in cases]
+    want = compare_logp.expect(cases[0])
     size = float(torch.cat(list(want.terms.values())).detach().abs().sum()) * (
         1 + spec.config.lambda_inv
     )
     slack = tolerance.few(max(want.reach, 1.0) * size)
-    assert abs(float(b.loss.detach()) - float(a.loss.detach())) <= slack
-    return a, b
+    first, *others = (float(result.loss.detach()) for result in results)
+    for loss in others:
+        assert abs(loss - first) <= slack
+    return results
 
 
 @given(spec=loss_specs(packed=False))
@@ -37,7 +34,7 @@ def test_order_of_rollouts_is_free(spec: LossSpec, backend: str) -> None:
     """Permuting sequences permutes the choices and leaves the loss."""
     case = spec.make_logp()
     order = torch.randperm(spec.b, generator=tensors.generator(spec.seed))
-    a, b = same(case, compare_logp.take(case, order), backend, spec)
+    a, b = same([case, compare_logp.take(case, order)], backend, spec)
     if spec.config.worst_over != "batch" and spec.k:
         assert torch.equal(a.worst_view[order], b.worst_view)
 
@@ -52,7 +49,7 @@ def test_order_of_views_is_free(spec: LossSpec, backend: str) -> None:
     back = torch.argsort(order)
     aux = None if case["aux_view"] is None else back[case["aux_view"]]
     permuted = case | {"view_logp": case["view_logp"][order], "aux_view": aux}
-    a, b = same(case, permuted, backend, spec)
+    a, b = same([case, permuted], backend, spec)
     assume(
         spec.config.log_ratio_clamp > 2.0
         and (spec.config.worst_over != "batch" or bool(case["correct"].any()))
@@ -84,7 +81,7 @@ def test_appending_masked_tokens_changes_nothing(spec: LossSpec, backend: str) -
             else x.new_zeros(*x.shape[:-1], 3)
         )
         longer[name] = torch.cat([x, junk], dim=-1)
-    a, b = same(case, longer, backend, spec)
+    a, b = same([case, longer], backend, spec)
     if spec.config.worst_over == "token":
         assert torch.equal(b.worst_view, torch.nn.functional.pad(a.worst_view, (0, 3), value=-1))
     else:
@@ -96,7 +93,7 @@ def test_packed_equals_padded(spec: LossSpec, backend: str) -> None:
     """The same sequences in both forms: same loss, same gradients, same choices."""
     padded = compare_logp.on_leaves(spec.make_logp())
     packed = compare_logp.on_leaves(replace(spec, packed=True).make_logp())
-    a, b = same(padded, packed, backend, spec)
+    a, b = same([padded, packed], backend, spec)
     if spec.config.worst_over != "token":
         assert torch.equal(a.worst_view, b.worst_view)
     if not a.loss.requires_grad:
@@ -129,8 +126,11 @@ def test_loss_scales_with_advantages(factor: float, spec: LossSpec, backend: str
 def test_one_view_is_the_plain_penalty(spec: LossSpec, backend: str) -> None:
     """With K = 1 all four ways of choosing agree."""
     case = spec.make_logp()
-    for worst_over in ("sequence", "token", "batch", "mean"):
-        same(case, case | {"config": replace(spec.config, worst_over=worst_over)}, backend, spec)
+    ways = [
+        case | {"config": replace(spec.config, worst_over=worst_over)}
+        for worst_over in ("sequence", "token", "batch", "mean")
+    ]
+    same([case, *ways], backend, spec)
 
 
 @given(
