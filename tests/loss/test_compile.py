@@ -38,6 +38,7 @@ def assert_same(got: Any, want: Any, case: dict[str, Any], leaves: tuple[str, ..
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("worst_over", WORST_OVER)
 def test_inductor_equals_eager(worst_over: str, kernel: str) -> None:
     """K = 1, 2, 4 and four batch shapes through one compiled function."""

@@ -77,6 +77,7 @@ def test_planted_providers(op: str, planted: None, tmp_path: Path) -> None:
     assert float(rows["roma"]["logp_max"]) < 1e-5 and rows["roma"]["worst_view"] == "1.00e+00"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on(planted: None, tmp_path: Path) -> None:
     """What the CSV holds is kept as it is; what it lacks is measured."""
     out = tmp_path / "run.csv"
@@ -89,6 +90,7 @@ def test_a_run_goes_on(planted: None, tmp_path: Path) -> None:
     assert {row["op"] for row in after[len(before) :]} == {"view_loss"}
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     """The smoke plan as a user runs it, and the plots and the table from its CSV."""
     out = tmp_path / "smoke.csv"
