@@ -154,15 +154,23 @@ def run_eval(
         What eval.json holds: `summarise`'s keys, and how they came about.
 
     Raises:
-        ValueError: an unknown pool or level, a limit below 1, a device that is not here, no model's
-            folder, or a bad dataset.
+        ValueError: an unknown pool or level, a limit, batch size or budget below 1, a device that
+            is not here, no model's folder, or a bad dataset.
         FileNotFoundError: there is no such level table.
+        FileExistsError: `out` is a file.
     """
     where = resolve_device(device or "auto")
     corruptions = load_levels(level_table) if level_table else CORRUPTIONS
     cells = cells_of(pools, levels, corruptions)
     if limit is not None and limit < 1:
         fail("limit", "at least 1, or None", str(limit), "leave it out to measure on every example")
+    if max_new_tokens < 1:
+        fail("max_new_tokens", "at least 1", str(max_new_tokens), "512 to 4096 are customary")
+    if batch_size < 1:
+        fail("batch_size", "at least 1", str(batch_size), "8 to 256 are customary")
+    folder = Path(out) if out else Path("runs", "eval", _name(model, data))
+    if folder.exists() and not folder.is_dir():
+        fail("out", "a folder", f"the file {folder}", "name another", error=FileExistsError)
     rows = load_dataset_rows(data)
     examples = [rows[i] for i in range(min(len(rows), limit or len(rows)))]
     policy = _load_policy(model, where)
@@ -195,7 +203,6 @@ def run_eval(
         "max_new_tokens": max_new_tokens,
     } | summarise(result)
     console.print(summary_table(summary))
-    folder = Path(out) if out else Path("runs", "eval", _name(model, data))
     wrote = f"wrote {_write_eval(folder, result, summary)}"
     console.print(wrote, highlight=False, soft_wrap=True)  # paths stay whole, to be copied
     return summary

@@ -23,6 +23,8 @@ def resolve_device(device: str | torch.device, *, name: str = "device") -> torch
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if str(device) == "meta":
+        fail(name, "a device that holds values", "'meta'", "use cpu, or look at `roma info`")
     try:
         return torch.empty(0, device=device).device
     # What torch raises: for an unknown word, for a missing driver, and as built without CUDA.

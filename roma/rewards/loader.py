@@ -41,6 +41,8 @@ def load_reward(spec: str, **options: Any) -> RewardFunction:
     if not source or not name:
         fail("reward", "'file.py:function'", repr(spec), "name the file and the function in it")
     is_file = source.endswith(".py")
+    if not is_file and Path(source).is_file():
+        fail("reward", "a .py file, or a module by name", source, "rename the file to end in .py")
     module = _load_file(Path(source).expanduser()) if is_file else importlib.import_module(source)
     function = getattr(module, name, None)
     if not callable(function):

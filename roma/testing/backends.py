@@ -22,6 +22,8 @@ from roma.testing.strategies import (
     loss_specs,
 )
 from roma_kernels.errors import fail
+from roma_kernels.linear_logprob.api import TokenLogprobs
+from roma_kernels.roma_loss.api import RomaLoss
 from roma_kernels.roma_loss.config import RomaConfig, WorstOver
 
 Op = Literal["linear_logprob", "roma_loss", "roma_loss_from_logp"]
@@ -74,6 +76,8 @@ def check_backend(
     """
     if op not in get_args(Op):
         fail("op", "one of " + ", ".join(map(repr, get_args(Op))), repr(op), "correct it")
+    if not callable(candidate):
+        fail("candidate", "a function", repr(candidate), "for a back end: functools.partial")
     head = op == "linear_logprob"
     _check_fixed(HeadSpec if head else LossSpec, fixed)
     comparisons: dict[str, Callable[..., None]] = {
@@ -83,6 +87,7 @@ def check_backend(
     }
     drawn: Callable[..., st.SearchStrategy[Any]] = head_specs if head else loss_specs
     function = candidate if device == "cpu" else on_device(candidate, device)
+    returns = TokenLogprobs if head else RomaLoss
     pinned = dict(fixed)
     if isinstance(fixed.get("config"), RomaConfig):
         pinned["config"] = st.just(fixed["config"])
@@ -90,8 +95,13 @@ def check_backend(
     if "dtype" not in fixed:
         specs = st.sampled_from(list(dtypes)).flatmap(lambda dtype: drawn(**pinned, dtype=dtype))
 
+    def typed(*tensors: Any, **options: Any) -> Any:
+        found = function(*tensors, **options)
+        assert isinstance(found, returns), f"{op}: expected a {returns.__name__}, got {found!r:.60}"
+        return found
+
     def holds(spec: Any) -> None:
-        comparisons[op](spec, function)
+        comparisons[op](spec, typed)
 
     test = given(spec=specs)(holds)
     pins_a_tie = {"k", "difficulty", "config", "aux"} & fixed.keys()

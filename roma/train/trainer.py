@@ -103,6 +103,16 @@ class Trainer:
                 start, policy=self.policy, optimizer=self.optimizer, scheduler=self.scheduler
             )
             self.step = state["step"]
+            self._apply_optimizer_options()
+
+    def _apply_optimizer_options(self) -> None:
+        """This run's options over those that a checkpoint's optimizer and schedule bring along."""
+        actor = self.config.worker.actor
+        rate = self._rate(self.scheduler.last_epoch)
+        for group in self.optimizer.param_groups:
+            group |= {"lr": actor.lr * rate, "initial_lr": actor.lr}
+            group |= {"betas": actor.betas, "weight_decay": actor.weight_decay}
+        self.scheduler.base_lrs = [actor.lr] * len(self.optimizer.param_groups)
 
     def fit(self, progress: Progress | None = None) -> Path:
         """Runs the remaining steps."""
@@ -312,4 +322,5 @@ def _announce(config: Config, start: Path | None) -> None:
         return
     for key, values in changed.items():
         old, new = (json.dumps(value, ensure_ascii=False) for value in values)
-        print(f"changed since {start}: {key}: {old} -> {new}", file=sys.stderr)
+        note = "; the weights are the checkpoint's" if key == "worker.actor.model_path" else ""
+        print(f"changed since {start}: {key}: {old} -> {new}{note}", file=sys.stderr)

@@ -259,7 +259,7 @@ def load_levels(path: str | Path) -> dict[str, Corruption]:
         fail("level table", "a YAML file", f"no file {path}", remedy, error=FileNotFoundError)
     try:
         rows = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         fail(str(path), "YAML", f"an error: {error}", "mend the file")
     if not isinstance(rows, dict) or not rows:
         expected, got = "a mapping from corruption to its levels", type(rows).__name__

@@ -100,6 +100,17 @@ def test_a_metric_slightly_off_is_refused(name: str) -> None:
         check_backend(spoiled(wrong), op="roma_loss_from_logp", examples=100)
 
 
+@pytest.mark.parametrize("op", ["linear_logprob", *LOSSES])
+def test_another_result_is_refused(op: Any) -> None:
+    for result in (None, (1, 2), torch.ones(3)):
+        with pytest.raises(
+            AssertionError, match=rf"^{op}: expected a (TokenLogprobs|RomaLoss), got"
+        ):
+            check_backend(lambda *_, result=result, **__: result, op=op, examples=1)
+    with pytest.raises(ValueError, match=r"^candidate: expected a function, got 'torch'"):
+        check_backend("torch", op=op)  # type: ignore[arg-type]
+
+
 def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"^op: expected one of 'linear_logprob'.*got 'typo'; "):
         check_backend(same, op="typo")  # type: ignore[arg-type]

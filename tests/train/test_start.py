@@ -117,3 +117,23 @@ def test_views_on_a_gpu_need_the_policy_there(tmp_path: Path) -> None:
 def test_a_path_that_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"checkpoint: expected a folder with actor, got .*none"):
         train(config(tmp_path, f"trainer.resume={tmp_path / 'none'}"))
+
+
+def test_a_changed_optimizer_is_applied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They were named as changed, and the checkpoint's went on."""
+    train(config(tmp_path, "trainer.total_steps=1", "worker.actor.lr=1e-3"))
+    actor = [
+        "worker.actor.lr=5e-5",
+        "worker.actor.weight_decay=0.2",
+        "worker.actor.betas=[0.8,0.9]",
+    ]
+    resumed = Trainer(config(tmp_path, "trainer.total_steps=2", *actor))
+    (group,) = resumed.optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (5e-5, 0.2, (0.8, 0.9))
+    resumed.fit()
+    assert group["lr"] == 5e-5 and resumed.scheduler.get_last_lr() == [5e-5]
+    capsys.readouterr()
+    other = tmp_path / "other"
+    Policy.load(tmp_path / "global_step_1" / "actor").save_pretrained(other)
+    train(config(tmp_path, "trainer.total_steps=3", *actor, f"worker.actor.model_path={other}"))
+    assert "; the weights are the checkpoint's\n" in capsys.readouterr().err
