@@ -17,6 +17,18 @@ def refuse_second_derivative(op: str) -> NoReturn:
     )
 
 
+def differentiable_never(operator: Any, op: str) -> None:
+    """Registers that an operator, the backward of `op`, has no derivative of its own."""
+
+    def keep_nothing(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+        """There will be no backward to keep anything for."""
+
+    def refuse(ctx: Any, *gradients: Tensor) -> NoReturn:
+        refuse_second_derivative(op)
+
+    operator.register_autograd(refuse, setup_context=keep_nothing)
+
+
 def refuse_transforms(tensors: dict[str, Tensor | None]) -> None:
     """Refuses forward mode and torch.func for tensors that enter an operator.
 

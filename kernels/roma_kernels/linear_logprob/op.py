@@ -21,7 +21,7 @@ from torch import Tensor
 
 from roma_kernels.arguments import check_values
 from roma_kernels.backends import choose
-from roma_kernels.differentiation import no_gradients, refuse_second_derivative
+from roma_kernels.differentiation import differentiable_never, no_gradients
 from roma_kernels.linear_logprob.backward import linear_logprob_bwd
 from roma_kernels.linear_logprob.rows import Head, Kernels, Rows, Upstream
 
@@ -258,13 +258,5 @@ def _backward(ctx: Any, dlogp: Tensor, _dlse: Tensor, dentropy: Tensor) -> tuple
     return *leaves, no_gradients(places)
 
 
-def _keep_nothing(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-    """The second derivative is refused: nothing to keep."""
-
-
-def _refuse(ctx: Any, *gradients: Tensor) -> None:
-    refuse_second_derivative("linear_logprob")
-
-
 linear_logprob_op.register_autograd(_backward, setup_context=_setup_context)
-linear_logprob_backward_op.register_autograd(_refuse, setup_context=_keep_nothing)
+differentiable_never(linear_logprob_backward_op, "linear_logprob")

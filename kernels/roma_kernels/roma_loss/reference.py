@@ -7,7 +7,7 @@
     L  = agg l(clean) + β·agg k3(ref) + λ_aux·agg l(sampled view) + λ_inv·L_inv
 
 Autograd makes the backward. In float64 this is what every back end is held to, and through
-`roma.testing` every kernel of a user's own. It shares no line with a kernel.
+`roma.testing` every kernel of a user's own. It shares no formula with a kernel.
 """
 
 from dataclasses import dataclass

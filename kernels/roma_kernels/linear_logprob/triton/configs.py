@@ -47,6 +47,8 @@ class Tiles(NamedTuple):
     """fp32, or mixed with it: exact products, no tf32."""
 
 
+# Persistent, and loading by the tensor memory accelerator.
+_Tma = functools.partial(Tile, descriptors=True, persistent=True)
 _FP32 = Tile(block_r=64, block_v=64, block_d=32, group=8, num_warps=4, num_stages=3)
 TILES = {
     "sm_80": Tiles(
@@ -63,69 +65,15 @@ TILES = {
         _FP32,
     ),
     "sm_90": Tiles(
-        Tile(
-            block_r=128,
-            block_v=256,
-            block_d=64,
-            group=16,
-            num_warps=8,
-            num_stages=4,
-            descriptors=True,
-            persistent=True,
-        ),
-        Tile(
-            block_r=128,
-            block_v=128,
-            block_d=64,
-            group=16,
-            num_warps=8,
-            num_stages=4,
-            descriptors=True,
-            persistent=True,
-        ),
-        Tile(
-            block_r=64,
-            block_v=128,
-            block_d=64,
-            group=1,
-            num_warps=4,
-            num_stages=4,
-            descriptors=True,
-            persistent=True,
-        ),
+        _Tma(block_r=128, block_v=256, block_d=64, group=16, num_warps=8, num_stages=4),
+        _Tma(block_r=128, block_v=128, block_d=64, group=16, num_warps=8, num_stages=4),
+        _Tma(block_r=64, block_v=128, block_d=64, group=1, num_warps=4, num_stages=4),
         _FP32,
     ),
     "sm_100": Tiles(
-        Tile(
-            block_r=128,
-            block_v=128,
-            block_d=64,
-            group=16,
-            num_warps=8,
-            num_stages=4,
-            descriptors=True,
-            persistent=True,
-        ),
-        Tile(
-            block_r=128,
-            block_v=128,
-            block_d=64,
-            group=16,
-            num_warps=8,
-            num_stages=4,
-            descriptors=True,
-            persistent=True,
-        ),
-        Tile(
-            block_r=64,
-            block_v=128,
-            block_d=64,
-            group=1,
-            num_warps=4,
-            num_stages=4,
-            descriptors=True,
-            persistent=True,
-        ),
+        _Tma(block_r=128, block_v=128, block_d=64, group=16, num_warps=8, num_stages=4),
+        _Tma(block_r=128, block_v=128, block_d=64, group=16, num_warps=8, num_stages=4),
+        _Tma(block_r=64, block_v=128, block_d=64, group=1, num_warps=4, num_stages=4),
         _FP32,
     ),
     "gfx942": Tiles(
@@ -137,16 +85,7 @@ TILES = {
     # Small for few rows, so that a small test crosses every kind of edge. An interpreted operation
     # costs about the same for any block, so many rows get large ones.
     "interpreter": Tiles(
-        Tile(
-            block_r=128,
-            block_v=1024,
-            block_d=256,
-            group=2,
-            num_warps=4,
-            num_stages=1,
-            descriptors=True,
-            persistent=True,
-        ),
+        _Tma(block_r=128, block_v=1024, block_d=256, group=2, num_warps=4, num_stages=1),
         Tile(
             block_r=128,
             block_v=512,
@@ -156,16 +95,7 @@ TILES = {
             num_stages=1,
             persistent=True,
         ),
-        Tile(
-            block_r=16,
-            block_v=128,
-            block_d=32,
-            group=2,
-            num_warps=4,
-            num_stages=1,
-            descriptors=True,
-            persistent=True,
-        ),
+        _Tma(block_r=16, block_v=128, block_d=32, group=2, num_warps=4, num_stages=1),
         Tile(block_r=16, block_v=128, block_d=32, group=2, num_warps=4, num_stages=1),
     ),
 }

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from roma_kernels.differentiation import (
+    differentiable_never,
     no_gradients,
-    refuse_second_derivative,
     refuse_transforms,
     scaled,
 )
@@ -281,13 +281,5 @@ def _fake_backward(
     return dhidden, dviews, dweight, dbias
 
 
-def _keep_nothing(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-    """The second derivative is refused: nothing to keep."""
-
-
-def _refuse(ctx: Any, *gradients: Tensor) -> None:
-    refuse_second_derivative("roma_loss")
-
-
 token_local_loss_op.register_autograd(_backward, setup_context=_setup_context)
-token_local_backward_op.register_autograd(_refuse, setup_context=_keep_nothing)
+differentiable_never(token_local_backward_op, "roma_loss")
