@@ -4,10 +4,11 @@ The launchers report here, so that skipped rows can be proved: `roma.testing.cou
 listens.
 """
 
+import functools
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import NamedTuple
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,51 +30,148 @@ class Products(NamedTuple):
         return 2 * self.rows * self.columns * self.depth
 
 
-_LISTENER: ContextVar[list[Products] | None] = ContextVar("_LISTENER", default=None)
+_LISTENERS: list[list[Products]] = []
 
 
 @contextmanager
 def listen() -> Iterator[list[Products]]:
-    """Collects what is reported inside the block, in this thread and context."""
+    """Collects what is reported inside the block, by any thread: autograd has one for each GPU."""
     reports: list[Products] = []
-    token = _LISTENER.set(reports)
+    _LISTENERS.append(reports)
     try:
         yield reports
     finally:
-        _LISTENER.reset(token)
+        # By identity: two lists of equal reports are equal.
+        _LISTENERS[:] = [listener for listener in _LISTENERS if listener is not reports]
 
 
 def listening() -> bool:
     """Whether anyone counts: only then may a launcher wait for the device to learn a number."""
-    return _LISTENER.get() is not None
+    return bool(_LISTENERS)
 
 
 def report(purpose: str, rows: int, columns: int, depth: int) -> None:
     """Reports one launch."""
-    reports = _LISTENER.get()
-    if reports is not None:
+    for reports in _LISTENERS:
         reports.append(Products(purpose, rows, columns, depth))
+
+
+def capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured: then nothing can be read from the device."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+@contextmanager
+def as_written(x: Tensor) -> Iterator[None]:
+    """Work on the device of `x`, in the dtypes that the code names, whatever the process allows.
+
+    The device is made the current one, autocast is off. tf32 and sums in 16 bits are not allowed:
+    torch's switches for them belong to the process, so products of other threads that start
+    meanwhile are exact too.
+    """
+    with ExitStack() as stack:
+        if x.is_cuda:
+            stack.enter_context(torch.cuda.device(x.device))
+        stack.enter_context(torch.autocast(x.device.type, enabled=False))
+        stack.enter_context(_EXACTNESS)
+        yield
+
+
+# Whether sums of 16-bit products may be rounded to 16 bits between their parts.
+_REDUCED = (
+    "allow_bf16_reduced_precision_reduction",
+    "allow_fp16_reduced_precision_reduction",
+    "allow_fp16_accumulation",
+)
+
+
+class _Exactness:
+    """Switches products to exact at the first of several users, and back after the last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before: list[tuple[Any, str, Any]] = []
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._users:
+                self._switch()
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                for switches, name, value in self._before:
+                    setattr(switches, name, value)
+                self._before = []
+
+    def _switch(self) -> None:
+        backends: Any = torch.backends
+        for switches in (backends.cuda.matmul, backends.mkldnn.matmul):
+            if switches.fp32_precision not in ("ieee", "none"):
+                self._before.append((switches, "fp32_precision", switches.fp32_precision))
+                switches.fp32_precision = "ieee"
+        switches = backends.cuda.matmul
+        for name in _REDUCED:
+            allowed = getattr(switches, name)
+            if allowed:
+                split = getattr(switches, f"{name}_split_k", None)
+                value = allowed if split is None else (allowed, split)
+                self._before.append((switches, name, value))
+                setattr(switches, name, False)
+
+
+_EXACTNESS = _Exactness()
 
 
 def mm(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left·right, summed and returned in `dtype`."""
     if left.dtype == dtype:
         return torch.mm(left, right)
-    if left.is_cuda:
+    if _widens("mm", left.device, left.dtype):
         return torch.mm(left, right, out_dtype=dtype)
-    return torch.mm(left.to(dtype), right.to(dtype))  # only GPU libraries have a widening product
+    return torch.mm(left.to(dtype), right.to(dtype))
 
 
 def mm_out(out: Tensor, left: Tensor, right: Tensor) -> None:
     """Writes left·right to `out`; summed in fp32 (or float64), rounded once."""
-    out.copy_(mm(left, right, torch.promote_types(out.dtype, torch.float32)))
+    if left.dtype == out.dtype and (out.is_cuda or out.dtype in (torch.float32, torch.float64)):
+        torch.mm(left, right, out=out)
+    elif out.dtype == torch.float32 and _widens("mm", left.device, left.dtype):
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(mm(left, right, torch.promote_types(out.dtype, torch.float32)))
 
 
 def addmm_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Adds left·right to an fp32 (or float64) total, in whose precision the sum is kept."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
-    elif total.is_cuda:
+    elif _widens("addmm", left.device, left.dtype):
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
-        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+        total += mm(left, right, total.dtype)
+
+
+@functools.cache
+def _widens(operation: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the vendor's library multiplies 16-bit matrices to fp32; no CPU library does.
+
+    Versions of torch differ: in some, `addmm` takes no fp32 total. The first product asks once.
+    """
+    if device.type != "cuda":
+        return False
+    small, total = (
+        torch.zeros(16, 16, dtype=dtype, device=device),
+        torch.zeros(16, 16, device=device),
+    )
+    try:
+        if operation == "mm":
+            torch.mm(small, small, out_dtype=torch.float32)
+        else:
+            torch.addmm(total, small, small, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True

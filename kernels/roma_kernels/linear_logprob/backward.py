@@ -28,7 +28,7 @@ from roma_kernels.linear_logprob.rows import (
     Upstream,
     packed_index,
 )
-from roma_kernels.products import report
+from roma_kernels.products import capturing, report
 
 
 def linear_logprob_bwd(
@@ -58,10 +58,7 @@ def linear_logprob_bwd(
     dweight = blank(head.weight) if need_weight else None
     dbias = blank(head.bias) if need_bias and head.bias is not None else None
     for vocab, blocks in _walk(kernels, workspace, count, head.weight, dtype):
-        part = Head(
-            head.weight[vocab].to(dtype), None if head.bias is None else head.bias[vocab],
-            head.scale, head.softcap, head.start + vocab.start,
-        )  # fmt: skip
+        part = head.part(vocab, dtype)
         width = len(part.weight)
         # A tile of dW that has one block is summed and rounded where it belongs.
         in_place = len(blocks) == 1 and active.loss_scale is None
@@ -107,16 +104,15 @@ def _active_rows(
     """Packs the rows with an upstream gradient."""
     dlogp, dentropy = upstream.dlogp, upstream.dentropy
     mask = (dlogp != 0) if dentropy is None else (dlogp != 0) | (dentropy != 0)
-    num_active = None
-    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
-        num_active = mask.sum()
-        chosen = packed_index(mask)
-    else:
-        chosen = mask.nonzero()[:, 0]
+    # Also where nobody needs it: a kernel that has it is another kernel, and those that a CUDA
+    # graph's capture needs must have been loaded before, in a call outside of it.
+    num_active = mask.sum()
+    captured = capturing(mask)
+    chosen = packed_index(mask) if captured else mask.nonzero()[:, 0]
     token_of = chosen // rows.per_token
     row_scale = None if rows.row_scale is None else rows.row_scale[token_of]
     g, e = dlogp[chosen], None if dentropy is None else dentropy[chosen]
-    if num_active is not None:
+    if captured:
         beyond = torch.arange(len(chosen), device=chosen.device) >= num_active
         g = g.masked_fill(beyond, 0)
         e = None if e is None else e.masked_fill(beyond, 0)
@@ -125,6 +121,7 @@ def _active_rows(
         loss_scale = loss_scale_for(g, e, head.scale if row_scale is None else row_scale)
     return Active(
         rows=chosen,
+        out_of=len(mask),
         num_active=num_active,
         states=kernels.gather(rows, chosen, num_active).to(dtype),
         tokens=rows.tokens[token_of],
@@ -165,7 +162,7 @@ def _walk(
     width = min(max(workspace // by_column, kernels.least_columns), vocab)
     # A multiple of every block, so that no kernel computes a ragged tile but the last.
     width = width if width == vocab else max(width // 256, 1) * 256
-    height = max((workspace - 4 * depth * width) // (width * dtype.itemsize), 1024)
+    height = max((workspace - 4 * depth * width) // (width * dtype.itemsize) // 256 * 256, 1024)
     blocks = [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
     for start in range(0, vocab, width):
         yield slice(start, min(start + width, vocab)), blocks

@@ -24,6 +24,7 @@ from roma_kernels.backends import choose
 from roma_kernels.differentiation import differentiable_never, no_gradients
 from roma_kernels.linear_logprob.backward import linear_logprob_bwd
 from roma_kernels.linear_logprob.rows import Head, Kernels, Rows, Upstream
+from roma_kernels.products import as_written
 
 _MODULES = {"native": "native_backend", "torch": "torch_backend", "triton": "triton_backend"}
 
@@ -95,7 +96,7 @@ def linear_logprob_op(
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     sums = torch.zeros(4 if entropy else 3, rows.num_rows, dtype=dtype, device=hidden.device)
     sums[1] = 1  # of a row that is not computed: log 1 = 0
-    with torch.autocast(hidden.device.type, enabled=False):
+    with as_written(hidden):
         if rows.num_rows:
             kernels_of(backend).sweep(rows, head, sums)
     if ranks is not None:
@@ -187,7 +188,7 @@ def linear_logprob_backward_op(
     rows, head = _rows_and_head(hidden, view_hidden, weight, bias, places, scale, softcap, ranks)
     kernels = kernels_of(backend)
     need_states, need_weight, need_bias = needs
-    with torch.autocast(hidden.device.type, enabled=False):
+    with as_written(hidden):
         gradients = linear_logprob_bwd(
             kernels,
             rows,

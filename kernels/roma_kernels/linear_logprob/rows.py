@@ -54,6 +54,12 @@ class Head:
     softcap: float | None
     start: int  # token id of the first weight row
 
+    def part(self, vocab: slice, dtype: torch.dtype) -> "Head":
+        """A range of the vocabulary, its weights in `dtype`."""
+        bias = None if self.bias is None else self.bias[vocab]
+        weight, start = self.weight[vocab].to(dtype), self.start + vocab.start
+        return replace(self, weight=weight, bias=bias, start=start)
+
 
 @dataclass(frozen=True)
 class Upstream:
@@ -70,6 +76,7 @@ class Active:
     """The A rows that have an upstream gradient, and all that their dlogits depend on."""
 
     rows: Tensor  # [A] int64, numbers of rows
+    out_of: int  # R, among which they are: launches are sized by it where A must not matter
     num_active: Tensor | None  # 0-dim int64: only the first num_active count; None: all
     states: Tensor  # [A, D]
     tokens: Tensor  # [A]

@@ -1,11 +1,27 @@
-"""The Triton back end: which kernel does which part."""
+"""The Triton back end: which kernel does which part, by the plan that the tuning table has."""
 
-from roma_kernels.linear_logprob.rows import TRITON_WORKSPACE, Kernels
-from roma_kernels.linear_logprob.triton.configs import promoted
-from roma_kernels.linear_logprob.triton.dlogits import dlogits
-from roma_kernels.linear_logprob.triton.forward import sweep
+from torch import Tensor
+
+from roma_kernels.linear_logprob.rows import TRITON_WORKSPACE, Active, Head, Kernels, Rows
+from roma_kernels.linear_logprob.triton import dlogits as fused_dlogits
+from roma_kernels.linear_logprob.triton import forward, vendor
 from roma_kernels.linear_logprob.triton.gather import gather_rows, scatter_rows
+from roma_kernels.linear_logprob.triton.launch import promoted
+from roma_kernels.linear_logprob.triton.tuning import plan_for
 from roma_kernels.products import addmm_, mm_out
+
+
+def sweep(rows: Rows, head: Head, sums: Tensor) -> None:
+    """Fills `sums` [3 or 4, R] with peak, total, target and (if four) moment of each row."""
+    plan = plan_for(sums.device, "forward", rows.num_rows)
+    (vendor if plan == "vendor" else forward).sweep(rows, head, sums)
+
+
+def dlogits(active: Active, head: Head) -> Tensor:
+    """The gradient dz [A, V] for a head, or a slice of one, of V entries."""
+    plan = plan_for(active.states.device, "dlogits", active.out_of)
+    return (vendor if plan == "vendor" else fused_dlogits).dlogits(active, head)
+
 
 KERNELS = Kernels(
     sweep=sweep,

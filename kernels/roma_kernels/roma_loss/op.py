@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from roma_kernels.differentiation import no_gradients, refuse_transforms, scaled
+from roma_kernels.products import as_written
 from roma_kernels.roma_loss.batch import METRICS, Batch, Constants, first_view
 from roma_kernels.roma_loss.config import RomaConfig, decoded
 from roma_kernels.roma_loss.reference import roma_loss_reference
@@ -76,7 +77,7 @@ def combine_op(
     """
     name = "triton_backend" if backend == "triton" else "torch_backend"
     module = importlib.import_module(f"roma_kernels.roma_loss.{name}")
-    with torch.autocast(logp.device.type, enabled=False):
+    with as_written(logp):
         return module.combine(Batch.of(logp, view_logp, list(constants)), decoded(options))
 
 

@@ -12,20 +12,26 @@ import triton.language as tl
 from torch import Tensor
 
 from roma_kernels.linear_logprob.rows import Active, Head
-from roma_kernels.linear_logprob.triton.configs import (
+from roma_kernels.linear_logprob.triton.launch import (
     TRITON_DTYPES,
+    describable,
     programs,
     promoted,
     sources,
-    tile_for,
 )
-from roma_kernels.linear_logprob.triton.tile import _dz, _logits, _product, _tile_at
+from roma_kernels.linear_logprob.triton.tile import _dlogits, _logits, _product, _tile_at
+from roma_kernels.linear_logprob.triton.tuning import tile_for
 from roma_kernels.products import report
 
 
-@triton.jit(do_not_specialize=["vocab_start", "A"])
+@triton.jit(
+    do_not_specialize=["stride_dz64", "vocab_start", "A", "V"],
+    do_not_specialize_on_alignment=[
+        *("tokens_ptr", "scale_ptr", "lse_ptr", "entropy_ptr", "dlogp_ptr", "dentropy_ptr"),
+    ],
+)
 def _dlogits_kernel(
-    dz_ptr,  # [A, V], row stride stride_dz
+    dz_ptr,  # [A, 64·stride_dz64], of which V columns count
     hidden,  # [A, D], pointer or descriptor
     weight,  # [V, D], pointer or descriptor
     bias_ptr,  # [V] or None
@@ -36,7 +42,7 @@ def _dlogits_kernel(
     dlogp_ptr,  # [A]
     dentropy_ptr,  # [A] or None
     loss_scale_ptr,  # 0-dim or None
-    stride_dz,
+    stride_dz64,  # in 64s, so that the compiler knows that whole vectors can be stored
     stride_hr,
     stride_hd,
     stride_wv,
@@ -67,45 +73,63 @@ def _dlogits_kernel(
         )  # fmt: skip
         rows = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)
         cols = vocab_tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        row_scale = scale
+        inside = rows < A
+        row_scale = tl.full((BLOCK_R,), scale, tl.float32)
         if scale_ptr is not None:
-            row_scale = tl.load(scale_ptr + rows, rows < A, other=1.0)[:, None]
-        z = _logits(product, bias_ptr, cols, V, row_scale, softcap, SOFTCAP)
+            row_scale = tl.load(scale_ptr + rows, inside, other=1.0)
+        z = _logits(product, bias_ptr, cols, V, softcap, SOFTCAP)
 
-        log_p = z - tl.load(lse_ptr + rows, rows < A, other=0.0)[:, None]
-        p = tl.exp(log_p)
-        g = tl.load(dlogp_ptr + rows, rows < A, other=0.0)[:, None]
-        slope = g
+        lse = tl.load(lse_ptr + rows, inside, other=0.0)
+        g = tl.load(dlogp_ptr + rows, inside, other=0.0)
+        e, entropy = g, g
         if dentropy_ptr is not None:
-            e = tl.load(dentropy_ptr + rows, rows < A, other=0.0)[:, None]
-            entropy = tl.load(entropy_ptr + rows, rows < A, other=0.0)[:, None]
-            # p = 0 where log p = −∞: a masked entry takes no part in the entropy.
-            slope += e * (tl.where(p > 0, log_p, 0.0) + entropy)
-        token = (tl.load(tokens_ptr + rows, rows < A, other=-1) - vocab_start)[:, None]
-        dz = _dz(z, p, slope, cols, token, g, row_scale, softcap, SOFTCAP)
+            e = tl.load(dentropy_ptr + rows, inside, other=0.0)
+            entropy = tl.load(entropy_ptr + rows, inside, other=0.0)
+        token = tl.load(tokens_ptr + rows, inside, other=-1) - vocab_start
+        local = (token - vocab_tile * BLOCK_V).to(tl.int32)
+        target = tl.arange(0, BLOCK_V)[None, :] == local[:, None]
+        dz = _dlogits(
+            z, target, lse, row_scale, g, e, entropy, softcap, dentropy_ptr is not None, SOFTCAP
+        )
         if loss_scale_ptr is not None:
             dz *= tl.load(loss_scale_ptr)
-        places = rows.to(tl.int64)[:, None] * stride_dz + cols[None, :]
-        inside = (rows < A)[:, None] & (cols < V)[None, :]
-        tl.store(dz_ptr + places, dz.to(dz_ptr.dtype.element_ty), inside)
+        places = rows.to(tl.int64)[:, None] * (stride_dz64 * 64) + cols[None, :]
+        stored = inside[:, None] & (cols < stride_dz64 * 64)[None, :]
+        tl.store(dz_ptr + places, dz.to(dz_ptr.dtype.element_ty), stored)
 
 
 def dlogits(active: Active, head: Head) -> Tensor:
     """The gradient dz [A, V] for a head, or a slice of one, of V entries."""
     count, (vocab, depth) = len(active.states), head.weight.shape
-    dz = active.states.new_empty(count, vocab)
+    dz = blank_dlogits(active.states, count, vocab)
     dtype = promoted(active.states, head.weight)
-    extra = head.softcap is not None or active.dentropy is not None
-    tile = tile_for(dz.device, dtype, count, softcap_or_entropy=extra)
-    described, hidden, weight = sources(tile, active.states, head.weight)
+    tile = tile_for(
+        dz.device, "dlogits", dtype, active.out_of,
+        softcap_or_entropy=head.softcap is not None or active.dentropy is not None,
+        describable=describable(active.states, head.weight),
+    )  # fmt: skip
+    hidden, weight = sources(tile, active.states, head.weight)
     _dlogits_kernel[(programs(tile, count, vocab, dz.device),)](
         dz, hidden, weight, head.bias, active.tokens, active.row_scale,
         active.lse, active.entropy, active.dlogp, active.dentropy, active.loss_scale,
-        dz.stride(0), *active.states.stride(), *head.weight.stride(),
+        dz.stride(0) // COLUMNS, *active.states.stride(), *head.weight.stride(),
         head.start, count, vocab, depth, head.scale, head.softcap or 0.0,
-        SOFTCAP=head.softcap is not None, DESCRIPTORS=described, DTYPE=TRITON_DTYPES[dtype],
+        SOFTCAP=head.softcap is not None, DESCRIPTORS=tile.descriptors, DTYPE=TRITON_DTYPES[dtype],
         BLOCK_R=tile.block_r, BLOCK_V=tile.block_v, BLOCK_D=tile.block_d, GROUP=tile.group,
         FLATTEN=tile.persistent, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     report("recompute", triton.cdiv(count, tile.block_r) * tile.block_r, vocab, depth)
     return dz
+
+
+COLUMNS = 64  # rows of logits and of dz are whole multiples
+
+
+def padded(vocab: int) -> int:
+    """Columns of a row: an odd row would be moved in halfwords, and multiplied by slow kernels."""
+    return triton.cdiv(vocab, COLUMNS) * COLUMNS
+
+
+def blank_dlogits(like: Tensor, rows: int, vocab: int) -> Tensor:
+    """Room for dz [rows, vocab], in rows of whole 64 columns."""
+    return like.new_empty(rows, padded(vocab))[:, :vocab]

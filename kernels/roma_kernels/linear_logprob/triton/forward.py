@@ -18,15 +18,16 @@ import triton.language as tl
 from torch import Tensor
 
 from roma_kernels.linear_logprob.rows import Head, Rows
-from roma_kernels.linear_logprob.triton.configs import (
+from roma_kernels.linear_logprob.triton.gather import gather_rows
+from roma_kernels.linear_logprob.triton.launch import (
     TRITON_DTYPES,
+    describable,
     programs,
     promoted,
     sources,
-    tile_for,
 )
-from roma_kernels.linear_logprob.triton.gather import gather_rows
-from roma_kernels.linear_logprob.triton.tile import _LOWEST, _logits, _product, _tile_at
+from roma_kernels.linear_logprob.triton.tile import _LOWEST, _logits, _product, _sums, _tile_at
+from roma_kernels.linear_logprob.triton.tuning import tile_for
 from roma_kernels.products import listening, report
 
 # Rows swept per launch: bounds the partial sums (74 MiB at V = 152k) and the gathered hidden
@@ -34,7 +35,10 @@ from roma_kernels.products import listening, report
 SWEEP_ROWS = 16384
 
 
-@triton.jit(do_not_specialize=["first", "vocab_start", "R"])
+@triton.jit(
+    do_not_specialize=["first", "vocab_start", "R", "V"],
+    do_not_specialize_on_alignment=["peak_ptr", "total_ptr", "moment_ptr", "target_ptr"],
+)
 def _linear_logprob_fwd_kernel(
     peak_ptr,  # [⌈V/BLOCK_V⌉, R]
     total_ptr,  # the same
@@ -83,27 +87,35 @@ def _linear_logprob_fwd_kernel(
         )  # fmt: skip
         rows = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)
         cols = vocab_tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        inside = rows < count
         token_of = (first + rows) // per_token
-        row_scale = scale
+        row_scale = tl.full((BLOCK_R,), scale, tl.float32)
         if scale_ptr is not None:
-            row_scale = tl.load(scale_ptr + token_of, rows < count, other=1.0)[:, None]
-        z = _logits(product, bias_ptr, cols, V, row_scale, softcap, SOFTCAP)
+            row_scale = tl.load(scale_ptr + token_of, inside, other=1.0)
+        z = _logits(product, bias_ptr, cols, V, softcap, SOFTCAP)
 
-        peak = tl.maximum(tl.max(z, 1), _LOWEST)
-        weights = tl.exp(z - peak[:, None])
+        peak, total, moment = _sums(z, row_scale, moment_ptr is not None)
         places = vocab_tile.to(tl.int64) * R + rows
-        tl.store(peak_ptr + places, peak, rows < count)
-        tl.store(total_ptr + places, tl.sum(weights, 1), rows < count)
+        tl.store(peak_ptr + places, peak, inside)
+        tl.store(total_ptr + places, total, inside)
         if moment_ptr is not None:
-            moment = tl.sum(weights * tl.where(weights > 0, z, 0.0), 1)
-            tl.store(moment_ptr + places, moment, rows < count)
-        token = tl.load(tokens_ptr + token_of, rows < count, other=-1) - vocab_start
-        target = tl.sum(tl.where(cols[None, :] == token[:, None], z, 0.0), 1)
-        here = (token >= vocab_tile * BLOCK_V) & (token < tl.minimum((vocab_tile + 1) * BLOCK_V, V))
-        tl.store(target_ptr + rows, target, here & (rows < count))
+            tl.store(moment_ptr + places, moment, inside)
+        # Within the tile, in 32 bits: half the instructions of a comparison of token ids.
+        token = tl.load(tokens_ptr + token_of, inside, other=-1) - vocab_start
+        local = (token - vocab_tile * BLOCK_V).to(tl.int32)
+        here = tl.arange(0, BLOCK_V)[None, :] == local[:, None]
+        target = tl.sum(tl.where(here, z, 0.0), 1) * row_scale
+        found = (local >= 0) & (local < tl.minimum(V - vocab_tile * BLOCK_V, BLOCK_V))
+        tl.store(target_ptr + rows, target, found & inside)
 
 
-@triton.jit(do_not_specialize=["first", "R"])
+@triton.jit(
+    do_not_specialize=["first", "R", "parts"],
+    do_not_specialize_on_alignment=[
+        *("peak_out_ptr", "total_out_ptr", "moment_out_ptr"),
+        *("peak_ptr", "total_ptr", "moment_ptr"),
+    ],
+)
 def _merge_kernel(
     peak_out_ptr,  # [R]
     total_out_ptr,  # [R]
@@ -144,7 +156,8 @@ def _merge_kernel(
             moment = moment * shrink + tl.sum(moments * weights, 0)
         peak = higher
     tl.store(peak_out_ptr + rows, peak, rows < count)
-    tl.store(total_out_ptr + rows, total, rows < count)
+    # The peak's own e⁰ is in it: less than 1 is rounding, and logp is to be ≤ 0.
+    tl.store(total_out_ptr + rows, tl.maximum(total, 1.0), rows < count)
     if moment_ptr is not None:
         tl.store(moment_out_ptr + rows, moment, rows < count)
 
@@ -166,18 +179,21 @@ def sweep(rows: Rows, head: Head, sums: Tensor) -> None:
 def _sweep_part(rows: Rows, head: Head, sums: Tensor, first: int, dtype: torch.dtype) -> None:
     count, (vocab, depth), device = sums.shape[1], head.weight.shape, sums.device
     states = gather_rows(rows, slice(first, first + count))
-    extra = head.softcap is not None or len(sums) == 4
-    tile = tile_for(device, dtype, count, softcap_or_entropy=extra)
+    tile = tile_for(
+        device, "forward", dtype, rows.num_rows,
+        softcap_or_entropy=head.softcap is not None or len(sums) == 4,
+        describable=describable(states, head.weight),
+    )  # fmt: skip
     parts = triton.cdiv(vocab, tile.block_v)
     peaks, totals, *moments = sums.new_empty(len(sums) - 1, parts, count)
-    described, hidden, weight = sources(tile, states, head.weight)
+    hidden, weight = sources(tile, states, head.weight)
     _linear_logprob_fwd_kernel[(programs(tile, count, vocab, device),)](
         peaks, totals, moments[0] if moments else None, sums[2],
         hidden, weight, head.bias, rows.tokens, rows.row_scale, rows.num_tokens,
         *states.stride(), *head.weight.stride(),
         first, rows.per_token, head.start, count, vocab, depth,
         head.scale, head.softcap or 0.0,
-        SOFTCAP=head.softcap is not None, DESCRIPTORS=described, DTYPE=TRITON_DTYPES[dtype],
+        SOFTCAP=head.softcap is not None, DESCRIPTORS=tile.descriptors, DTYPE=TRITON_DTYPES[dtype],
         BLOCK_R=tile.block_r, BLOCK_V=tile.block_v, BLOCK_D=tile.block_d, GROUP=tile.group,
         FLATTEN=tile.persistent, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from roma_kernels.linear_logprob.rows import Rows
 
 
 @triton.jit
-def _row_ptr(hidden_ptr, views_ptr, index_ptr, row, per_token, stride, stride_k):
+def _row_ptr(hidden_ptr, views_ptr, index_ptr, row, per_token, stride, M):
     """Pointer to the first element of a row."""
     token, image = row // per_token, row % per_token
     position = token
@@ -20,11 +20,14 @@ def _row_ptr(hidden_ptr, views_ptr, index_ptr, row, per_token, stride, stride_k)
     pointer = hidden_ptr + position * stride
     if views_ptr is not None:
         if image > 0:
-            pointer = views_ptr + (image - 1) * stride_k + position * stride
+            pointer = views_ptr + ((image - 1) * M + position) * stride
     return pointer
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(
+    do_not_specialize=["first", "M"],
+    do_not_specialize_on_alignment=["rows_ptr", "index_ptr"],
+)
 def _gather_rows_kernel(
     states_ptr,  # [A, D]
     hidden_ptr,  # [M, D]
@@ -35,7 +38,7 @@ def _gather_rows_kernel(
     first,
     per_token,
     stride,
-    stride_k,
+    M,
     D,
     BLOCK_D: tl.constexpr,
 ):
@@ -46,14 +49,17 @@ def _gather_rows_kernel(
     needed = True
     if num_active_ptr is not None:
         needed = i < tl.load(num_active_ptr)
-    source = _row_ptr(hidden_ptr, views_ptr, index_ptr, row, per_token, stride, stride_k)
+    source = _row_ptr(hidden_ptr, views_ptr, index_ptr, row, per_token, stride, M)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         state = tl.load(source + d, (d < D) & needed, other=0.0)
         tl.store(states_ptr + i * D + d, state, d < D)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["M"],
+    do_not_specialize_on_alignment=["rows_ptr", "index_ptr"],
+)
 def _scatter_rows_kernel(
     dhidden_ptr,  # [M, D], zeros
     dviews_ptr,  # [K, M, D], zeros, or None
@@ -63,7 +69,7 @@ def _scatter_rows_kernel(
     num_active_ptr,  # 0-dim int64 or None
     per_token,
     stride,
-    stride_k,
+    M,
     D,
     BLOCK_D: tl.constexpr,
 ):
@@ -72,7 +78,7 @@ def _scatter_rows_kernel(
     needed = True
     if num_active_ptr is not None:
         needed = i < tl.load(num_active_ptr)
-    target = _row_ptr(dhidden_ptr, dviews_ptr, index_ptr, row, per_token, stride, stride_k)
+    target = _row_ptr(dhidden_ptr, dviews_ptr, index_ptr, row, per_token, stride, M)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         dstate = tl.load(dstates_ptr + i * D + d, d < D, other=0.0)
@@ -98,7 +104,7 @@ def gather_rows(rows: Rows, chosen: Tensor | slice, num_active: Tensor | None = 
     if count:
         _gather_rows_kernel[(count,)](
             states, hidden, views, numbers, rows.index, num_active, first, rows.per_token, size,
-            hidden.numel(), size, BLOCK_D=BLOCK_D,
+            len(hidden), size, BLOCK_D=BLOCK_D,
         )  # fmt: skip
     return states
 
@@ -131,5 +137,5 @@ def scatter_rows_into(
     if len(chosen):
         _scatter_rows_kernel[(len(chosen),)](
             dhidden, dviews, dstates, chosen, rows.index, num_active, rows.per_token, size,
-            dhidden.numel(), size, BLOCK_D=BLOCK_D,
+            len(dhidden), size, BLOCK_D=BLOCK_D,
         )  # fmt: skip

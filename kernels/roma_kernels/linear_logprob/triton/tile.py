@@ -1,6 +1,7 @@
 """One tile of logits, for the forward sweep and for the backward's dlogits alike.
 
-    z = W h + b ; z = s·tanh(z/s) ; z = z/τ        [BLOCK_R, BLOCK_V], fp32, on chip
+    z = W h + b ; z = s·tanh(z/s)        [BLOCK_R, BLOCK_V], fp32, on chip; logits are z/τ
+    e^(z/τ − lse) = 2^(z·(log₂e/τ) − lse·log₂e)        one multiply-add and one exp2 an entry
 
 A (BLOCK_R + BLOCK_V)·BLOCK_D slice of hidden states and weights is read per step, and the product
 accumulates in fp32 registers. Tiles are walked in groups of GROUP row tiles: the group's hidden
@@ -14,6 +15,7 @@ import triton.language as tl
 # Lowest finite number, not −∞, to start a maximum from: a bias may mask a whole tile out, and
 # −∞ − (−∞) is NaN.
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
+_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -78,16 +80,6 @@ def _product(
 
 
 @triton.jit
-def _dz(z, p, slope, cols, token, g, scale, softcap, SOFTCAP: tl.constexpr):
-    """(g·1[v=y] − p·slope) through softcap and 1/τ; token, slope, g and scale are [BLOCK_R, 1]."""
-    dz = tl.where(cols[None, :] == token, g, 0.0) - p * slope
-    if SOFTCAP:
-        capped = tl.where(z > -float("inf"), z, 0.0) / (scale * softcap)
-        dz *= 1 - capped * capped
-    return dz * scale
-
-
-@triton.jit
 def _tanh(x):
     """Hyperbolic tangent to 2e-7 relative: tl.math has none, and exp alone cancels near 0."""
     u = x * x
@@ -101,14 +93,56 @@ def _tanh(x):
 
 
 @triton.jit
-def _logits(product, bias_ptr, cols, V, scale, softcap, SOFTCAP: tl.constexpr):
-    """Logits of a product; −∞ past the vocabulary's end, where a padded lane must count 0.
-
-    `scale` is 1/τ, a number or [BLOCK_R, 1].
-    """
+def _logits(product, bias_ptr, cols, V, softcap, SOFTCAP: tl.constexpr):
+    """Z of a product; −∞ past the vocabulary's end, where a padded lane must count 0."""
     z = product
     if bias_ptr is not None:
         z += tl.load(bias_ptr + cols, cols < V, other=0.0).to(tl.float32)[None, :]
     if SOFTCAP:
         z = softcap * _tanh(z / softcap)
-    return tl.where((cols < V)[None, :], z * scale, -float("inf"))
+    return tl.where((cols < V)[None, :], z, -float("inf"))
+
+
+@triton.jit
+def _sums(z, scale, MOMENT: tl.constexpr):
+    """peak, total and (or 0) moment [rows] of the logits z·scale; scale is [rows]."""
+    highest = tl.max(z, 1)
+    scale2 = scale * _LOG2E
+    top = tl.maximum(highest * scale2, _LOWEST)
+    weights = tl.exp2(tl.math.fma(z, scale2[:, None], -top[:, None]))
+    # top is rounded, and the sums are relative to it: one factor a row is missing.
+    missing = tl.where(highest == -float("inf"), 0.0, tl.math.fma(highest, scale2, -top))
+    factor = tl.exp2(-missing)
+    total = tl.sum(weights, 1) * factor
+    moment = tl.zeros_like(total)
+    if MOMENT:
+        moment = tl.sum(weights * tl.where(weights > 0, z, 0.0), 1) * factor * scale
+    return tl.maximum(highest * scale, _LOWEST), total, moment
+
+
+@triton.jit
+def _dlogits(
+    z,
+    target,  # [rows, cols] bool: v = y
+    lse,  # [rows], as are scale, g, e and entropy
+    scale,
+    g,
+    e,
+    entropy,
+    softcap,
+    ENTROPY: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """Dz of a tile: (g·1[v=y] − p·(g + e·(log p + H))) through softcap and 1/τ."""
+    scale2, lse2 = scale * _LOG2E, lse * _LOG2E
+    p = tl.exp2(tl.math.fma(z, scale2[:, None], -lse2[:, None]))
+    slope = g[:, None]
+    if ENTROPY:
+        # p = 0 where log p = −∞: a masked entry takes no part in the entropy.
+        log_p = tl.where(p > 0, z * scale[:, None] - lse[:, None], 0.0)
+        slope += e[:, None] * (log_p + entropy[:, None])
+    dz = tl.where(target, g[:, None], 0.0) - p * slope
+    if SOFTCAP:
+        capped = tl.where(z > -float("inf"), z, 0.0) / softcap
+        dz *= 1 - capped * capped
+    return dz * scale[:, None]

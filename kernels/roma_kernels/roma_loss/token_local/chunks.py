@@ -5,19 +5,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from roma_kernels.linear_logprob.rows import Rows
+from roma_kernels.linear_logprob.rows import Active, Head, Rows
+from roma_kernels.linear_logprob.triton.dlogits import blank_dlogits
 from roma_kernels.linear_logprob.triton.gather import (
     gather_rows,
     scatter_rows_into,
     zero_gradients,
 )
-from roma_kernels.products import addmm_, mm, report
+from roma_kernels.linear_logprob.triton.vendor import (
+    blank_logits,
+    row_dlogits,
+    row_sums,
+    start_sums,
+)
+from roma_kernels.products import addmm_, mm, mm_out, report
 from roma_kernels.roma_loss.batch import Batch
 from roma_kernels.roma_loss.config import RomaConfig
-from roma_kernels.roma_loss.token_local.kernels import _row_dlogits_kernel, _row_sums_kernel
 from roma_kernels.roma_loss.triton_backend import coefficients, prepare, totals
-
-_BLOCK_V = 4096
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -45,8 +49,7 @@ def token_local_fwd(
     (vocab, depth), per_token = weight.shape, rows.per_token
     count = int(num_tokens)
     step = max(chunk_rows // per_token, 1)
-    scale, softcap = 1 / config.temperature, config.softcap
-    options = {"SOFTCAP": softcap is not None, "BLOCK_V": _BLOCK_V}
+    head = Head(weight, bias, 1 / config.temperature, config.softcap, start=0)
 
     dhidden, dviews = zero_gradients(rows) if need_hidden else (None, None)
     dweight = torch.zeros(weight.shape, device=weight.device) if need_weight else None
@@ -58,30 +61,37 @@ def token_local_fwd(
     def chunk(part: slice) -> None:
         first, size = part.start * per_token, (part.stop - part.start) * per_token
         states = gather_rows(rows, slice(first, first + size))
-        logits = mm(states, weight.T, torch.float32)
+        logits = blank_logits(states, size, vocab)
+        mm_out(logits, states, weight.T)
         report("forward", size, vocab, depth)
-        row_logp, row_lse = (logits.new_empty(size) for _ in range(2))
-        settings = (first, per_token, vocab, scale, softcap or 0.0)
-        _row_sums_kernel[(size,)](row_logp, row_lse, logits, bias, tokens, *settings, **options)
+        sums = logits.new_empty(3, size)
+        start_sums(sums)
+        row_sums(sums, logits, head, rows, first)
+        peak, total, target = sums
+        logarithm = total.clamp_(min=1).log()
+        row_logp, row_lse = (target - peak) - logarithm, peak + logarithm
         by_image = row_logp.view(-1, per_token).T
         batch.logp[part], batch.view_logp[:, part] = by_image[0], by_image[1:]
         lse[:, part] = row_lse.view(-1, per_token).T
         coefficients(batch, config, launch, view_0, (dlogp[0], dlogp[1:]), part)
         g = dlogp[:, part].T.flatten().contiguous()  # of one token, flatten is a view
-        active = g.nonzero()[:, 0]
-        if not len(active):
+        chosen = g.nonzero()[:, 0]
+        if not len(chosen):
             return
-        dz = states.new_empty(len(active), vocab)
-        _row_dlogits_kernel[(len(active),)](
-            dz, logits, bias, active, tokens, row_lse, g, *settings, **options
-        )
+        active = Active(
+            rows=first + chosen, out_of=size, num_active=None, states=states[chosen],
+            tokens=tokens[(first + chosen) // per_token], row_scale=None, lse=row_lse[chosen],
+            entropy=None, dlogp=g[chosen], dentropy=None, loss_scale=None,
+        )  # fmt: skip
+        dz = blank_dlogits(states, len(chosen), vocab)
+        row_dlogits(dz, logits, head, active, chosen)
         if dhidden is not None:
             dstates = mm(dz, weight, torch.float32)
-            scatter_rows_into(dhidden, dviews, rows, first + active, None, dstates)
-            report("dhidden", len(active), vocab, depth)
+            scatter_rows_into(dhidden, dviews, rows, active.rows, active.num_active, dstates)
+            report("dhidden", len(chosen), vocab, depth)
         if dweight is not None:
-            addmm_(dweight, dz.T, states[active])
-            report("dweight", len(active), vocab, depth)
+            addmm_(dweight, dz.T, active.states)
+            report("dweight", len(chosen), vocab, depth)
         if dbias is not None:
             dbias.add_(dz.sum(0, dtype=torch.float32))
 

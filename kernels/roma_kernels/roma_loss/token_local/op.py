@@ -31,6 +31,7 @@ from roma_kernels.differentiation import (
 from roma_kernels.linear_logprob.head import CheckedHead
 from roma_kernels.linear_logprob.op import linear_logprob_backward_op
 from roma_kernels.linear_logprob.rows import TRITON_WORKSPACE
+from roma_kernels.products import as_written, capturing
 from roma_kernels.roma_loss.batch import METRICS, Batch, Constants, Layout, first_view
 from roma_kernels.roma_loss.config import RomaConfig, decoded
 from roma_kernels.roma_loss.op import Combined
@@ -61,7 +62,7 @@ def token_local_pays(
         and _chunk_rows(head.workspace, weight) >= min(LEAST_ROWS, (views + 1) * len(states))
         and torch.is_grad_enabled()
         and any(x is not None and x.requires_grad for x in leaves)
-        and not (states.is_cuda and torch.cuda.is_current_stream_capturing())
+        and not capturing(states)
     )
 
 
@@ -139,7 +140,7 @@ def token_local_loss_op(
     shape = (per_token, len(tokens))
     logp, lse, dlogp = (hidden.new_zeros(shape, dtype=torch.float32) for _ in range(3))
     batch = Batch.of(logp[0], logp[1:], list(constants))
-    with torch.autocast(hidden.device.type, enabled=False):
+    with as_written(hidden):
         loss, worst, metrics, gradients = token_local_fwd(
             (hidden, view_hidden, weight, bias), (tokens, index, num_tokens), batch, lse, dlogp,
             config=decoded(options), chunk_rows=chunk_rows, needs=needs,

@@ -1,0 +1,53 @@
+"""What every launch of a product needs: matrices as a kernel takes them, number of programs."""
+
+import functools
+import math
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from roma_kernels.linear_logprob.triton.tuning import Tile
+
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_INTERPRETED_PROGRAMS = 3  # of a persistent grid: enough for turns that wrap around
+
+
+def programs(tile: Tile, rows: int, vocab: int, device: torch.device) -> int:
+    """Programs to launch for a product of rows × vocab."""
+    turns = math.ceil(rows / tile.block_r) * math.ceil(vocab / tile.block_v)
+    return min(turns, multiprocessors(device)) if tile.persistent else turns
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; a few where kernels are interpreted."""
+    if device.type != "cuda":
+        return _INTERPRETED_PROGRAMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def sources(
+    tile: Tile, hidden: Tensor, weight: Tensor
+) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor]:
+    """The two matrices as a kernel gets them: descriptors or pointers, as the tile says."""
+    if not tile.descriptors:
+        return hidden, weight
+    return (
+        TensorDescriptor.from_tensor(hidden, [tile.block_r, tile.block_d]),
+        TensorDescriptor.from_tensor(weight, [tile.block_v, tile.block_d]),
+    )
+
+
+def describable(*matrices: Tensor) -> bool:
+    """Whether the copy engine can read them: 16-byte addresses and row strides, rows contiguous."""
+    return all(
+        x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+        for x in matrices
+    )
+
+
+def promoted(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype that a product of the two is done in."""
+    return torch.promote_types(hidden.dtype, weight.dtype)
