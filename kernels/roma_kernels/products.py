@@ -130,7 +130,7 @@ def mm(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left·right, summed and returned in `dtype`."""
     if left.dtype == dtype:
         return torch.mm(left, right)
-    if _widens("mm", left.device, left.dtype):
+    if widens("mm", left.device, left.dtype):
         return torch.mm(left, right, out_dtype=dtype)
     return torch.mm(left.to(dtype), right.to(dtype))
 
@@ -139,7 +139,7 @@ def mm_out(out: Tensor, left: Tensor, right: Tensor) -> None:
     """Writes left·right to `out`; summed in fp32 (or float64), rounded once."""
     if left.dtype == out.dtype and (out.is_cuda or out.dtype in (torch.float32, torch.float64)):
         torch.mm(left, right, out=out)
-    elif out.dtype == torch.float32 and _widens("mm", left.device, left.dtype):
+    elif out.dtype == torch.float32 and widens("mm", left.device, left.dtype):
         torch.mm(left, right, out_dtype=out.dtype, out=out)
     else:
         out.copy_(mm(left, right, torch.promote_types(out.dtype, torch.float32)))
@@ -149,19 +149,19 @@ def addmm_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Adds left·right to an fp32 (or float64) total, in whose precision the sum is kept."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
-    elif _widens("addmm", left.device, left.dtype):
+    elif widens("addmm", left.device, left.dtype):
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total += mm(left, right, total.dtype)
 
 
 @functools.cache
-def _widens(operation: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the vendor's library multiplies 16-bit matrices to fp32; no CPU library does.
+def widens(operation: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the library multiplies 16-bit matrices ("mm", "addmm") to fp32; no CPU's does.
 
     Versions of torch differ: in some, `addmm` takes no fp32 total. The first product asks once.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     small, total = (
         torch.zeros(16, 16, dtype=dtype, device=device),

@@ -23,7 +23,7 @@ from roma_kernels.arguments import check_values
 from roma_kernels.backends import choose
 from roma_kernels.differentiation import differentiable_never, no_gradients
 from roma_kernels.linear_logprob.backward import linear_logprob_bwd
-from roma_kernels.linear_logprob.rows import Head, Kernels, Rows, Upstream
+from roma_kernels.linear_logprob.rows import GPU_WORKSPACE, Head, Kernels, Rows, Upstream
 from roma_kernels.products import as_written
 
 _MODULES = {"native": "native_backend", "torch": "torch_backend", "triton": "triton_backend"}
@@ -195,11 +195,15 @@ def linear_logprob_backward_op(
             head,
             Upstream(*(None if x is None else x.reshape(-1) for x in upstream)),  # type: ignore[arg-type]  # lse, dlogp are there
             needs=(need_states, need_weight, need_bias),
-            workspace=kernels.workspace if workspace is None else workspace,
+            workspace=_workspace(kernels, hidden) if workspace is None else workspace,
             group=ranks,
         )
     dhidden, dviews, dweight, dbias = (hidden.new_empty(0) if g is None else g for g in gradients)
     return dhidden, dviews, dweight, dbias
+
+
+def _workspace(kernels: Kernels, hidden: Tensor) -> int:
+    return GPU_WORKSPACE if hidden.is_cuda else kernels.workspace
 
 
 @linear_logprob_backward_op.register_fake

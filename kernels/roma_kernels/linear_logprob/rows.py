@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from roma_kernels.products import capturing
+
 # Bytes. At V = 152k, D = 4096 and 8192 active rows: vocabulary tiles of 16k entries, ten of them.
-TRITON_WORKSPACE = 512 * 2**20
+GPU_WORKSPACE = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,11 @@ class Rows:
         return len(self.tokens) * self.per_token
 
     def trimmed(self) -> "Rows":
-        """The rows that are computed, and no others; reads num_tokens from the device."""
-        if self.num_tokens is None:
+        """The rows that are computed, and no others; reads num_tokens from the device.
+
+        Nothing can be read while a CUDA graph is captured: then all rows.
+        """
+        if self.num_tokens is None or capturing(self.num_tokens):
             return self
         n, by_token = int(self.num_tokens), ("tokens", "row_scale", "index")
         cut = {name: x[:n] for name in by_token if (x := getattr(self, name)) is not None}
@@ -112,7 +117,7 @@ class Kernels(NamedTuple):
     dtype: Callable[[Tensor, Tensor], torch.dtype]
     """The dtype that states, weights and dlogits are multiplied in, of (hidden, weight)."""
     workspace: int
-    """Bytes that a tile of dlogits and of dW may take by default."""
+    """Bytes that a tile of dlogits and of dW may take by default; GPU_WORKSPACE on a GPU."""
     least_columns: int
     """A tile of dlogits is no narrower, however many rows there are."""
 

@@ -3,9 +3,10 @@
     peak = max_v z_v ; total = Σ_v e^(z_v − peak) ; moment = Σ_v e^(z_v − peak)·z_v ; target = z_y
     dz = g·(1[v=y] − p) − e·p·(log p + H)
 
-Workspace: two tiles of logits and one tile of W in the accumulation dtype. The forward reads W once
-per block of rows, the backward once (backward.py). Accumulates in fp32 (float64 for float64 inputs)
-whatever the inputs' dtype, also under autocast. Two runs on a CPU are bitwise equal.
+Workspace: two tiles of logits and, where the library has no product of 16-bit matrices with an fp32
+result (no CPU's has one), one tile of W in fp32. The forward reads W once per block of rows, the
+backward once (backward.py). Accumulates in fp32 (float64 for float64 inputs) whatever the inputs'
+dtype, also under autocast. Two runs on a CPU are bitwise equal.
 """
 
 from collections.abc import Iterator
@@ -14,12 +15,20 @@ import torch
 from torch import Tensor
 
 from roma_kernels.linear_logprob.rows import Active, Head, Kernels, Rows
-from roma_kernels.products import addmm_, mm_out, report
+from roma_kernels.products import addmm_, mm, mm_out, report, widens
 
 # 1024 rows × 2048 entries, twice, in fp32: within 4 % of the fastest of the sizes tried on a CPU
 # (4 to 128 MiB).
 WORKSPACE_BYTES = 16 * 2**20
 VOCAB_TILE = 2048
+_GPU_ROWS, _GPU_COLUMNS = 2048, 4096  # 32 MiB of logits, which an H100's L2 cache holds
+
+
+def _room(x: Tensor) -> tuple[int, int]:
+    """Rows and columns of a tile of logits."""
+    if x.is_cuda:
+        return _GPU_ROWS, _GPU_COLUMNS
+    return max(WORKSPACE_BYTES // (2 * VOCAB_TILE * x.itemsize), 1), VOCAB_TILE
 
 
 def _tiles(size: int, tile: int) -> Iterator[slice]:
@@ -32,9 +41,10 @@ def _logits(
     bias: Tensor | None,
     scale: Tensor | float,
     softcap: float | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """One tile of z, from rows and weights already in the accumulation dtype; `scale` is 1/τ."""
-    logits = torch.mm(states, weight.T)
+    """One tile of z, summed and kept in `dtype`; `scale` is 1/τ."""
+    logits = mm(states, weight.T, dtype)
     if bias is not None:
         logits += bias.to(logits.dtype)
     if softcap is not None:
@@ -47,20 +57,19 @@ def sweep(rows: Rows, head: Head, sums: Tensor) -> None:
     rows = rows.trimmed()
     vocab, depth = head.weight.shape
     numbers = torch.arange(rows.num_rows, device=sums.device)
-    for block in _tiles(rows.num_rows, max(WORKSPACE_BYTES // (2 * VOCAB_TILE * sums.itemsize), 1)):
+    dtype, (height, width) = product_dtype(rows.hidden, head.weight), _room(sums)
+    for block in _tiles(rows.num_rows, height):
         token_of = numbers[block] // rows.per_token
-        states = gather(rows, numbers[block], None).to(sums.dtype)
+        states = gather(rows, numbers[block], None).to(dtype)
         labels = rows.tokens[token_of] - head.start
         scale = head.scale if rows.row_scale is None else rows.row_scale[token_of, None]
         # The lowest finite number, not −∞: a tile may hold nothing but −∞ (a vocabulary masked by
         # its bias).
         peak = torch.full_like(sums[0, block], torch.finfo(sums.dtype).min)
         total, target, moment = (torch.zeros_like(peak) for _ in range(3))
-        for tile in _tiles(vocab, VOCAB_TILE):
-            logits = _logits(
-                states, head.weight[tile].to(sums.dtype),
-                None if head.bias is None else head.bias[tile], scale, head.softcap,
-            )  # fmt: skip
+        for tile in _tiles(vocab, width):
+            piece = head.part(tile, dtype)
+            logits = _logits(states, piece.weight, piece.bias, scale, head.softcap, sums.dtype)
             inside = (labels >= tile.start) & (labels < tile.stop)
             column = (labels - tile.start).clamp(0, logits.shape[1] - 1)
             target = torch.where(inside, logits.gather(1, column[:, None])[:, 0], target)
@@ -110,8 +119,23 @@ def scatter(
 
 def dlogits(active: Active, head: Head) -> Tensor:
     """The gradient dz [A, V] for a head, or a slice of one, of V entries."""
+    (count, depth), vocab = active.states.shape, len(head.weight)
+    height, width = _room(active.lse) if active.states.is_cuda else (count, vocab)
+    if height >= count and width >= vocab:
+        dz = _dlogits(active, head)
+    else:
+        dz = active.states.new_empty(count, vocab)
+        for block in _tiles(count, height):
+            for tile in _tiles(vocab, width):
+                dz[block, tile] = _dlogits(active.part(block), head.part(tile, dz.dtype))
+    report("recompute", count, vocab, depth)
+    return dz
+
+
+def _dlogits(active: Active, head: Head) -> Tensor:
     scale = head.scale if active.row_scale is None else active.row_scale[:, None]
-    logits = _logits(active.states, head.weight, head.bias, scale, head.softcap)
+    dtype = active.lse.dtype
+    logits = _logits(active.states, head.weight, head.bias, scale, head.softcap, dtype)
     # dz = −p·g + 1[v=y]·g − p·e·(log p + H), written over p.
     log_p = logits - active.lse[:, None]
     dz = torch.exp(log_p)
@@ -122,19 +146,28 @@ def dlogits(active: Active, head: Head) -> Tensor:
         shift = log_p.masked_fill_(log_p == -torch.inf, 0).add_(active.entropy[:, None])
         dz.mul_(shift.mul_(-active.dentropy[:, None]).sub_(g))
     labels = active.tokens - head.start
-    inside = ((labels >= 0) & (labels < dz.shape[1])).nonzero()[:, 0]
-    dz[inside, labels[inside]] += active.dlogp[inside]
+    # At every row, 0 where the target is elsewhere: which rows those are, the device knows.
+    inside = ((labels >= 0) & (labels < dz.shape[1]))[:, None]
+    column = labels.clamp(0, dz.shape[1] - 1)[:, None]
+    dz.scatter_(1, column, dz.gather(1, column) + torch.where(inside, g, 0))
     if head.softcap is not None:
         # logits hold s·tanh(·)/τ, so tanh is logits·τ/s.
         dz.mul_(1 - logits.div_(scale).div_(head.softcap).square_())
     dz.mul_(scale)
-    report("recompute", len(dz), dz.shape[1], active.states.shape[1])
-    return dz
+    if active.loss_scale is not None:
+        dz.mul_(active.loss_scale)
+    return dz.to(active.states.dtype)
 
 
-def accumulation(hidden: Tensor, weight: Tensor) -> torch.dtype:
+def accumulation(hidden: Tensor) -> torch.dtype:
     """fp32, or float64 for float64 hidden states."""
     return torch.promote_types(hidden.dtype, torch.float32)
+
+
+def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype that is multiplied: the inputs' own, where the library sums it in fp32."""
+    own = torch.promote_types(hidden.dtype, weight.dtype)
+    return own if widens("mm", hidden.device, own) else accumulation(hidden)
 
 
 KERNELS = Kernels(
@@ -144,7 +177,7 @@ KERNELS = Kernels(
     dlogits=dlogits,
     mm_out=mm_out,
     addmm_=addmm_,
-    dtype=accumulation,
+    dtype=product_dtype,
     workspace=WORKSPACE_BYTES,
     least_columns=VOCAB_TILE,
 )

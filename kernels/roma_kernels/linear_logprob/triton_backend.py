@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from roma_kernels.linear_logprob.rows import TRITON_WORKSPACE, Active, Head, Kernels, Rows
+from roma_kernels.linear_logprob.rows import GPU_WORKSPACE, Active, Head, Kernels, Rows
 from roma_kernels.linear_logprob.triton import dlogits as fused_dlogits
 from roma_kernels.linear_logprob.triton import forward, vendor
 from roma_kernels.linear_logprob.triton.gather import gather_rows, scatter_rows
@@ -31,6 +31,6 @@ KERNELS = Kernels(
     mm_out=mm_out,
     addmm_=addmm_,
     dtype=promoted,
-    workspace=TRITON_WORKSPACE,
+    workspace=GPU_WORKSPACE,
     least_columns=2048,
 )

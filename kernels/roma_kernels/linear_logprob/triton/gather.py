@@ -19,8 +19,9 @@ def _row_ptr(hidden_ptr, views_ptr, index_ptr, row, per_token, stride, M):
         position = tl.load(index_ptr + token)
     pointer = hidden_ptr + position * stride
     if views_ptr is not None:
-        if image > 0:
-            pointer = views_ptr + ((image - 1) * M + position) * stride
+        # Not by a branch: Triton 3.6 compiles no pointer of two bases for AMD.
+        view = views_ptr + ((image - 1) * M + position) * stride
+        pointer = tl.where(image > 0, view, pointer)
     return pointer
 
 

@@ -252,6 +252,8 @@ def _assignment(word: str, entry: str, value: str) -> tuple[str, str, int | str]
     number = int(value)
     if field.startswith("block") and (number < 16 or number & (number - 1)):
         fail("ROMA_TUNING", "a power of two, 16 at least", repr(word), "Triton's blocks are those")
+    if entry == "chunk.columns" and number % 64:
+        fail("ROMA_TUNING", "a multiple of 64", repr(word), "rows of logits are whole vectors")
     return kernel, entry, number
 
 

@@ -22,7 +22,7 @@ from roma_kernels.linear_logprob.triton.gather import gather_rows
 from roma_kernels.linear_logprob.triton.launch import promoted
 from roma_kernels.linear_logprob.triton.tile import _dlogits, _logits, _sums
 from roma_kernels.linear_logprob.triton.tuning import chunk_for
-from roma_kernels.products import capturing, mm_out, report
+from roma_kernels.products import mm_out, report
 
 _BLOCK_V = 4096
 
@@ -142,8 +142,7 @@ def _row_dlogits_kernel(
 
 def sweep(rows: Rows, head: Head, sums: Tensor) -> None:
     """Fills `sums` [3 or 4, R] with peak, total, target and (if four) moment of each row."""
-    if not capturing(sums):
-        rows = rows.trimmed()
+    rows = rows.trimmed()
     sums = sums[:, : rows.num_rows]
     start_sums(sums)
     chunk, (vocab, depth) = chunk_for(sums.device), head.weight.shape

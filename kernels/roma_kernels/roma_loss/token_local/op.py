@@ -30,7 +30,7 @@ from roma_kernels.differentiation import (
 )
 from roma_kernels.linear_logprob.head import CheckedHead
 from roma_kernels.linear_logprob.op import linear_logprob_backward_op
-from roma_kernels.linear_logprob.rows import TRITON_WORKSPACE
+from roma_kernels.linear_logprob.rows import GPU_WORKSPACE
 from roma_kernels.products import as_written, capturing
 from roma_kernels.roma_loss.batch import METRICS, Batch, Constants, Layout, first_view
 from roma_kernels.roma_loss.config import RomaConfig, decoded
@@ -68,7 +68,7 @@ def token_local_pays(
 
 def _chunk_rows(workspace: int | None, weight: Tensor) -> int:
     """Rows whose logits and dz the workspace holds."""
-    room = TRITON_WORKSPACE if workspace is None else workspace
+    room = GPU_WORKSPACE if workspace is None else workspace
     return room // (len(weight) * (4 + weight.dtype.itemsize))
 
 
