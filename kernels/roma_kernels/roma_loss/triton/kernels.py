@@ -8,8 +8,15 @@ import triton.language as tl
 
 from roma_kernels.roma_loss.triton.terms import _clipped_objective, _divergence, _view_gaps
 
+# Where a tensor starts depends on the batch: rows of [K+1, M], or a part of a user's. A token is
+# four bytes in each, and a kernel that knew of 16-byte addresses would be no faster.
+_ANYWHERE = (
+    *("dlogp_ptr", "dview_ptr", "logp_ptr", "view_ptr", "old_ptr", "ref_ptr", "view_old_ptr"),
+    *("advantages_ptr", "ends_ptr", "lengths_ptr", "aux_ptr", "correct_ptr"),
+)
 
-@triton.jit(do_not_specialize=["stride_vk", "B"])
+
+@triton.jit(do_not_specialize=["stride_vk", "B"], do_not_specialize_on_alignment=_ANYWHERE)
 def _sums_kernel(
     sums_ptr,  # [_SUMS, B]
     divergence_ptr,  # [K, B]
@@ -110,7 +117,7 @@ def _sums_kernel(
         tl.store(sums_ptr + 8 * B + i, mean)
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=_ANYWHERE)
 def _total_kernel(
     metrics_ptr,  # [len(METRICS)], in its order
     worst_ptr,  # 0-dim if WORST_OVER is "batch"
@@ -182,7 +189,9 @@ def _total_kernel(
     tl.store(metrics_ptr + 9, aux_clipped / tokens)
 
 
-@triton.jit(do_not_specialize=["first_token", "last_token"])
+@triton.jit(
+    do_not_specialize=["first_token", "last_token"], do_not_specialize_on_alignment=_ANYWHERE
+)
 def _clean_coefficients_kernel(
     dlogp_ptr,  # [M], zeros
     weights_ptr,  # [B]: of each token loss of a sequence
@@ -220,7 +229,10 @@ def _clean_coefficients_kernel(
         tl.store(dlogp_ptr + token, slope * weight, inside)
 
 
-@triton.jit(do_not_specialize=["stride_vk", "M", "first_token", "last_token"])
+@triton.jit(
+    do_not_specialize=["stride_vk", "M", "first_token", "last_token"],
+    do_not_specialize_on_alignment=_ANYWHERE,
+)
 def _view_coefficients_kernel(
     dview_ptr,  # [K, M], zeros
     worst_ptr,  # [B] for WORST_OVER "sequence", 0-dim for "batch"
