@@ -1,5 +1,5 @@
-# make setup | demo | test | check | bench | kernels. Each first installs what it needs into .venv, once; after that no
-# network is used. Another interpreter: make PYTHON=python3.12 setup.
+# make setup | demo | test | check | bench | wheels | kernels. Each first installs what it needs into .venv, once; after
+# that wheels alone uses a network. Another interpreter: make PYTHON=python3.12 setup.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ PEERS := $(VENV)/.peers-done
 NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench kernels
+.PHONY: help setup demo test check bench wheels kernels
 
 help:
 	@echo "make setup   .venv with everything the tests and the demo need"
@@ -17,6 +17,7 @@ help:
 	@echo "make test    every test"
 	@echo "make check   ruff, mypy, imports, links, README, doctests, every kernel compiled for every chip"
 	@echo "make bench   the loss against its peers, held to float64 first: bench/results, docs/BENCHMARKS.md"
+	@echo "make wheels  the peers' wheels for a machine with a GPU and without a network: .wheels"
 	@echo "make kernels the same compilation, written to docs/KERNELS.md"
 
 setup: $(STAMP)
@@ -61,11 +62,16 @@ check: $(STAMP)
 $(PEERS): $(STAMP)
 	@echo "bench: installing the peers"
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	@# The files of its heads need torch alone; verl itself wants ray and an older transformers.
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps verl
 	@touch $@
 
 bench: $(PEERS)
 	@echo "bench: about ten minutes on two cores"
 	@$(BIN)/python -m bench --preset quick --report
+
+wheels: $(STAMP)
+	@$(BIN)/python -m bench.wheels $(ARGS)
 
 kernels: $(STAMP)
 	@echo "kernels: compiling for sm_80, sm_90, sm_100, sm_120 and gfx942; no GPU takes part"
