@@ -2,24 +2,28 @@
 
     python -m bench                          times everything, writes a CSV to bench/results/
     python -m bench --preset full|paper      longer; paper: the sizes of a 4B policy on a GPU
+    python -m bench --preset card            the few lines that decide, for minutes on a GPU
     python -m bench --op roma_loss --providers "naive fp32,liger"
     python -m bench --report                 afterwards the plots, and the tables in docs/
     python -m bench --report CSV             the plots and tables of an earlier run
     python -m bench --against CSV            which times moved since an earlier run, beyond noise
 
-A provider is timed only after it agreed with float64 on this machine, dtype and shape. Method and
-columns: bench/README.md.
+A provider is timed only after it agreed with float64 on this machine, dtype and shape. One that
+fails, hangs or takes its process along has a row with the reason. Method and columns:
+bench/README.md.
 """
 
 import argparse
 import pickle
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from bench import against, data, report, results
-from bench.run import BUDGET, run
+from bench.job import BUDGET, LIMIT, Options
+from bench.run import run
 from bench.variants import on_states, plan
 
 OPS = ["linear_logprob", "view_loss", "roma_loss", "update_step", "views"]
@@ -40,7 +44,33 @@ def main() -> int:
         "--out", type=Path, metavar="CSV", help="default: results/DEVICE-PRESET.csv"
     )
     parser.add_argument("--resume", action="store_true", help="skip what the CSV already holds")
-    parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
+    parser.add_argument(
+        "--retry", action="store_true", help="resume, and measure again where a candidate failed"
+    )
+    parser.add_argument("--no-memory", action="store_true", help="do not measure memory on a CPU")
+    parser.add_argument(
+        "--memory-limit", type=float, metavar="GiB", help="what a candidate may take at most"
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=LIMIT,
+        metavar="S",
+        help=f"seconds for one thing that a candidate does, then it is killed (default {LIMIT:g})",
+    )
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="no further round of a variant after them"
+    )
+    parser.add_argument(
+        "--minutes", type=float, metavar="M", help="of the whole run; --resume goes on"
+    )
+    parser.add_argument(
+        "--add",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import it first: it may add to bench.providers.PROVIDERS",
+    )
     parser.add_argument(
         "--report", nargs="?", type=Path, const=True, metavar="CSV", help="plots, tables in docs/"
     )
@@ -49,6 +79,9 @@ def main() -> int:
     if isinstance(options.report, Path):
         report.write(options.report)
         return 0
+    for module in options.add:
+        if find_spec(module) is None:
+            parser.error(f"--add: no module {module!r}; PYTHONPATH must hold its folder")
     earlier = results.read(options.against) if options.against else None
     variants = [v for v in plan(options.preset, options.device) if options.op in (None, v.op)]
     if options.states:
@@ -59,15 +92,32 @@ def main() -> int:
         variants = on_states(variants, options.states, *hidden.shape, len(weight))
     out = options.out or results.FOLDER / f"{options.device}-{options.preset}.csv"
     names = options.providers.split(",") if options.providers else None
-    rows = run(
-        variants,
+    budget = {} if options.seconds is None else {"seconds": options.seconds}
+    how = Options.of(
+        options.preset,
         options.device,
-        out,
-        preset=options.preset,
-        providers=names,
+        limit=options.limit,
+        providers=names and tuple(names),
         with_memory=not options.no_memory,
-        resume=options.resume,
+        memory_limit=options.memory_limit,
+        add=tuple(options.add),
+        **budget,
     )
+    try:
+        rows = run(
+            variants,
+            how,
+            out,
+            resume=options.resume or options.retry,
+            retry=options.retry,
+            minutes=options.minutes,
+        )
+    except RuntimeError as wrong:
+        print(f"\n{wrong}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nstopped; --resume goes on. Written so far: {out}", file=sys.stderr)
+        return 130
     print(f"\nwritten: {out}")
     if options.report:
         report.write(out)

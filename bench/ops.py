@@ -1,7 +1,7 @@
 """The measured ops: from a variant and a provider to a call that can be timed.
 
 `run` gives the call, or raises `Unavailable` or `Wrong`: a provider's log-probs and gradients are
-compared with float64 first (gate.py).
+compared with float64 first (gate.py), and what a call makes is held to the same limits.
 
 For the whole loss every provider of log-probs is completed by `roma_loss_from_logp`, in two ways:
 
@@ -11,7 +11,9 @@ For the whole loss every provider of log-probs is completed by `roma_loss_from_l
              provider would do
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -19,18 +21,20 @@ from torch import Tensor
 
 import roma
 from bench import data, gate
-from bench.measure import Run
+from bench.loss_case import chunked_gradients, loss_case, plain_coefficients, plain_loss
+from bench.measure import Check, Run
+from bench.own import OTHERS, OWN
 from bench.providers import OURS, PROVIDERS, Provider, Score
-from bench.variants import Variant
-from roma_kernels.products import listen
+from bench.variants import HEAD, Variant
 
 AMONG = {
     "few": (OURS, "roma torch", "naive fp32", "torch fused", "liger", "cce", "trl"),
     "core": (OURS, "roma torch", "naive fp32", "torch fused"),
 }
 ACTIVE = " active"
-GRPO = roma.RomaConfig(lambda_inv=0.0)
 LIGER_GRPO = "liger grpo"  # a whole loss, of the clean image alone
+COMPLETION = "roma_loss_from_logp"
+Tell = Callable[[str], None]
 
 
 class Bench(Protocol):
@@ -42,10 +46,6 @@ class Bench(Protocol):
     """FLOP that must be computed, without any recompute; 0 where products are not what is timed."""
 
     @property
-    def names(self) -> Sequence[str]:
-        """All candidates, ours first."""
-
-    @property
     def yardstick(self) -> Run:
         """A measure of the machine, timed among the candidates."""
 
@@ -55,9 +55,6 @@ class Bench(Protocol):
     def run(self, name: str) -> Run:
         """One call of a candidate."""
 
-    def executed(self) -> float:
-        """FLOP of the products that our kernels executed."""
-
     def describe(self) -> dict[str, float]:
         """Statistics of the data."""
 
@@ -65,19 +62,14 @@ class Bench(Protocol):
 class HeadBench:
     """linear_logprob: log-probs of the (K+1)·N rows of a case."""
 
-    def __init__(self, variant: Variant, device: str, hold: bool) -> None:
-        """`hold`: whether a provider is compared with float64 before it is timed."""
+    def __init__(self, variant: Variant, device: str, hold: bool, tell: Tell) -> None:
+        """`hold`: whether a provider is compared with float64; `tell` hears what it is doing."""
         self.variant = variant
         self.device = device
+        self.tell = tell
         self.case = data.make(variant.shape, device, states=variant.states)
         self.errors: dict[str, gate.Errors] = {}
         self.want = gate.truth(self.case) if hold else None
-
-    @property
-    def names(self) -> Sequence[str]:
-        """The providers that this variant times."""
-        every = [p.name for p in PROVIDERS]
-        return [name for name in every if name in AMONG.get(self.variant.among, every)]
 
     @property
     def flop(self) -> float:
@@ -85,7 +77,7 @@ class HeadBench:
         by_row = 2.0 * self.variant.depth * self.variant.vocab
         return by_row * (len(self.case.labels) + 2 * self.active_rows)
 
-    @property
+    @cached_property
     def active_rows(self) -> int:
         """Rows with a gradient."""
         forward = self.variant.phase == "forward"
@@ -111,23 +103,18 @@ class HeadBench:
         """Forward without a graph, or forward and backward."""
         score, case, upstream = self._held(name), self.case, self._upstream()
 
-        def forward() -> None:
+        def forward() -> Check | None:
             with torch.no_grad():
-                score(case.rows, case.weight, case.labels)
+                logp = score(case.rows, case.weight, case.labels)
+            return self._checked(logp)
 
-        def both() -> None:
+        def both() -> Check | None:
             rows, weight = (x.detach().requires_grad_() for x in (case.rows, case.weight))
             logp = score(rows, weight, case.labels)
             logp.backward(upstream.to(logp.dtype))
+            return self._checked(logp, rows.grad, lambda found: upstream)
 
-        return forward if self.variant.phase == "forward" else both
-
-    def executed(self) -> float:
-        """FLOP that our kernels report."""
-        run = self.run(OURS)
-        with listen() as reports:
-            run()
-        return float(sum(report.flop for report in reports))
+        return self._by_plan(name, forward if self.variant.phase == "forward" else both)
 
     def describe(self) -> dict[str, float]:
         """Entropies and sizes of the logits."""
@@ -138,9 +125,40 @@ class HeadBench:
         score = provider.load(self.device)
         if self.want is not None:
             if provider.name not in self.errors:
-                self.errors[provider.name] = gate.hold(score, self.want)
+                with _plan(name):
+                    self.errors[provider.name] = gate.hold(score, self.want, self.tell)
             self.errors[name] = self.errors[provider.name]
         return score
+
+    def _by_plan(self, name: str, run: Run) -> Run:
+        def call() -> Check | None:
+            with _plan(name):
+                return run()
+
+        return call if name in OTHERS else run
+
+    def _checked(
+        self,
+        logp: Tensor,
+        dstates: Tensor | None = None,
+        upstream: Callable[[Tensor], Tensor] | None = None,
+    ) -> Check | None:
+        """What holds a call's results: log-probs of all rows, gradients by their states.
+
+        `upstream` gives the gradients by the log-probs [K+1, N] that led to `dstates`.
+        """
+        want = self.want
+        if want is None:
+            return None
+        shape = self.case.states.shape[:2]
+        found = logp.detach().view(shape)
+
+        def check() -> None:
+            grads = None if dstates is None else dstates.view(*shape, -1)
+            g = None if upstream is None else upstream(found).view(shape)
+            gate.hold_call(want, found, grads, g)
+
+        return check
 
     def _upstream(self) -> Tensor:
         """One row in 1/active has a gradient."""
@@ -152,22 +170,17 @@ class HeadBench:
 class LossBench(HeadBench):
     """roma_loss, forward and backward."""
 
-    def __init__(self, variant: Variant, device: str, hold: bool) -> None:
+    def __init__(self, variant: Variant, device: str, hold: bool, tell: Tell) -> None:
         """As `HeadBench`."""
-        super().__init__(variant, device, hold)
+        super().__init__(variant, device, hold, tell)
         self.logp, self.options = loss_case(variant, self.case)
+        self.completion = "auto"
+        """The back end that completes the peers' log-probs; "torch" where ours fails."""
 
-    @property
-    def names(self) -> Sequence[str]:
-        """Each peer dense and active; our back ends skip inactive rows themselves."""
-        found = list(super().names)
-        found += [name + ACTIVE for name in found if not name.startswith(OURS)]
-        return found if self.variant.views else [*found, LIGER_GRPO]
-
-    @property
+    @cached_property
     def active_rows(self) -> int:
         """Rows whose coefficient is not 0."""
-        return int((coefficients(self.logp, self.options) != 0).sum())
+        return int((plain_coefficients(self.logp, self.options) != 0).sum())
 
     def package(self, name: str) -> str:
         """Its provider's."""
@@ -177,43 +190,69 @@ class LossBench(HeadBench):
         """One call of our loss, of a peer's log-probs completed, or of a peer's own loss."""
         if name == LIGER_GRPO:
             return self._liger_grpo()
-        if name == OURS:
-            self._held(name)
-            return lambda: self._ours(*self._leaves())
         score, case, options = self._held(name), self.case, self.options
+        if name in OWN:
+            return self._by_plan(name, lambda: self._ours(OWN[name].workspace))
         batch = options["mask"].shape
 
-        def dense() -> None:
+        def dense() -> Check | None:
             states, weight = self._leaves()
-            logp = score(states.flatten(0, 1), weight, case.labels).view(len(states), *batch)
-            roma.roma_loss_from_logp(logp[0], logp[1:], **options).loss.backward()
+            logp = score(states.flatten(0, 1), weight, case.labels)
+            self._complete(logp.view(len(states), *batch)).backward()
+            return self._checked(logp, states.grad, self._coefficients)
 
-        def active() -> None:
+        def active() -> Check | None:
             states, weight = self._leaves()
             rows = states.flatten(0, 1)
             with torch.no_grad():
                 logp = score(rows, weight, case.labels)
-            g = coefficients(logp.view(len(states), *batch), options).flatten()
+            leaf = logp.view(len(states), *batch).float().requires_grad_()
+            (g,) = (x.flatten() for x in torch.autograd.grad(self._complete(leaf), leaf))
             chosen = g.nonzero()[:, 0]
             if len(chosen):
                 again = score(rows[chosen], weight, case.labels[chosen])
                 again.backward(g[chosen].to(again.dtype))
+            return self._checked(logp, states.grad, self._coefficients)
 
         return active if name.endswith(ACTIVE) else dense
+
+    def hold_completion(self) -> None:
+        """Compares what completes the peers' log-probs with the same in plain PyTorch."""
+        leaf = self.logp.detach().requires_grad_()
+        loss = self._complete(leaf)
+        (found,) = torch.autograd.grad(loss, leaf)
+        off = loss.detach() - plain_loss(self.logp[0], self.logp[1:], **self.options)
+        gate.bound("loss", float(off.abs()), 1e-5)
+        want = plain_coefficients(self.logp, self.options)
+        gate.bound("coefficients", gate.relative(found.flatten(0, 1), want.flatten(0, 1)), 1e-3)
+
+    def _complete(self, logp: Tensor) -> Tensor:
+        """The loss from log-probs [K+1, B, T]."""
+        return roma.roma_loss_from_logp(
+            logp[0], logp[1:], **self.options, backend=self.completion
+        ).loss
+
+    def _coefficients(self, logp: Tensor) -> Tensor:
+        """Of a call's own log-probs [K+1, N]: rounded ones may have another worst view."""
+        return plain_coefficients(logp.view_as(self.logp), self.options).flatten(1)
 
     def _leaves(self) -> tuple[Tensor, Tensor]:
         return tuple(x.detach().requires_grad_() for x in (self.case.states, self.case.weight))
 
-    def _ours(self, states: Tensor, weight: Tensor) -> Tensor:
+    def _ours(self, workspace: int | None = None) -> Check | None:
+        states, weight = self._leaves()
         batch = self.options["mask"].shape
         padded = states.view(len(states), *batch, -1)
         tokens = self.case.tokens.view(batch)
-        loss = roma.roma_loss(padded[0], padded[1:], weight, tokens, **self.options).loss
-        loss.backward()
-        return loss.detach()
+        out = roma.roma_loss(
+            padded[0], padded[1:], weight, tokens, **self.options, workspace=workspace
+        )
+        out.loss.backward()
+        logp = torch.cat([out.logp.detach()[None], out.view_logp.detach()])
+        return self._checked(logp, states.grad, self._coefficients)
 
     def _liger_grpo(self) -> Run:
-        """GRPO's loss on the clean image, compared with ours, which is compared with float64."""
+        """GRPO's loss on the clean image, compared with plain PyTorch in fp32."""
         from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
         options, config = self.options, self.options["config"]
@@ -238,146 +277,77 @@ class LossBench(HeadBench):
             loss.backward()
             return loss.detach()
 
+        def check(loss: Tensor) -> None:
+            want = plain_loss(self.logp[0], self.logp[1:], **options)
+            assert self.want is not None
+            gate.bound("loss", float((loss - want).abs()), self.want.limit)
+
         if self.want is not None:
-            mine, theirs = self._leaves(), self._leaves()
-            off = float((call(*theirs) - self._ours(*mine)).abs())
-            if not off <= self.want.limit:
-                raise gate.Wrong(f"its loss is off by {off:.2e}")
-            for a, b in zip(theirs, mine, strict=True):
-                off = gate.relative(a.grad, b.grad.double())
-                if not off <= gate.GRADIENT:
-                    raise gate.Wrong(f"its gradient is off by {off:.2e}")
-        return lambda: (call(*self._leaves()), None)[1]
+            theirs = self._leaves()
+            check(call(*theirs))
+            case, g = self.case, plain_coefficients(self.logp, options).flatten()
+            mine = chunked_gradients(case.rows, case.weight, case.labels, g)
+            for what, a, b in zip(("dhidden", "dweight"), theirs, mine, strict=True):
+                gate.bound(what, gate.relative(a.grad.view_as(b), b), gate.GRADIENT)
 
-
-class ViewLossBench:
-    """roma_loss_from_logp, forward and backward."""
-
-    flop = 0.0
-    names: Sequence[str] = (OURS, "eager", "compile")
-
-    def __init__(self, variant: Variant, device: str) -> None:
-        """Only log-probs are needed: they come from a small head."""
-        self.variant = variant
-        self.errors: dict[str, gate.Errors] = {}
-        shape = data.Shape(variant.tokens, variant.views, 8, 64)
-        self.logp, self.options = loss_case(variant, data.make(shape, device))
-
-    @property
-    def yardstick(self) -> Run:
-        """expm1 of all log-probs."""
-        return lambda: (torch.expm1(self.logp), None)[1]
-
-    def package(self, name: str) -> str:
-        """Ours, or torch."""
-        return OURS if name == OURS else "torch"
-
-    def run(self, name: str) -> Run:
-        """A form of the loss, compared with its value in float64; fp32 rounding costs 1e-7."""
-        forms: dict[str, Callable[..., Tensor]] = {
-            OURS: lambda clean, views, **named: (
-                roma.roma_loss_from_logp(clean, views, **named).loss
-            ),
-            "eager": plain_loss,
-            "compile": torch.compile(plain_loss),
-        }
-        form, (clean, *_), views = forms[name], self.logp, self.logp[1:]
-        want = float(plain_loss(clean.double(), views.double(), **self.options))
-        got = float(form(clean, views, **self.options))
-        if not abs(got - want) <= 1e-5 * max(abs(want), 1.0):
-            raise gate.Wrong(f"loss {got:.6g}, float64 says {want:.6g}")
-
-        def run() -> None:
-            leaves = (x.detach().requires_grad_() for x in (clean, views))
-            form(*leaves, **self.options).backward()
+        def run() -> Check | None:
+            loss = call(*self._leaves())
+            return None if self.want is None else lambda: check(loss)
 
         return run
 
-    def executed(self) -> float:
-        """No products."""
-        return 0.0
 
-    def describe(self) -> dict[str, float]:
-        """There is no head to describe."""
-        return {}
-
-
-def bench_of(variant: Variant, device: str, *, hold: bool = True) -> Bench:
+def bench_of(
+    variant: Variant, device: str, *, hold: bool = True, tell: Tell = lambda what: None
+) -> Bench:
     """The bench of a variant, with its data on a device."""
-    if variant.op == "views":
+    if variant.op in HEAD:
+        return (HeadBench if variant.op == "linear_logprob" else LossBench)(
+            variant, device, hold, tell
+        )
+    made: Bench = _other(variant.op)(variant, device)
+    return made
+
+
+def _other(op: str) -> Any:
+    """The class of an op without a large head; imported when used, for what it imports."""
+    if op == "views":
         from bench.views import ViewsBench
 
-        return ViewsBench(variant, device)
-    if variant.op == "update_step":
+        return ViewsBench
+    if op == "update_step":
         from bench.update_step import UpdateStepBench
 
-        return UpdateStepBench(variant, device)
-    if variant.op == "view_loss":
-        return ViewLossBench(variant, device)
-    return {"linear_logprob": HeadBench, "roma_loss": LossBench}[variant.op](variant, device, hold)
+        return UpdateStepBench
+    from bench.view_loss import ViewLossBench
+
+    return ViewLossBench
+
+
+def names_of(variant: Variant) -> list[str]:
+    """All candidates of a variant, ours first; without its data.
+
+    Each peer of the whole loss stands there dense and active; our back ends skip inactive rows
+    themselves.
+    """
+    if variant.op not in HEAD:
+        return list(_other(variant.op).names)
+    every = [p.name for p in PROVIDERS]
+    found = [name for name in every if name in AMONG.get(variant.among, every)]
+    if variant.among == "card":
+        found[1:1] = OTHERS
+    if variant.op == "roma_loss":
+        found += [name + ACTIVE for name in found if not name.startswith(OURS)]
+        found += [] if variant.views else [LIGER_GRPO]
+    return found
 
 
 def provider_of(name: str) -> Provider:
     """The provider behind a candidate's name."""
+    if name in OTHERS:
+        return OWN[name].provider
     return next(p for p in PROVIDERS if p.name == name.removesuffix(ACTIVE))
 
 
-def plain_loss(
-    clean: Tensor,
-    views: Tensor,
-    *,
-    mask: Tensor,
-    advantages: Tensor,
-    correct: Tensor,
-    old_logp: Tensor,
-    aux_view: Tensor,
-    config: roma.RomaConfig,
-) -> Tensor:
-    """The default loss as one would write it (docs/MATH.md, sections 2 and 3)."""
-    lengths = mask.sum(-1).clamp(min=1)
-
-    def clipped(logp: Tensor) -> Tensor:
-        ratio = torch.exp((logp - old_logp).clamp(-config.log_ratio_clamp, config.log_ratio_clamp))
-        gains = advantages[:, None]
-        bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-        loss = torch.maximum(-ratio * gains, -bounded * gains)
-        if config.dual_clip is not None:
-            ceiling = torch.where(gains < 0, -config.dual_clip * gains, torch.inf)
-            loss = torch.minimum(loss, ceiling)
-        return ((loss * mask).sum(-1) / lengths).mean()
-
-    gap = (views - clean.detach()).clamp(-config.log_ratio_clamp, config.log_ratio_clamp)
-    by_view = ((torch.expm1(gap) - gap) * mask).sum(-1) / lengths
-    penalty = (by_view.amax(0) * correct).mean()
-    sampled = views[aux_view, torch.arange(len(mask), device=mask.device)]
-    return clipped(clean) + config.lambda_aux * clipped(sampled) + config.lambda_inv * penalty
-
-
-def loss_case(variant: Variant, case: data.Case) -> tuple[Tensor, dict[str, Any]]:
-    """Log-probs [K+1, B, T] of N = B·T tokens, and the loss's other arguments."""
-    device = case.tokens.device
-    generator = torch.Generator(device).manual_seed(2)
-    length = min(variant.tokens, 16 if device.type == "cpu" else 256)
-    sequences = variant.tokens // length
-    with torch.no_grad():
-        logp = roma.linear_logprob(case.rows, case.weight, case.labels).logp
-    logp = logp.view(variant.views + 1, sequences, length)
-    noise = torch.randn(logp[0].shape, generator=generator, device=device)
-    numbers = torch.arange(sequences, device=device)
-    sampled = torch.randint(max(variant.views, 1), (sequences,), generator=generator, device=device)
-    return logp, {
-        "mask": torch.ones(sequences, length, dtype=torch.bool, device=device),
-        "advantages": torch.where(numbers % 2 == 0, 1.0, -1.0),
-        "correct": numbers < variant.right * sequences,
-        "old_logp": logp[0] + 0.02 * noise,
-        "aux_view": sampled if variant.views else None,
-        "config": roma.RomaConfig(worst_over=variant.worst_over) if variant.views else GRPO,
-    }
-
-
-def coefficients(logp: Tensor, options: dict[str, Any]) -> Tensor:
-    """∂loss/∂logp [K+1, B, T]."""
-    leaf = logp.detach().float().requires_grad_()
-    loss = roma.roma_loss_from_logp(leaf[0], leaf[1:], **options).loss
-    (found,) = torch.autograd.grad(loss, leaf)
-    return found
+def _plan(name: str) -> AbstractContextManager[None]:
+    return OWN[name].chosen() if name in OTHERS else nullcontext()

@@ -30,8 +30,14 @@ def _git(*words: str) -> str:
 
 def machine(device: str) -> dict[str, str]:
     """Date, commit, machine and versions: the first columns of every row."""
+    gpu = {}
     if device == "cuda":
-        name = torch.cuda.get_device_name()
+        about = torch.cuda.get_device_properties(0)
+        name = about.name
+        gpu = {
+            "multiprocessors": str(about.multi_processor_count),
+            "l2_mib": f"{about.L2_cache_size / 2**20:.0f}",
+        }
     else:
         found = re.search(r"model name\s*: (.+)", _read("/proc/cpuinfo"))
         name = f"{found[1] if found else platform.processor()}, {torch.get_num_threads()} threads"
@@ -48,6 +54,7 @@ def machine(device: str) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": version_of("triton"),
         "copy_gb_s": f"{copy_rate(device):.3g}",
+        **gpu,
     }
 
 
@@ -76,50 +83,62 @@ def measured(
     times: dict[str, Times],
     *,
     executed: float | None,
-    extra_mib: float | None,
-    data: dict[str, float],
+    extra: float | None,
+    needs: float,
 ) -> Row:
-    """The columns of a candidate that was timed."""
-    mine = times[name]
-    ratio, low, high = mine.over(times[OURS])
-    units, units_low, units_high = mine.over(times[YARDSTICK])
+    """The columns of a candidate that was timed; its ratios are empty where ours has no time.
+
+    Args:
+        bench: of the variant.
+        name: the candidate.
+        times: of all candidates, and of the yardstick if it has some.
+        executed: FLOP of the products that our kernels report, if it is one of ours.
+        extra: bytes measured, or None.
+        needs: bytes estimated, or 0.
+    """
+    mine, units = times[name], times.get(YARDSTICK)
     seconds = mine.quantile(0.5) / 1e3
     row = {
         "provider": name,
         "version": version_of(bench.package(name)),
         "rounds": str(len(mine.ms)),
         **{f"ms_p{p}": f"{mine.quantile(p / 100):.4g}" for p in (20, 50, 80)},
-        "ratio": f"{ratio:.4g}",
-        "ratio_low": f"{low:.4g}",
-        "ratio_high": f"{high:.4g}",
-        "yardsticks": f"{units:.4g}",
-        "yardsticks_low": f"{units_low:.4g}",
-        "yardsticks_high": f"{units_high:.4g}",
+        **_over("ratio", mine, times.get(OURS)),
+        **_over("yardsticks", mine, units),
         "useful_gflop": f"{bench.flop / 1e9:.4g}",
         "executed_gflop": "" if executed is None else f"{executed / 1e9:.4g}",
         "tflops": f"{bench.flop / seconds / 1e12:.4g}",
-        "extra_mib": "" if extra_mib is None else f"{extra_mib:.1f}",
+        "extra_mib": "" if extra is None else f"{extra / 2**20:.1f}",
+        "needs_mib": f"{needs / 2**20:.0f}" if needs else "",
     }
-    if bench.flop:
+    if bench.flop and units is not None:
         what = bench.variant
         product = 2.0 * (what.views + 1) * what.tokens * what.depth * what.vocab
-        rate = product / (times[YARDSTICK].quantile(0.5) / 1e3)
+        rate = product / (units.quantile(0.5) / 1e3)
         row["product_tflops"] = f"{rate / 1e12:.4g}"
         row["percent_of_product"] = f"{100 * bench.flop / seconds / rate:.3g}"
     errors = bench.errors.get(name)
     if isinstance(errors, Errors):
         row |= {key: f"{value:.2e}" for key, value in asdict(errors).items()}
-    return row | {key: f"{value:.3g}" for key, value in data.items()}
+    return row
+
+
+def _over(column: str, mine: Times, other: Times | None) -> Row:
+    """A ratio with its interval."""
+    found = ("", "", "") if other is None else [f"{x:.4g}" for x in mine.over(other)]
+    return dict(zip((column, f"{column}_low", f"{column}_high"), found, strict=True))
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    """Writes the rows, with every column that any of them has."""
+    """Writes the rows, with every column that any of them has; whole, or not at all."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(rows)
+    part.replace(path)
 
 
 def read(path: Path) -> list[Row]:

@@ -1,25 +1,24 @@
-"""One run: plan, gate, interleaved timing, memory, CSV, and a live table meanwhile."""
+"""One run: a worker measures; this process supervises it, writes the CSV, shows a live table.
+
+Whatever a candidate does, ours included, costs its own row alone: it raises, runs out of memory, is
+wrong, hangs, or ends its process. After the last two a new worker does the rest without it.
+"""
 
 import sys
+import time
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench import memory, results
-from bench.gate import Wrong
-from bench.measure import Clock, Run, interleave
-from bench.ops import ACTIVE, Bench, bench_of
-from bench.providers import OURS, Unavailable
+from bench import results
+from bench.job import Job, Options
+from bench.ops import ACTIVE
+from bench.providers import OURS
 from bench.results import Row
+from bench.supervise import Cut, Event, Fault, Worker
 from bench.variants import Variant
 
-BUDGET = {
-    "smoke": (3, 1.0),
-    "quick": (7, 10.0),
-    "full": (9, 15.0),
-    "paper": (9, 6.0),
-    "views": (15, 15.0),
-}
-"""By preset: rounds, and the seconds after which a variant gets no further round."""
+TRIES = 2  # workers in a row that may end before they do anything
 
 
 class Live:
@@ -38,88 +37,220 @@ class Live:
         print(("\r\033[K" if self._over else "") + text, flush=True)
 
 
+@dataclass
+class Progress:
+    """How far the variant at hand has come."""
+
+    gone: dict[str, str]
+    names: list[str] = field(default_factory=list)
+    rounds: list[dict[str, float]] = field(default_factory=list)
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    begun: bool = False
+
+
+class Supervisor:
+    """A run: the variants left, the rows so far, and what its worker is doing."""
+
+    def __init__(self, options: Options, variants: list[Variant], rows: list[Row], out: Path):
+        """`rows`: of an earlier run; `out`: the CSV."""
+        self.options = options
+        self.rows = rows
+        self._out = out
+        self._live = Live()
+        self._left = [v for v in variants if not _timed(v, rows)]
+        self._progress = Progress(_gone(self._left[0], rows)) if self._left else None
+        self._machine: Row | None = None
+        self._current: Event | None = None
+        self._idle = 0
+
+    def run(self, until: float) -> bool:
+        """Measures until all is done, or the moment `until`; whether all is done."""
+        while self._left:
+            before = self._state()
+            try:
+                with Worker(self._job()) as worker:
+                    for event in worker.events(until):
+                        self._hear(event)
+            except Cut:
+                self._live.line(f"\ntime is over: {len(self._left)} variants are left (--resume)")
+                return False
+            except Fault as fault:
+                self._blame(str(fault), before)
+        return True
+
+    def _state(self) -> tuple[int, int, int]:
+        """Grows with everything that a worker gets done."""
+        rounds = len(self._progress.rounds) if self._progress else 0
+        return -len(self._left), len(self.rows), rounds
+
+    def _job(self) -> Job:
+        assert self._progress is not None
+        self._current = None
+        gone = [self._progress.gone, *(_gone(v, self.rows) for v in self._left[1:])]
+        return Job(
+            self.options,
+            self._left,
+            gone,
+            self._progress.rounds,
+            self._progress.errors,
+            machine=self._machine is None,
+        )
+
+    def _hear(self, event: Event) -> None:
+        """Takes in what the worker says."""
+        progress = self._progress
+        if event["event"] == "machine":
+            columns: Row = event["columns"]
+            self._machine = columns
+            known = {"machine": "?", "torch": "?", "commit": "?"} | columns
+            self._live.line("{machine}, torch {torch}, commit {commit}".format(**known))
+        elif event["event"] == "note":
+            self._live.line(f"  {event['text']}")
+        elif event["event"] == "start":
+            self._current = event
+            self._live.doing(": ".join(x for x in (event["name"], event["what"]) if x))
+        elif progress is not None:
+            self._hear_of_variant(event, progress)
+
+    def _hear_of_variant(self, event: Event, progress: Progress) -> None:
+        variant = self._left[0]
+        if event["event"] == "variant":
+            if not progress.begun:
+                self._live.line(f"\n{variant}")
+            progress.begun, progress.names = True, event["names"]
+        elif event["event"] == "held":
+            progress.errors[event["name"]] = event["errors"]
+        elif event["event"] == "refused":
+            self._current = None
+            self._refuse(event["name"], event["reason"], held=event["held"])
+        elif event["event"] == "no data":
+            self._current = None
+            self._refuse_all(event["reason"])
+        elif event["event"] == "round":
+            progress.rounds.append(event["ms"])
+        elif event["event"] == "rows":
+            self._live.line(HEADER)
+            for row in event["rows"]:
+                self._live.line(_line(row))
+            self._add(event["rows"])
+        elif event["event"] == "memory":
+            self._remember(event["name"], event["extra_mib"])
+        elif event["event"] == "done":
+            self._current = None
+            self._next()
+
+    def _next(self) -> None:
+        self._left.pop(0)
+        self._progress = Progress(_gone(self._left[0], self.rows)) if self._left else None
+
+    def _blame(self, reason: str, before: tuple[int, int, int]) -> None:
+        """A row for what ended the worker."""
+        progress, current = self._progress, self._current
+        assert progress is not None
+        if current is not None and current["name"]:
+            name = current["name"]
+            if current["what"] == "memory":
+                self._live.line(f"  memory of {name}: {reason}")
+                self._next()
+            else:
+                self._refuse(name, reason, held=current["held"])
+        elif progress.begun and (current is not None or self._state() == before):
+            self._refuse_all(f"no data: {reason}")
+            self._next()
+        elif self._state() == before:
+            self._idle += 1
+            if self._idle == TRIES:
+                raise RuntimeError(f"no worker starts: the last one {reason}")
+            return
+        self._idle = 0
+
+    def _refuse(self, name: str, reason: str, *, held: bool) -> None:
+        """`held`: the comparison with float64 failed, so the same function goes no further."""
+        assert self._progress is not None
+        rows = []
+        for other in dict.fromkeys((name, name + ACTIVE) if held else (name,)):
+            if other == name or (
+                other in self._progress.names and other not in self._progress.gone
+            ):
+                rows.append({"provider": other, "reason": reason})
+                self._progress.gone[other] = reason
+        self._live.line(f"  {name:22} {reason}")
+        self._add(rows)
+
+    def _refuse_all(self, reason: str) -> None:
+        """All candidates of the variant that have no row yet."""
+        assert self._progress is not None
+        columns = results.variant_columns(self._left[0])
+        have = {r["provider"] for r in self.rows if columns.items() <= r.items()}
+        self._live.line(f"  {reason}")
+        left = [name for name in self._progress.names if name not in have]
+        self._add([{"provider": name, "reason": reason} for name in left])
+
+    def _add(self, rows: list[Row]) -> None:
+        """Rows of the variant at hand, on disk when this returns."""
+        shared = (self._machine or {}) | results.variant_columns(self._left[0])
+        self.rows += [shared | row for row in rows]
+        results.write(self._out, self.rows)
+
+    def _remember(self, name: str, extra_mib: str) -> None:
+        columns = results.variant_columns(self._left[0]) | {"provider": name}
+        for row in self.rows:
+            if columns.items() <= row.items():
+                row["extra_mib"] = extra_mib
+        self._live.line(f"  {name:22} {extra_mib} MiB")
+        results.write(self._out, self.rows)
+
+
 def run(
     variants: Iterable[Variant],
-    device: str,
+    options: Options,
     out: Path,
     *,
-    preset: str,
-    providers: list[str] | None = None,
-    with_memory: bool = True,
     resume: bool = False,
+    retry: bool = False,
+    minutes: float | None = None,
 ) -> list[Row]:
-    """Measures the variants and writes `out` after each; `resume` skips those that it holds."""
-    live, clock = Live(), Clock(device)
+    """Measures the variants; `out` has every row as soon as there is one.
+
+    Args:
+        variants: what to measure, in this order.
+        options: how.
+        out: the CSV.
+        resume: whether to keep what it holds: a variant that has times is done, and in another
+            one a candidate that has a reason is not tried again.
+        retry: with `resume`: whether to measure a variant again that has a reason other than
+            "not here".
+        minutes: after which the run stops; a variant that is cut gets no times.
+
+    Raises:
+        RuntimeError: no worker starts on this machine.
+    """
+    wanted = list(variants)
     rows = results.read(out) if resume and out.exists() else []
-    where = results.machine(device)
-    live.line(f"{where['machine']}, torch {where['torch']}, commit {where['commit']}")
-    for variant in variants:
-        columns = results.variant_columns(variant)
-        if any(row.get("ms_p50") and columns.items() <= row.items() for row in rows):
-            continue
-        live.line(f"\n{variant}")
-        live.doing("data and float64")
-        bench = bench_of(variant, device)
-        shared = where | columns
-        candidates, refused = _candidates(bench, providers, live)
-        rows += [shared | {"provider": name, "reason": why} for name, why in refused.items()]
-        if OURS in candidates:
-            made = _measure(bench, candidates, clock, live, preset, with_memory)
-            rows += [shared | row for row in made]
-        for name, why in refused.items():
-            if not (name.endswith(ACTIVE) and name.removesuffix(ACTIVE) in refused):
-                live.line(f"  {name:22} {why}")
-        results.write(out, rows)
-    return rows
+    if retry:
+        faulty = [results.variant_columns(v) for v in wanted if _faulty(v, rows)]
+        rows = [row for row in rows if not any(f.items() <= row.items() for f in faulty)]
+    until = float("inf") if minutes is None else time.monotonic() + 60 * minutes
+    supervisor = Supervisor(options, wanted, rows, out)
+    supervisor.run(until)
+    return supervisor.rows
 
 
-def _measure(
-    bench: Bench,
-    candidates: dict[str, Run],
-    clock: Clock,
-    live: Live,
-    preset: str,
-    with_memory: bool,
-) -> list[Row]:
-    """Times and memory of the candidates, fastest first."""
-    rounds, seconds = BUDGET[preset]
-    timed = candidates | {results.YARDSTICK: bench.yardstick}
-    times = interleave(timed, clock, rounds=rounds, seconds=seconds, tell=live.doing)
-    data = bench.describe()
-    live.line(HEADER)
-    made = []
-    for name in sorted(candidates, key=lambda n: times[n].quantile(0.5)):
-        extra = None
-        if with_memory and bench.variant.memory:
-            live.doing(f"memory of {name}")
-            try:
-                extra = memory.extra_mib(bench.variant.line, name, clock.device)
-            except RuntimeError as why:
-                live.line(f"  memory of {name}: {why}")
-        executed = bench.executed() if name == OURS else None
-        row = results.measured(bench, name, times, executed=executed, extra_mib=extra, data=data)
-        made.append(row)
-        live.line(_line(row))
-    return made
+def _of(variant: Variant, rows: list[Row]) -> list[Row]:
+    columns = results.variant_columns(variant)
+    return [row for row in rows if columns.items() <= row.items()]
 
 
-def _candidates(
-    bench: Bench, providers: list[str] | None, live: Live
-) -> tuple[dict[str, Run], dict[str, str]]:
-    """The candidates that can be timed, and why the others cannot."""
-    found: dict[str, Run] = {}
-    refused: dict[str, str] = {}
-    for name in bench.names:
-        if providers is not None and name not in (*providers, OURS):
-            continue
-        live.doing(f"{name}: compared with float64")
-        try:
-            found[name] = bench.run(name)
-        except (Unavailable, ImportError) as why:
-            refused[name] = f"not here: {why}"
-        except Wrong as why:
-            refused[name] = f"refused: {why}"
-    return found, refused
+def _timed(variant: Variant, rows: list[Row]) -> bool:
+    return any(row.get("ms_p50") for row in _of(variant, rows))
+
+
+def _gone(variant: Variant, rows: list[Row]) -> dict[str, str]:
+    return {row["provider"]: row["reason"] for row in _of(variant, rows) if row.get("reason")}
+
+
+def _faulty(variant: Variant, rows: list[Row]) -> bool:
+    return any(not why.startswith("not here") for why in _gone(variant, rows).values())
 
 
 HEADER = (
@@ -129,10 +260,12 @@ HEADER = (
 
 
 def verdict(row: Row) -> str:
-    """The ratio to ours with its interval; “level” if the interval contains 1."""
-    low, high = float(row["ratio_low"]), float(row["ratio_high"])
+    """The ratio to ours with its interval; “level” if it contains 1; “–” if ours has no time."""
     if row["provider"] == OURS:
         return "1"
+    if not row.get("ratio"):
+        return "–"
+    low, high = float(row["ratio_low"]), float(row["ratio_high"])
     text = f"{float(row['ratio']):.2f} [{low:.2f}, {high:.2f}]"
     return text + " level" if low <= 1 <= high else text
 

@@ -67,10 +67,6 @@ class UpdateStepBench:
             self._hold(policy, run)
         return run
 
-    def executed(self) -> float:
-        """Not counted: the head's products are the smallest part."""
-        return 0.0
-
     def describe(self) -> dict[str, float]:
         """No columns of a head."""
         return {}

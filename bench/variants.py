@@ -12,6 +12,7 @@ VIEWS = (
     *("gaussian_noise", "gaussian_blur", "jpeg", "downscale", "mix"),
     *("motion_blur", "salt_and_pepper", "speckle", "posterize", "pixelate"),
 )
+HEAD = ("linear_logprob", "roma_loss")  # ops with a large head
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -38,13 +39,13 @@ class Variant:
     states: str = ""
     """A file of states and a head (`data.load`), or "": they are drawn."""
     among: str = "all"
-    """"all" providers, "few" or the "core" of them (ops.AMONG)."""
+    """"all" providers; "few" or the "core" of them (ops.AMONG); "card": all and our plans."""
 
     @property
     def memory(self) -> bool:
-        """Whether memory is measured too; each candidate takes a process."""
+        """Whether memory is measured where each candidate takes a process for it, on a CPU."""
         dense = self.phase == "both" and self.active == 1
-        return self.among == "all" and self.op in ("linear_logprob", "roma_loss") and dense
+        return self.among == "all" and self.op in HEAD and dense
 
     @property
     def shape(self) -> Shape:
@@ -77,7 +78,7 @@ def on_states(
     found = [
         replace(v, states=file, tokens=min(v.tokens, rows), depth=depth, vocab=vocab)
         for v in variants
-        if v.op in ("linear_logprob", "roma_loss")
+        if v.op in HEAD
     ]
     return list(dict.fromkeys(found))
 
@@ -93,6 +94,8 @@ def plan(preset: str, device: str) -> list[Variant]:
             Variant("update_step", "both", **size),
             Variant("views", "both", 4, 1, 64, 0, what="mix"),
         ]
+    if preset == "card":
+        return _on_a_card(device)
     if preset == "views":
         return [
             Variant("views", "both", images, 1, side, 0, what=what)
@@ -148,6 +151,35 @@ def _on_gpu(preset: str) -> list[Variant]:
         found += _around(base | {"tokens": 1024})
         found += _scaling(base, tokens=(256, 1024, 16_384), vocab=(32_768, 262_144))
     return found
+
+
+def _on_a_card(device: str) -> list[Variant]:
+    """What decides, for minutes on one GPU of 78 GiB: the most valuable first; small on a CPU."""
+    most, few, depth, vocab = (
+        (4096, 1024, 4096, 151_936) if device == "cuda" else (64, 16, 64, 1000)
+    )
+
+    def loss(tokens: int, worst_over: str = "sequence") -> Variant:
+        return Variant(
+            "roma_loss", "both", tokens, 4, depth, vocab, worst_over=worst_over, among="card"
+        )
+
+    def head(phase: str, tokens: int, active: float = 1.0) -> Variant:
+        return Variant(
+            "linear_logprob", phase, tokens, 0, depth, vocab, active=active, among="card"
+        )
+
+    return [
+        loss(most),
+        head("forward", 4 * most),
+        head("both", 4 * most),
+        loss(few),
+        head("both", 4 * most, 0.25),
+        head("forward", most),
+        head("forward", few),
+        head("forward", few // 16),
+        loss(most, "token"),
+    ]
 
 
 def _around(base: dict[str, int]) -> list[Variant]:

@@ -62,10 +62,6 @@ class ViewsBench:
             self._hold(found, [np.asarray(torch.as_tensor(view).cpu()) for view in self._dali()()])
         return lambda: (make(), None)[1]
 
-    def executed(self) -> float:
-        """No products."""
-        return 0.0
-
     def describe(self) -> dict[str, float]:
         """There are no statistics of these images."""
         return {}

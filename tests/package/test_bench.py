@@ -5,17 +5,16 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from bench import against, data, gate, memory, ops, providers, report, results
+from bench import against, data, gate, memory, ops, report, results
 from bench import run as runner
 from bench.__main__ import OPS
+from bench.job import Options
 from bench.measure import Times
 from bench.variants import Variant, on_states, plan
 
@@ -23,52 +22,23 @@ ROOT = Path(__file__).parents[2]
 SMALL = Variant("linear_logprob", "both", tokens=16, views=2, depth=64, vocab=1000)
 
 
-def naive(states: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
-    return providers._naive_fp32(states, weight, tokens)
+def smoke(*add: str, **others: Any) -> Options:
+    modules = tuple(f"support.{name}" for name in add)
+    return Options.of("smoke", "cpu", add=modules, with_memory=False, **others)
 
 
-def slow(states: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
-    time.sleep(0.3)
-    return naive(states, weight, tokens)
-
-
-def shifted(states: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
-    """As a padded tail that counts would do."""
-    return naive(states, weight, tokens) - 0.5
-
-
-class _Scaled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return 1.1 * g
-
-
-def scaled(states: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
-    """Right values, gradients too large by a tenth."""
-    return _Scaled.apply(naive(states, weight, tokens))
-
-
-@pytest.fixture
-def planted(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = [
-        providers.Provider(f.__name__, "torch", "planted", providers._plain(f))
-        for f in (slow, shifted, scaled)
-    ]
-    everyone = [providers.PROVIDERS[0], *made]
-    monkeypatch.setattr(ops, "PROVIDERS", everyone)
-    monkeypatch.setattr(providers, "PROVIDERS", everyone)
+@pytest.fixture(autouse=True)
+def path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker finds the tests' modules too."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
 
 
 @pytest.mark.parametrize("op", ["linear_logprob", "roma_loss"])
-def test_planted_providers(op: str, planted: None, tmp_path: Path) -> None:
+def test_planted_providers(op: str, tmp_path: Path) -> None:
     """Slow is timed and called slower; wrong values and wrong gradients are refused by name."""
     out = tmp_path / "run.csv"
     variant = Variant(op, "both", tokens=16, views=2, depth=64, vocab=1000)
-    runner.run([variant], "cpu", out, preset="smoke", with_memory=False)
+    runner.run([variant], smoke("planted_slow"), out)
     rows = {row["provider"]: row for row in results.read(out)}
     assert float(rows["slow"]["ratio_low"]) > 1 and "level" not in runner.verdict(rows["slow"])
     assert rows["shifted"]["reason"].startswith("refused: logp_max 5.0")
@@ -78,13 +48,14 @@ def test_planted_providers(op: str, planted: None, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on(planted: None, tmp_path: Path) -> None:
+def test_a_run_goes_on(tmp_path: Path) -> None:
     """What the CSV holds is kept as it is; what it lacks is measured."""
     out = tmp_path / "run.csv"
-    runner.run([SMALL], "cpu", out, preset="smoke", with_memory=False)
+    how = smoke(providers=("naive", "eager"))
+    runner.run([SMALL], how, out)
     before = results.read(out)
     more = [SMALL, Variant("view_loss", "both", tokens=16, views=2, depth=64, vocab=1000)]
-    runner.run(more, "cpu", out, preset="smoke", with_memory=False, resume=True)
+    runner.run(more, how, out, resume=True)
     after = results.read(out)
     assert [row["ms_p50"] for row in after[: len(before)]] == [row["ms_p50"] for row in before]
     assert {row["op"] for row in after[len(before) :]} == {"view_loss"}
@@ -142,8 +113,8 @@ def test_ligers_own_loss_is_ours_of_one_image(tmp_path: Path) -> None:
     """The same number and the same gradients, or it would be refused."""
     pytest.importorskip("liger_kernel", reason="make bench installs it")
     variant = Variant("roma_loss", "both", tokens=32, views=0, depth=64, vocab=1000)
-    run = ["roma", "naive fp32", "liger grpo"]
-    runner.run([variant], "cpu", tmp_path / "x.csv", preset="smoke", providers=run)
+    run = ("roma", "naive fp32", "liger grpo")
+    runner.run([variant], smoke(providers=run), tmp_path / "x.csv")
     times = {row["provider"]: row["ms_p50"] for row in results.read(tmp_path / "x.csv")}
     assert set(times) == set(run) and all(times.values())
 
@@ -185,16 +156,10 @@ def test_memory_of_what_ends_badly() -> None:
         memory.extra_mib(SMALL.line, "nobody", "cpu")
 
 
-def test_absent_packages_are_listed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_absent_packages_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever is missing, ours too, has its reason on the screen and in the CSV."""
     views = Variant("views", "both", 2, 1, 32, 0, what="jpeg")
-    for module in ("cv2", "nvidia.dali"):
-        monkeypatch.setitem(sys.modules, module, None)
-    for name in [name for name in sys.modules if name.startswith("roma.views")]:
-        monkeypatch.delitem(sys.modules, name)
-    runner.run([views], "cpu", tmp_path / "run.csv", preset="smoke")
+    runner.run([views], smoke("planted_absence"), tmp_path / "run.csv")
     rows = results.read(tmp_path / "run.csv")
     assert {row["provider"] for row in rows} == {"roma", "opencv", "pillow"}
     assert all(row["reason"].startswith("not here: ") for row in rows)
