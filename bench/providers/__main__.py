@@ -1,4 +1,4 @@
-"""Run as a program: the providers as a Markdown table, each with its version or why it is not here.
+"""Run as a program: the providers as a Markdown table, and why those that are absent are.
 
 python -m bench.providers
 """
@@ -7,7 +7,12 @@ import torch
 
 from bench.providers import PROVIDERS, Provider, Unavailable, version_of
 
-HEADER = "| provider | package | here | logits | products | what |\n|---|---|---|---|---|---|"
+HEADER = "| provider | package | logits | products | what |\n|---|---|---|---|---|"
+
+
+def row(p: Provider) -> str:
+    """A provider's line of the table."""
+    return f"| `{p.name}` | {p.package} | {p.logits} | {p.passes} | {p.what} |"
 
 
 def here(provider: Provider, device: str) -> str:
@@ -15,17 +20,16 @@ def here(provider: Provider, device: str) -> str:
     try:
         provider.load(device)
     except Unavailable as why:
-        return f"no: {why}"
+        return f"not here: {why}"
     return version_of(provider.package)
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints the table, and a line for each."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(HEADER)
-    for p in PROVIDERS:
-        cells = (p.name, p.package, here(p, device), p.logits, p.passes, p.what)
-        print(f"| {' | '.join(cells)} |")
+    print(HEADER, *map(row, PROVIDERS), "", sep="\n")
+    for provider in PROVIDERS:
+        print(f"{provider.name:14} {here(provider, device)}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench import data, gate
 from bench.providers import PROVIDERS, Unavailable, base, peers, verl
-from bench.providers.__main__ import here
+from bench.providers.__main__ import HEADER, here, row
 
 NAMES = [p.name for p in PROVIDERS]
 COMPILED = ("compile", "cce compile")
@@ -22,6 +22,11 @@ COMPILED = ("compile", "cce compile")
 
 def provider_of(name: str) -> base.Provider:
     return next(p for p in PROVIDERS if p.name == name)
+
+
+def test_the_readme_has_the_table() -> None:
+    text = (Path(data.__file__).parent / "README.md").read_text()
+    assert "\n".join([HEADER, *map(row, PROVIDERS)]) in text
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -85,7 +90,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match=r"a kernel of sm_90 .*; this is sm_100"):
         peers.liger_cute("cuda")
     assert here(provider_of("naive"), "cpu") == torch.__version__
-    assert here(provider_of("verl"), "cpu") == "no: needs a GPU"
+    assert here(provider_of("verl"), "cpu") == "not here: needs a GPU"
 
 
 def test_a_dtype_that_a_peer_does_not_take() -> None:
