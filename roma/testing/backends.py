@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from roma.testing import compare_head, compare_logp, compare_whole
 from roma.testing.candidate import on_device
+from roma.testing.matrix_unit import matrix_unit
 from roma.testing.strategies import (
     DTYPES,
     HEAD_DIFFICULTIES,
@@ -51,7 +53,9 @@ def check_backend(
     and uniform distributions, logits in the hundreds, masked rows that hold NaN, ties, log-ratios
     at a clip's edge. Each result has three numbers: the candidate, the oracle, and plain PyTorch in
     fp32; the candidate may be off by twice what plain PyTorch loses and four standard deviations of
-    the rounding that any fp32 kernel must make (roma/testing/tolerance.py derives each bound).
+    the rounding that any fp32 kernel must make (roma/testing/tolerance.py derives each bound). A
+    GPU's matrix units cut off the sums of bf16 and fp16 products; there the bounds know by how much
+    (roma/testing/matrix_unit.py).
 
     Args:
         candidate: takes the arguments of `roma.<op>` but `backend`, and returns what that returns:
@@ -80,9 +84,10 @@ def check_backend(
         fail("candidate", "a function", repr(candidate), "for a back end: functools.partial")
     head = op == "linear_logprob"
     _check_fixed(HeadSpec if head else LossSpec, fixed)
+    unit = matrix_unit(device)
     comparisons: dict[str, Callable[..., None]] = {
-        "linear_logprob": compare_head.check_against_oracle,
-        "roma_loss": compare_whole.check_against_oracle,
+        "linear_logprob": partial(compare_head.check_against_oracle, unit=unit),
+        "roma_loss": partial(compare_whole.check_against_oracle, unit=unit),
         "roma_loss_from_logp": compare_logp.check_against_oracle,
     }
     drawn: Callable[..., st.SearchStrategy[Any]] = head_specs if head else loss_specs

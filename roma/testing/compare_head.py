@@ -9,6 +9,7 @@ from torch import Tensor
 
 from roma.testing import oracle, tensors, tolerance
 from roma.testing.candidate import Backend, on
+from roma.testing.matrix_unit import MatrixUnit
 from roma.testing.strategies import HeadSpec
 from roma_kernels.linear_logprob.api import linear_logprob
 from roma_kernels.linear_logprob.reference import HeadReference
@@ -82,8 +83,16 @@ def row_scale(inputs: dict) -> Tensor | float:
     return 1 / t.reshape(-1).double() if isinstance(t, Tensor) else 1 / t
 
 
-def check_against_oracle(spec: HeadSpec, backend: Backend, frozen: tuple[str, ...] = ()) -> None:
-    """Values and gradients of one call, each with got, want, eager and derived noise."""
+def check_against_oracle(
+    spec: HeadSpec,
+    backend: Backend,
+    frozen: tuple[str, ...] = (),
+    unit: MatrixUnit | None = None,
+) -> None:
+    """Values and gradients of one call, each with got, want, eager and derived noise.
+
+    `unit` is what multiplies bf16 and fp16 numbers, if their sums are not rounded to nearest.
+    """
     inputs = spec.make()
     accumulate = tolerance.accumulator(spec.dtype)
     upstream = draw_upstream(spec, accumulate)
@@ -93,7 +102,7 @@ def check_against_oracle(spec: HeadSpec, backend: Backend, frozen: tuple[str, ..
 
     flat = inputs["hidden"].reshape(-1, spec.d)
     scale = row_scale(inputs)
-    noise = tolerance.logp_noise(want, flat, inputs["weight"], scale, spec.dtype)
+    noise = tolerance.logp_noise(want, flat, inputs["weight"], scale, spec.dtype, unit)
     for name in ("logp", "lse", "entropy"):
         value = getattr(got, name)
         if name == "entropy" and not spec.entropy:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from roma.testing import compare_logp, oracle, tensors, tolerance
 from roma.testing.candidate import Backend, on
+from roma.testing.matrix_unit import MatrixUnit
 from roma.testing.strategies import LossSpec
 from roma_kernels.linear_logprob.reference import HeadReference
 from roma_kernels.roma_loss.api import roma_loss
@@ -64,10 +65,16 @@ def stack_rows(case: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     return flat, case["tokens"].reshape(-1)[counted].repeat(len(states)), counted
 
 
-def check_against_oracle(spec: LossSpec, backend: Backend, frozen: tuple[str, ...] = ()) -> None:
+def check_against_oracle(
+    spec: LossSpec,
+    backend: Backend,
+    frozen: tuple[str, ...] = (),
+    unit: MatrixUnit | None = None,
+) -> None:
     """One call.
 
     Log-probs, loss, metrics, worst view, and dh, d(view)h, dW, db under a random upstream gradient.
+    `unit` is what multiplies bf16 and fp16 numbers, if their sums are not rounded to nearest.
     """
     case = spec.make()
     accumulate = tolerance.accumulator(spec.dtype)
@@ -85,7 +92,7 @@ def check_against_oracle(spec: LossSpec, backend: Backend, frozen: tuple[str, ..
     rows, targets, counted = stack_rows(case)
     stacked = HeadReference(**{n: torch.cat([head[n] for head in heads]) for n in heads[0]})
     scale = 1 / spec.config.temperature
-    row_noise = tolerance.logp_noise(stacked, rows, case["weight"], scale, spec.dtype)
+    row_noise = tolerance.logp_noise(stacked, rows, case["weight"], scale, spec.dtype, unit)
     worst = float(row_noise.max()) if len(row_noise) else 0.0
     # A log-ratio is a difference of two log-probs, one of them given.
     noise = 2 * worst + tolerance.eps(accumulate) * max(want.reach, 1.0)

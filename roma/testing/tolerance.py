@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from roma.testing.matrix_unit import MatrixUnit, power_of_two
 from roma_kernels.linear_logprob.reference import HeadReference
 
 # Noise below is one standard deviation of a sum of independent rounding errors. Among 10^4 normal
@@ -147,19 +149,89 @@ def refuses(name: str, got: Tensor, want: Tensor, eager: Tensor, **how) -> bool:
     return False
 
 
+class Cut(NamedTuple):
+    """What a matrix unit cuts off: `offset` on average, with its sign, and a deviation about it."""
+
+    offset: Tensor
+    spread: Tensor
+
+    @property
+    def noise(self) -> Tensor:
+        """Both as one standard deviation: `check` admits SIGMAS of those."""
+        return self.offset.abs() / SIGMAS + self.spread
+
+    def less(self, other: Cut) -> Cut:
+        """What is cut off the difference of two sums with bits of their own."""
+        spread = (self.spread**2 + other.spread**2).sqrt()
+        return Cut(self.offset - other.offset, spread)
+
+
+def cut(left: Tensor, right: Tensor, unit: MatrixUnit) -> Cut:
+    """What a matrix unit cuts off left·rightᵀ, [R, V], for left [R, D] and right [V, D].
+
+    With `place(x)` the last place of an fp32 number of the size of x, each block of terms loses
+
+        place(sum)                      when its sum becomes an fp32 number
+        place(largest)·2^-guard         of each product, and of the sum so far if that has finer
+                                        places; the largest of them all
+
+    each as often all of it as nothing: half with the sign of what is cut, and a deviation of
+    1/√12. `largest` comes from the block's largest |h| and largest |w|, which may belong to
+    different terms: no smaller than the truth, and in a long sum the sum itself is the largest.
+    """
+    left, right = left.detach().double(), right.detach().double()
+    total = left.new_zeros(len(left), len(right))
+    offset, variance = torch.zeros_like(total), torch.zeros_like(total)
+    for h, w in zip(left.split(unit.terms, 1), right.split(unit.terms, 1), strict=True):
+        own = _place(total)
+        product = power_of_two(h).amax(1)[:, None] * power_of_two(w).amax(1)
+        shared = torch.maximum(own, product * eps(torch.float32)) * 2.0**-unit.guard
+        late = torch.where(shared > own, shared, 0.0)
+        offset -= (shared * (h.sign() @ w.sign().T) + late * total.sign()) / 2
+        total += h @ w.T
+        last = _place(total)
+        offset -= last * total.sign() / 2
+        variance += last**2 + h.shape[1] * shared**2 + late**2
+    return Cut(offset, variance.sqrt() * ROUND_ONCE)
+
+
+def _place(x: Tensor) -> Tensor:
+    """The distance from |x| to the next larger number in fp32."""
+    return power_of_two(x) * eps(torch.float32)
+
+
+def logp_cut(logits: Cut, out: HeadReference, tokens: Tensor) -> Cut:
+    """What is cut off each log-prob [R]: off logit y, less off all logits, weighed by p.
+
+    For τ = 1 without a softcap. The logits' bits are taken for independent.
+    """
+    share = -out.p.detach().double()
+    share.scatter_add_(1, tokens[:, None], torch.ones_like(share[:, :1]))
+    spread = (share**2 * logits.spread**2).sum(1).sqrt()
+    return Cut((share * logits.offset).sum(1), spread)
+
+
 def logp_noise(
-    out: HeadReference, hidden: Tensor, weight: Tensor, scale: Tensor | float, dtype: torch.dtype
+    out: HeadReference,
+    hidden: Tensor,
+    weight: Tensor,
+    scale: Tensor | float,
+    dtype: torch.dtype,
+    unit: MatrixUnit | None = None,
 ) -> Tensor:
     """Rounding error of logp (and of lse) per row [R].
 
-    A logit is a sum of D products, off by eps·√(Σ (h w)²), then scaled by 1/τ (scale); z_y and lse
-    are each rounded at their own size, and so is every sum inside Σ p·z.
+    A logit is a sum of D products, off by eps·√(Σ (h w)²), or by what a matrix unit cuts off, then
+    scaled by 1/τ (scale); z_y and lse are each rounded at their own size, and so is every sum
+    inside Σ p·z.
     """
-    unit = eps(accumulator(dtype))
-    product = (hidden.double() ** 2 @ weight.double().T ** 2).sqrt().amax(dim=1) * scale
-    return unit * (
-        product + out.z.detach().double().abs().amax(dim=1) + out.lse.detach().double().abs()
-    )
+    step = eps(accumulator(dtype))
+    if unit is not None and unit.multiplies(hidden, weight):
+        product = cut(hidden, weight, unit).noise
+    else:
+        product = step * (hidden.double() ** 2 @ weight.double().T ** 2).sqrt()
+    largest = out.z.detach().double().abs().amax(dim=1) + out.lse.detach().double().abs()
+    return product.amax(dim=1) * scale + step * largest
 
 
 @dataclass(frozen=True)
