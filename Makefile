@@ -9,7 +9,7 @@ PEERS := $(VENV)/.peers-done
 NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench wheels kernels
+.PHONY: help setup demo test check bench gpu wheels kernels
 
 help:
 	@echo "make setup   .venv with everything the tests and the demo need"
@@ -18,6 +18,7 @@ help:
 	@echo "make check   ruff, mypy, imports, links, README, doctests, every kernel compiled for every chip"
 	@echo "make bench   the loss against its peers, held to float64 first: bench/results, docs/BENCHMARKS.md"
 	@echo "make wheels  the peers' wheels for a machine with a GPU and without a network: .wheels"
+	@echo "make gpu     what a card must show, in minutes: runs/gpu, docs/GPU.md; ARGS=--plan prints how"
 	@echo "make kernels the same compilation, written to docs/KERNELS.md"
 
 setup: $(STAMP)
@@ -72,6 +73,10 @@ bench: $(PEERS)
 
 wheels: $(STAMP)
 	@$(BIN)/python -m bench.wheels $(ARGS)
+
+# Installs nothing: a machine with a card may have no network. The first steps need torch and triton.
+gpu:
+	@PYTHONPATH=.:kernels $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench.gpu $(ARGS)
 
 kernels: $(STAMP)
 	@echo "kernels: compiling for sm_80, sm_90, sm_100, sm_120 and gfx942; no GPU takes part"
