@@ -149,8 +149,8 @@ def refuses(name: str, got: Tensor, want: Tensor, eager: Tensor, **how) -> bool:
     return False
 
 
-class Cut(NamedTuple):
-    """What a matrix unit cuts off: `offset` on average, with its sign, and a deviation about it."""
+class ProductError(NamedTuple):
+    """How far sums of products are off: on average, with its sign, and a deviation about that."""
 
     offset: Tensor
     spread: Tensor
@@ -160,55 +160,62 @@ class Cut(NamedTuple):
         """Both as one standard deviation: `check` admits SIGMAS of those."""
         return self.offset.abs() / SIGMAS + self.spread
 
-    def less(self, other: Cut) -> Cut:
-        """What is cut off the difference of two sums with bits of their own."""
+    def less(self, other: ProductError) -> ProductError:
+        """Of the difference of two sums, whose last bits are independent."""
         spread = (self.spread**2 + other.spread**2).sqrt()
-        return Cut(self.offset - other.offset, spread)
+        return ProductError(self.offset - other.offset, spread)
 
 
-def cut(left: Tensor, right: Tensor, unit: MatrixUnit) -> Cut:
-    """What a matrix unit cuts off left·rightᵀ, [R, V], for left [R, D] and right [V, D].
+def product_error(left: Tensor, right: Tensor, unit: MatrixUnit | None) -> ProductError:
+    """How far left·rightᵀ, [R, V], is off, for left [R, D] and right [V, D].
 
-    With `place(x)` the last place of an fp32 number of the size of x, each block of terms loses
+    A sum of D products, each rounded to nearest: by eps·√(Σ (h w)²). A matrix unit cuts off. With
+    `place(x)` the last place of an fp32 number of the size of x, each block of terms loses up to
 
         place(sum)                      when its sum becomes an fp32 number
         place(largest)·2^-guard         of each product, and of the sum so far if that has finer
                                         places; the largest of them all
 
-    each as often all of it as nothing: half with the sign of what is cut, and a deviation of
-    1/√12. `largest` comes from the block's largest |h| and largest |w|, which may belong to
-    different terms: no smaller than the truth, and in a long sum the sum itself is the largest.
+    Half of it is expected, with the sign of what is cut, and a deviation of 1/√12. `largest` comes
+    from the block's largest |h| and largest |w|, which may belong to different terms: no smaller
+    than the truth, and in a long sum the sum itself is the largest.
     """
+    fp32 = eps(torch.float32)
+    cuts = unit if unit is not None and unit.multiplies(left, right) else None
+    step = eps(accumulator(torch.promote_types(left.dtype, right.dtype)))
     left, right = left.detach().double(), right.detach().double()
     total = left.new_zeros(len(left), len(right))
+    if cuts is None:
+        return ProductError(total, step * (left**2 @ right.T**2).sqrt())
     offset, variance = torch.zeros_like(total), torch.zeros_like(total)
-    for h, w in zip(left.split(unit.terms, 1), right.split(unit.terms, 1), strict=True):
-        own = _place(total)
-        product = power_of_two(h).amax(1)[:, None] * power_of_two(w).amax(1)
-        shared = torch.maximum(own, product * eps(torch.float32)) * 2.0**-unit.guard
+    for h, w in zip(left.split(cuts.terms, 1), right.split(cuts.terms, 1), strict=True):
+        own = power_of_two(total) * fp32
+        product = power_of_two(h).amax(1)[:, None] * power_of_two(w).amax(1) * fp32
+        shared = torch.maximum(own, product) * 2.0**-cuts.guard
         late = torch.where(shared > own, shared, 0.0)
         offset -= (shared * (h.sign() @ w.sign().T) + late * total.sign()) / 2
         total += h @ w.T
-        last = _place(total)
+        last = power_of_two(total) * fp32
         offset -= last * total.sign() / 2
         variance += last**2 + h.shape[1] * shared**2 + late**2
-    return Cut(offset, variance.sqrt() * ROUND_ONCE)
+    return ProductError(offset, variance.sqrt() * ROUND_ONCE)
 
 
-def _place(x: Tensor) -> Tensor:
-    """The distance from |x| to the next larger number in fp32."""
-    return power_of_two(x) * eps(torch.float32)
+def logp_error(logits: ProductError, out: HeadReference, tokens: Tensor) -> ProductError:
+    """How far log-probs [R] are off: as logit y, less as all logits, weighed by p.
 
-
-def logp_cut(logits: Cut, out: HeadReference, tokens: Tensor) -> Cut:
-    """What is cut off each log-prob [R]: off logit y, less off all logits, weighed by p.
-
-    For τ = 1 without a softcap. The logits' bits are taken for independent.
+    For τ = 1 without a softcap. The logits are off independently of one another, but for the
+    offset. z_y, lse and each z of the mean are rounded once at their own size, in fp32.
     """
-    share = -out.p.detach().double()
+    z, p = out.z.detach().double(), out.p.detach().double()
+    share = -p
     share.scatter_add_(1, tokens[:, None], torch.ones_like(share[:, :1]))
-    spread = (share**2 * logits.spread**2).sum(1).sqrt()
-    return Cut((share * logits.offset).sum(1), spread)
+    target = z.gather(1, tokens[:, None])[:, 0]
+    rounded = target**2 + out.lse.detach().double() ** 2 + (p**2 * z**2).sum(1)
+    variance = (share**2 * logits.spread**2).sum(1) + (
+        eps(torch.float32) * ROUND_ONCE
+    ) ** 2 * rounded
+    return ProductError((share * logits.offset).sum(1), variance.sqrt())
 
 
 def logp_noise(
@@ -221,17 +228,12 @@ def logp_noise(
 ) -> Tensor:
     """Rounding error of logp (and of lse) per row [R].
 
-    A logit is a sum of D products, off by eps·√(Σ (h w)²), or by what a matrix unit cuts off, then
-    scaled by 1/τ (scale); z_y and lse are each rounded at their own size, and so is every sum
-    inside Σ p·z.
+    A logit is a sum of D products, scaled by 1/τ (scale); z_y and lse are each rounded at their own
+    size, and so is every sum inside Σ p·z.
     """
-    step = eps(accumulator(dtype))
-    if unit is not None and unit.multiplies(hidden, weight):
-        product = cut(hidden, weight, unit).noise
-    else:
-        product = step * (hidden.double() ** 2 @ weight.double().T ** 2).sqrt()
+    product = product_error(hidden, weight, unit).noise.amax(dim=1) * scale
     largest = out.z.detach().double().abs().amax(dim=1) + out.lse.detach().double().abs()
-    return product.amax(dim=1) * scale + step * largest
+    return product + eps(accumulator(dtype)) * largest
 
 
 @dataclass(frozen=True)

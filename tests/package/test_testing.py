@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import runpy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import Phase, settings
 
 import roma
 from roma.testing import candidate, check_backend, compare_head, compare_whole
@@ -26,20 +25,6 @@ def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert "within the bounds on 200 inputs" in said
     assert "with_the_bug:" in said and "exceeds" in said
     assert "HeadSpec(" in said  # the input, as a line that makes it again
-
-
-@pytest.fixture
-def unshrunk() -> Iterator[None]:
-    """The first failing input is enough where a test asks only that there is one.
-
-    Making it smaller takes a hundred times as long; the example above does it.
-    """
-    shrinks = settings.get_current_profile_name()
-    phases = set(Phase) - {Phase.shrink, Phase.explain}
-    settings.register_profile("unshrunk", settings.get_profile(shrinks), phases=phases)
-    settings.load_profile("unshrunk")
-    yield
-    settings.load_profile(shrinks)
 
 
 def spoiled(change: Callable[[Any], Any], **options: Any) -> Callable[..., Any]:
