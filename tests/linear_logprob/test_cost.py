@@ -12,7 +12,8 @@ from torch import Tensor
 from roma.testing import compare_head, compare_logp, compare_whole, count_products
 from roma.testing.strategies import HeadSpec, LossSpec
 
-ROWS, D, V = 256, 16, 1024
+# An eighth of the rows is a whole block of every kernel.
+ROWS, D, V = 1024, 16, 1024
 PRODUCT = 2 * ROWS * D * V
 # A product may be done in chunks of any size; nothing but whole products is counted.
 SLACK = 1.05

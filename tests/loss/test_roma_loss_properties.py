@@ -153,7 +153,7 @@ def test_backward_follows_active_rows(kernel: str) -> None:
 
     B/2 of (K+1)·B rows.
     """
-    b, t, k, d, v = 8, 16, 3, 16, 512
+    b, t, k, d, v = 16, 16, 3, 16, 512  # half of the sequences: a whole block of rows
     g = tensors.generator(0)
     hidden = torch.randn(b, t, d, generator=g).requires_grad_()
     views = (hidden.detach() + 0.3 * torch.randn(k, b, t, d, generator=g)).requires_grad_()
