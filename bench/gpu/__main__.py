@@ -21,7 +21,7 @@ from typing import Any
 
 from bench.gpu import budget, runner, steps
 from bench.gpu.journal import Journal
-from bench.gpu.processes import ROOT, commit
+from bench.gpu.processes import ROOT, commit, stop_on
 
 ENDINGS = ("failed", "timeout")
 
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         "call", time=datetime.datetime.now().isoformat(" ", "seconds"), device=machine.device,
         commit=commit(), retry=options.retry, arguments=shlex.join(arguments or sys.argv[1:]),
     )  # fmt: skip
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stop_on(signal.SIGTERM, signal.SIGINT)
     try:
         run.run(chosen)
     except KeyboardInterrupt:

@@ -29,6 +29,8 @@ class Part:
     forgiving: bool = False
     """Whether an item that fails is a finding (a tile that does not compile), not a failure."""
     env: tuple[tuple[str, str], ...] = ()
+    after: str = ""
+    """The part of its step that must be over before it starts."""
     absent: str = ""
     """Why it cannot run on this machine; "" if it can."""
 
@@ -76,7 +78,7 @@ def calls(
             key = (step, part.name)
             takes = max(part.expect - before.get(key, 0.0), part.least or 0.0)
             given = time_for(part, before.get(key, 0.0), left)
-            if given is None:
+            if given is None or (step, part.after) in [(s, p.name) for s, p in later]:
                 later.append((step, part))
                 continue
             used = min(takes, given)
@@ -87,9 +89,8 @@ def calls(
                 later.append((step, part))
         if not now:
             raise ValueError(
-                f"--call-minutes: expected at least "
-                f"{min(_shortest(part) for _, part in waiting) / 60:.2f} for the shortest part left, "
-                f"got {seconds / 60:.2f}"
+                f"--call-minutes: the shortest part left needs "
+                f"{min(_shortest(part) for _, part in waiting) / 60:.2f}, got {seconds / 60:.2f}"
             )
         found.append(now)
         waiting = later

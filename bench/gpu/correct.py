@@ -9,7 +9,9 @@ more products. Ours may lose twice what that loses, and a rounding:
 
     log-probs    2·max|plain − f64| + 2·eps32·max|z| ; the same for their root mean square,
                  and for the differences of a token's views from its clean row
-    gradients    2·‖plain − f64‖/‖f64‖ + eps(dtype)/2 + 2·eps32·max|z| : p = e^(z − lse)
+    entropy      2·max|plain − f64| + 8·eps32·max|z| : the difference of lse and Σ p·z
+    gradients    2·‖plain − f64‖/‖f64‖ + eps(dtype)/2 + 2·eps32·max|z| : p = e^(z − lse) ;
+                 and the entropy's bound where it has a gradient: dz = −p·(g + e·(log p + H)) + …
     loss         2·Σ|∂loss/∂logp|·|plain − f64| + 8·eps32·max(1, |loss|) ; to its gradients is added
                  what ∂loss/∂logp changes by if the log-probs change by their own bound
 
@@ -88,7 +90,7 @@ CASES = {
 
 
 class Found(NamedTuple):
-    """Of one way to compute: log-probs [R], gradients, the largest logit."""
+    """Of one way to compute: log-probs [R], gradients, the largest logit on the way."""
 
     logp: Tensor
     entropy: Tensor | None
@@ -167,8 +169,10 @@ def head(case: Case, backend: str, device: str) -> Errors:
     errors = _logp_errors(got.logp.detach(), plain, want, case.views + 1)
     if got.entropy is not None and want.entropy is not None and plain.entropy is not None:
         off, allowed = (_largest(x, want.entropy) for x in (got.entropy.detach(), plain.entropy))
-        errors["entropy_max"] = (off, 2 * allowed + 2 * _EPS32 * want.largest)
-    return errors | _gradient_errors([x.grad for x in leaves], plain, want, case.dtype)
+        errors["entropy_max"] = (off, 2 * allowed + 8 * _EPS32 * want.largest)
+    spread = errors["entropy_max"][1] if case.options else 0.0  # its error is a part of dz's
+    found = _gradient_errors([x.grad for x in leaves], plain, want, case.dtype)
+    return errors | {name: (off, bound + spread) for name, (off, bound) in found.items()}
 
 
 def loss(case: Case, backend: str, device: str) -> Errors:
@@ -236,12 +240,12 @@ def _lines(
         part = slice(first, first + _ROWS)
         states = rows[part].to(kept)
         z = _product(states, head.T, dtype).requires_grad_()
-        y, h = _tail(z, labels[part], {**options, "part": part})
+        y, h, size = _tail(z, labels[part], {**options, "part": part})
         total = (y * slopes[0][part].to(dtype)).sum()  # type: ignore[index]
         if slopes[1] is not None:
             total = total + (h * slopes[1][part].to(dtype)).sum()
         dz = torch.autograd.grad(total, z)[0].to(kept)
-        largest = max(largest, float(z.detach().abs().max()))
+        largest = max(largest, size)
         dstates.append(_product(dz, head, dtype).to(kept))
         dweight += _product(dz.T, states, dtype)
         logp.append(y.detach())
@@ -250,14 +254,16 @@ def _lines(
     return Found(torch.cat(logp), ends, torch.cat(dstates), dweight.to(kept), largest)
 
 
-def _tail(z: Tensor, labels: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy from bare products."""
+def _tail(z: Tensor, labels: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, float]:
+    """Log-prob and entropy from bare products, and the largest logit on the way."""
+    largest = float(z.detach().abs().max())
     if "bias" in options:
         z = z + options["bias"].to(z.dtype)
         z = options["softcap"] * torch.tanh(z / options["softcap"])
         z = z / options["temperature"][options["part"]].to(z.dtype)[:, None]
+    largest = max(largest, float(z.detach().abs().max()))
     log_p = torch.log_softmax(z, 1)
-    return log_p.gather(1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(1)
+    return log_p.gather(1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(1), largest
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

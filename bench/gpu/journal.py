@@ -29,7 +29,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         """Reads what the file holds; it need not exist."""
         self.path = path
-        text = path.read_text(errors="replace") if path.exists() else ""
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         self._torn = bool(text) and not text.endswith("\n")
         self.lines = [line for line in map(parse, text.split("\n")) if line is not None]
 

@@ -24,6 +24,7 @@ class Runner:
     def __init__(self, out: Path, seconds: float = float("inf")) -> None:
         """`seconds`: from now."""
         self.out = out
+        out.mkdir(parents=True, exist_ok=True)
         self.journal = Journal(out / JOURNAL)
         self._ends = time.monotonic() + seconds
 
@@ -44,6 +45,9 @@ class Runner:
                     continue
                 spent = self.journal.spent(step.name, part.name)
                 seconds = budget.time_for(part, spent, self.left)
+                if part.after and not self.journal.over(step.name, part.after):
+                    say(f"  {step.name}, {part.name}: waits for {part.after}")
+                    continue
                 if seconds is None:
                     say(f"  {step.name}, {part.name}: not in the {self.left:.0f} s left")
                     continue
@@ -153,7 +157,7 @@ class _Run:
         if self._room <= 0:
             return
         self._room -= len(text)
-        with self._log.open("a", errors="replace") as file:
+        with self._log.open("a", encoding="utf-8", errors="replace") as file:
             file.write(text if self._room > 0 else "== more than the log keeps of one part\n")
 
 

@@ -18,6 +18,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,10 +103,16 @@ def _on_card(machine: Machine, out: Path) -> list[Step]:
         return Part(plan, tuple(command), expect=45, limit=150, silence=90, restarts=6,
                     absent=absent, **how)  # fmt: skip
 
-    def sweep(name: str, *words: str, expect: float, least: float | None = None) -> Part:
-        command = module("bench.gpu.sweep", *words)
-        return Part(name, tuple(command), expect, 3 * expect, least=least, silence=120,
-                    restarts=12, forgiving=True, absent=no_triton)  # fmt: skip
+    def sweep(name: str, *words: str, expect: float, after: str = "") -> Part:
+        return Part(name, tuple(module("bench.gpu.sweep", *words)), expect, 3 * expect, silence=120,
+                    restarts=12, forgiving=True, after=after, absent=no_triton)  # fmt: skip
+
+    def points(kernel: str, role: str, *stages: tuple[str, float]) -> Iterator[Part]:
+        before = ""
+        for stage, expect in stages:
+            name = f"{stage} {kernel}.{role}"
+            yield sweep(name, stage, kernel, role, "cuda", expect=expect, after=before)
+            before = name
 
     def tool(name: str, plan: str, absent: str) -> Part:
         command = ["compute-sanitizer", "--tool", name, "--error-exitcode", "86"]
@@ -136,11 +143,9 @@ def _on_card(machine: Machine, out: Path) -> list[Step]:
             _benchmark("card", "cuda", out, expect=300),
         )),
         Step("sweep", "tiles and plans for this chip", (
-            *(sweep(f"{stage} {kernel}.many", stage, kernel, "many", "cuda", expect=expect)
-              for kernel in ("forward", "dlogits")
-              for stage, expect in (("hold", 60), ("time", 40), ("combine", 30))),
-            sweep("hold chunk", "hold", "forward", "chunk", "cuda", expect=25),
-            sweep("time chunk", "time", "forward", "chunk", "cuda", expect=25),
+            *points("forward", "many", ("hold", 60), ("time", 40), ("combine", 30)),
+            *points("dlogits", "many", ("hold", 60), ("time", 40), ("combine", 30)),
+            *points("forward", "chunk", ("hold", 25), ("time", 25)),
             sweep("plans", "plans", "cuda", expect=75),
         )),
         Step("profile", "time by kernel, counters", (
@@ -160,10 +165,10 @@ def _on_card(machine: Machine, out: Path) -> list[Step]:
             _benchmark("paper", "cuda", out, expect=900),
         )),
         Step("roles", "the sweep of the roles that are rarer", tuple(
-            sweep(f"{stage} {kernel}.{role}", stage, kernel, role, "cuda", expect=expect)
+            part
             for role in ("softcap_or_entropy", "few", "many_pointers")
             for kernel in ("forward", "dlogits")
-            for stage, expect in (("hold", 60), ("time", 40))
+            for part in points(kernel, role, ("hold", 60), ("time", 40))
         )),
     ]  # fmt: skip
 
@@ -206,7 +211,8 @@ def _on_cpu(machine: Machine, out: Path) -> list[Step]:
         )),
         Step("sweep", "a point of each kernel, interpreted", (
             *(part(f"{stage} {kernel}.few", "bench.gpu.sweep", stage, kernel, "few", "cpu",
-                   expect=10, absent=no_triton, forgiving=True)
+                   expect=10, absent=no_triton, forgiving=True,
+                   after=f"hold {kernel}.few" if stage == "time" else "")
               for kernel in ("forward", "dlogits") for stage in ("hold", "time")),
         )),
         Step("profile", "time by operator", (

@@ -21,14 +21,13 @@ Cells = Sequence[object]
 
 def write(out: Path, journal: Journal) -> None:
     """Writes the page, the CSV, and the tuning table that the sweep makes of its findings."""
-    out.mkdir(parents=True, exist_ok=True)
     rows = _bench_rows(out / BENCH)
     tuning, changes = winners.table(journal)
     _put(out / PAGE, "\n".join(page(journal, rows, changes)) + "\n")
     if tuning:
         _put(out / TUNING, tuning)
     new = out / f"{NUMBERS}.new"
-    with new.open("w", newline="") as file:
+    with new.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("section", "subject", "quantity", "value"))
         writer.writerows(numbers(journal, rows))
@@ -76,7 +75,7 @@ def _bench_rows(path: Path) -> list[bars.Row]:
     """The benchmark's rows; none if there is no such file yet."""
     if not path.exists():
         return []
-    with path.open(newline="", errors="replace") as file:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
         lines = (line.replace("\0", "") for line in file)
         rows = [{k: v or "" for k, v in row.items() if k} for row in csv.DictReader(lines)]
     return [row for row in rows if row.get("provider")]
@@ -84,7 +83,7 @@ def _bench_rows(path: Path) -> list[bars.Row]:
 
 def _put(path: Path, text: str) -> None:
     new = path.with_name(path.name + ".new")
-    new.write_text(text)
+    new.write_text(text, encoding="utf-8")
     new.replace(path)
 
 

@@ -62,11 +62,14 @@ def _grouped(rows: list[Row], *names: str) -> dict[tuple[str, ...], list[Row]]:
 
 
 def _best(rows: list[Row]) -> Row | None:
-    better = [row for row in rows if row["ratio_high"] < 1]
+    """The fastest that beats the present entry; the fastest of all if that one is broken."""
+    better = [row for row in rows if row["ratio_high"] < 1 or row.get("broken")]
     return min(better, key=lambda row: row["ratio"]) if better else None
 
 
 def _why(row: Row, facts: str) -> str:
+    if row.get("broken"):
+        return f"the fastest at {row.get('size', '?')}; before: {row['broken']}; {facts}"
     interval = f"[{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
     return f"{row['ratio']:.3f} {interval} of the time before at {row.get('size', '?')}; {facts}"
 

@@ -183,9 +183,13 @@ def _compare(name: str, got: Tensor, want: Tensor, plain: Tensor, rounding: floa
 @contextmanager
 def unwritten_is_nan() -> Iterator[None]:
     """Inside, torch.empty holds NaN: freed memory may have a right result of an earlier call."""
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
