@@ -16,7 +16,7 @@ from bench.gate import ROWS as HELD
 from bench.ops import ACTIVE
 from bench.own import OWN
 from bench.providers import OURS
-from bench.variants import Variant
+from bench.variants import HEAD, Variant
 from roma_kernels.linear_logprob.rows import GPU_WORKSPACE
 
 SWEPT = 16_384  # rows that the Triton back end sweeps at a time
@@ -127,8 +127,8 @@ def _compiled(s: Size) -> float:
     """Both in fp32, logits, dz; the rest is fused into the products' neighbours."""
     if not s.active:
         return s.upcast + s.logits
-    products = s.logits + s.upcast + s.head + s.gradients
-    return max(s.upcast + 2 * s.logits, products if s.upcast else 0)
+    products = s.logits + s.gradients + (s.upcast + s.head if s.upcast else 0)
+    return max(s.upcast + 2 * s.logits, products)
 
 
 def _kept(s: Size) -> float:
@@ -144,17 +144,21 @@ def _torch_fused(s: Size) -> float:
 
 
 def _torch_chunked(s: Size) -> float:
-    """Chunks of rows whose logits are as many as the states' elements; dW in fp32, twice."""
-    rows = 2 ** math.ceil(math.log2(max(s.rows * s.depth / s.vocab, 1.0)))
-    tiles = 4 * 4 * min(rows, s.rows) * s.vocab
-    return s.gradients + tiles + (2 * s.head + s.states if s.active else 0)
+    """Chunks of rows whose logits are as many as the states' elements, three in fp32.
+
+    Where 16-bit products are slow, on a CPU, the head in fp32; backward dW, its sum and a part.
+    """
+    rows = 2 ** math.ceil(math.log2(max(s.rows / math.ceil(s.vocab / s.depth), 1.0)))
+    tiles = 3 * 4 * min(rows, s.rows) * s.vocab
+    heads = 0 if s.item == 4 or s.cuda else (4 if s.active else 1) * s.head
+    return s.gradients + tiles + heads
 
 
 def _by_rows(s: Size) -> float:
-    """512 rows at a time: logits, probabilities, log-probs and more, six in fp32; dW twice."""
+    """512 rows at a time: logits, probabilities, log-probs; backward six in fp32, or dW twice."""
     tile = 4 * min(s.rows, LIGER_ROWS) * s.vocab
     if not s.active:
-        return 4 * tile
+        return 3 * tile
     weight = s.item * s.vocab * s.depth
     return s.gradients + max(6 * tile, 4.5 * tile + weight)
 
@@ -179,11 +183,12 @@ def _cce(s: Size) -> float:
 def _trl(s: Size) -> float:
     """A buffer of 4096 rows × 32768 entries; fp32 gradients, then rounded.
 
-    On a CPU its row kernel is plain PyTorch: seven tiles of fp32.
+    On a CPU its row kernel is plain PyTorch, seven tiles of fp32, and of the buffer only what is
+    written takes memory.
     """
-    tokens = min(s.rows, TRL_TOKENS)
-    buffer = s.item * tokens * TRL_COLUMNS
-    tile = 0 if s.cuda else 4 * tokens * min(s.vocab, TRL_COLUMNS)
+    tokens, columns = min(s.rows, TRL_TOKENS), min(s.vocab, TRL_COLUMNS)
+    buffer = s.item * tokens * (TRL_COLUMNS if s.cuda else columns)
+    tile = 0 if s.cuda else 4 * tokens * columns
     if not s.active:
         return buffer + 3 * tile
     return buffer + 7 * tile + s.head + s.states + s.gradients
@@ -209,7 +214,7 @@ _PEERS: dict[str, Callable[[Size], float]] = {
 
 
 def needs(variant: Variant, name: str, device: str, active: int) -> float:
-    """Bytes of a candidate, the comparison with float64 or a timed call, whichever is more.
+    """Bytes of a candidate: the comparison with float64 or a timed call, whichever takes more.
 
     Args:
         variant: what is measured.
@@ -217,33 +222,42 @@ def needs(variant: Variant, name: str, device: str, active: int) -> float:
         device: "cpu" or "cuda".
         active: rows with an upstream gradient.
     """
-    if variant.op not in ("linear_logprob", "roma_loss"):
-        return 0.0  # no head to speak of
-    rows = (variant.views + 1) * variant.tokens
-    item = variant.shape.dtype.itemsize
-    size = Size(rows, active, variant.depth, variant.vocab, item, device == "cuda")
-    base = name.removesuffix(ACTIVE)
-    own = OWN.get(base)
-    workspace = None if own is None else own.workspace
-    few = min(rows, (variant.views + 1) * HELD)
+    if variant.op not in HEAD:
+        return 0.0
+    size = _size(variant, device, active)
+    few = (variant.views + 1) * min(variant.tokens, HELD)
+    base, workspace = _own(name)
     held = extra(base, replace(size, rows=few, active=few), workspace)
-    if own is None and not base.startswith(OURS) and active:
-        # A peer differentiates every row that it gets.
-        size = replace(size, active=rows)
+    return max(held, timed(variant, name, device, active))
+
+
+def timed(variant: Variant, name: str, device: str, active: int) -> float:
+    """Bytes of a timed call."""
+    size, (base, workspace) = _size(variant, device, active), _own(name)
+    ours = base.startswith(OURS)
     if name.endswith(ACTIVE):
         forward = extra(base, replace(size, active=0))
-        chosen = replace(size, rows=active, active=active)
+        again = extra(base, replace(size, rows=active))
         # Chosen states are copied, and their gradients written to zeros for all rows.
-        timed = max(forward, extra(base, chosen) + item * variant.depth * (rows + active))
-    elif own is not None and variant.op == "roma_loss" and _is_token_local(variant):
-        timed = max(token_local(size, workspace), extra(base, size, workspace))
-    else:
-        timed = extra(base, size, workspace)
-    return max(held, timed)
+        return max(forward, again + size.item * size.depth * (size.rows + active))
+    if not ours and active:
+        size = replace(size, active=size.rows)  # a peer differentiates every row that it gets
+    found = extra(base, size, workspace)
+    local = variant.views <= 1 or variant.worst_over in ("token", "mean")
+    if ours and variant.op == "roma_loss" and local:
+        found = max(found, token_local(size, workspace))
+    return found
 
 
-def _is_token_local(variant: Variant) -> bool:
-    return variant.views <= 1 or variant.worst_over in ("token", "mean")
+def _size(variant: Variant, device: str, active: int) -> Size:
+    rows, item = (variant.views + 1) * variant.tokens, variant.shape.dtype.itemsize
+    return Size(rows, active, variant.depth, variant.vocab, item, device == "cuda")
+
+
+def _own(name: str) -> tuple[str, int | None]:
+    """A candidate's function, and the workspace that it is given."""
+    base = name.removesuffix(ACTIVE)
+    return base, OWN[base].workspace if base in OWN else None
 
 
 def data(variant: Variant) -> float:
@@ -252,7 +266,7 @@ def data(variant: Variant) -> float:
     Drawn: three fp32 heads while one is scaled. Float64: the head, and its gradient, which is then
     kept in fp32. The states of all images are stacked in fp32 before they are rounded.
     """
-    if variant.op not in ("linear_logprob", "roma_loss"):
+    if variant.op not in HEAD:
         return 0.0
     item = variant.shape.dtype.itemsize
     head, rows = variant.vocab * variant.depth, (variant.views + 1) * variant.tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench import against, data, gate, memory, ops, report, results
+from bench import against, data, estimate, gate, memory, ops, report, results
 from bench import run as runner
 from bench.__main__ import OPS
 from bench.job import Options
 from bench.measure import Times
+from bench.providers import Unavailable
 from bench.variants import Variant, on_states, plan
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +32,7 @@ def smoke(*add: str, **others: Any) -> Options:
 @pytest.fixture(autouse=True)
 def path(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker finds the tests' modules too."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"), prepend=os.pathsep)
 
 
 @pytest.mark.parametrize("op", ["linear_logprob", "roma_loss"])
@@ -149,6 +151,45 @@ def test_states_of_ones_own(tmp_path: Path) -> None:
     case = bench.case  # type: ignore[attr-defined]
     assert torch.equal(case.states[0], made.states[0]) and torch.equal(case.weight, made.weight)
     assert memory.extra_mib(variants[0].line, "naive", "cpu") >= 0
+
+
+ESTIMATED = (
+    Variant("linear_logprob", "both", 64, 4, 256, 16_384),
+    Variant("linear_logprob", "forward", 64, 4, 256, 16_384),
+    Variant("linear_logprob", "both", 128, 1, 512, 8_192, dtype="fp32"),
+    Variant("roma_loss", "both", 64, 4, 256, 16_384),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ESTIMATED, ids=lambda v: f"{v.op}-{v.phase}-{v.dtype}")
+def test_estimates_hold_against_measured_memory(variant: Variant) -> None:
+    """Never below 0.8 of what a call really takes, and not far above.
+
+    A peer's formula lists the tensors of its peak: 1.25, for one that may have died by then, and
+    2 MiB for numbers a row. Ours allows for the two tiles of a workspace of 16 MiB (three in plain
+    PyTorch), filled or not: 1.25, and those.
+    """
+    # Compiled forms take a minute, and one active form stands for all.
+    left_out = {"compile", "cce compile"}
+    names = [n for n in ops.names_of(variant) if n == "naive fp32 active" or " active" not in n]
+    here = [name for name in names if name not in left_out and _loads(name)]
+    bench = ops.bench_of(variant, "cpu", hold=False)
+    active = bench.active_rows  # type: ignore[attr-defined]
+    found = memory.extras_mib(variant.line, here, "cpu")
+    assert {"roma", "roma torch", "naive fp32", "naive", "torch fused"} <= set(found)
+    for name, measured in found.items():
+        expected = estimate.timed(variant, name, "cpu", active) / 2**20
+        slack = 3 * 16.0 if name.startswith("roma") else 2.0
+        assert 0.8 * measured <= expected <= 1.25 * measured + slack, (name, measured, expected)
+
+
+def _loads(name: str) -> bool:
+    try:
+        ops.provider_of(name).load("cpu")
+    except Unavailable:
+        return False
+    return True
 
 
 def test_memory_of_what_ends_badly() -> None:
