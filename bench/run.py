@@ -86,13 +86,12 @@ class Supervisor:
     def _job(self) -> Job:
         assert self._progress is not None
         self._current = None
-        gone = [self._progress.gone, *(_gone(v, self.rows) for v in self._left[1:])]
         return Job(
             self.options,
-            self._left,
-            gone,
-            self._progress.rounds,
-            self._progress.errors,
+            list(self._left),
+            [dict(self._progress.gone), *(_gone(v, self.rows) for v in self._left[1:])],
+            list(self._progress.rounds),
+            dict(self._progress.errors),
             machine=self._machine is None,
         )
 

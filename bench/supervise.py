@@ -55,6 +55,11 @@ class Worker:
         except BrokenPipeError:
             pass  # it is dead already, and `events` says so
 
+    @property
+    def pid(self) -> int:
+        """Of the process, and of its group."""
+        return self._process.pid
+
     def __enter__(self) -> "Worker":
         """Itself."""
         return self

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.planted import FAULTS
+from support.planted import FAULTS, KILLED, REFUSED
 
 from bench import results
 from bench import run as runner
-from bench.job import Options
+from bench.job import Job, Options
+from bench.supervise import Cut, Worker
 from bench.variants import Variant
 
 TESTS = Path(__file__).parents[1]
@@ -72,3 +78,138 @@ def test_ours(tmp_path: Path) -> None:
         for peer in GOOD:
             assert found[peer]["rounds"] == "3" and not found[peer]["ratio"]
             assert runner.verdict(found[peer]) == "–"
+
+
+@pytest.mark.slow
+def test_the_whole_loss(tmp_path: Path) -> None:
+    """Ours wrong, what completes the peers failing, a process spoilt: the peers have times."""
+    variant, out = Variant("roma_loss", "both", 32, 2, 64, 1000), tmp_path / "run.csv"
+    runner.run([variant], options("planted_loss", "naive fp32 active", "spoils"), out)
+    found = table(results.read(out))
+    assert set(found) == {"roma", "roma_loss_from_logp", "spoils", *GOOD, "naive fp32 active"}
+    off = r"refused: dhidden \S+ exceeds \S+ in its warm-up"
+    assert re.fullmatch(off, found["roma"]["reason"])
+    said = "fails in its comparison: RuntimeError: no kernel image"
+    assert found["roma_loss_from_logp"]["reason"] == said
+    said = "fails in its forward: RuntimeError: CUDA error: an illegal memory access"
+    assert found["spoils"]["reason"] == said
+    for name in (*GOOD, "naive fp32 active"):
+        assert found[name]["rounds"] == "3" and found[name]["completion"] == "torch"
+
+
+@pytest.mark.slow
+def test_data(tmp_path: Path) -> None:
+    """Too large, refused or fatal, its variant has a row for every candidate; the next goes on."""
+    variants = [
+        Variant("linear_logprob", "both", 2**20, 4, 2**16, 2**18),
+        Variant("linear_logprob", "both", 16, 1, 64, KILLED),
+        Variant("roma_loss", "both", 16, 1, 64, REFUSED),
+        # All logits of 1024 rows are 16 MiB in fp32; ours takes two tiles.
+        Variant("linear_logprob", "both", 256, 3, 8, 4096),
+    ]
+    out = tmp_path / "run.csv"
+    runner.run(variants, options("planted_data", memory_limit=0.03), out)
+    rows = results.read(out)
+    large, killed, refused, fine = (
+        table([row for row in rows if row["vocab"] == str(v.vocab)]) for v in variants
+    )
+    for found in (large, killed, refused, fine):
+        assert set(found) == {"roma", *GOOD}
+    for name in found:
+        assert re.fullmatch(r"its data: needs \S+ GiB, 0.03 are free", large[name]["reason"])
+        assert killed[name]["reason"] == "no data: ended its process: code 9 in its data"
+        assert refused[name]["reason"] == "no data: fails in its data: RuntimeError: no such file"
+    assert fine["roma"]["ms_p50"]
+    for name in GOOD:
+        assert re.fullmatch(r"needs 0\.04\S+ GiB, 0\.03 are free", fine[name]["reason"])
+
+
+def test_a_run_that_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variant is there with all of its times or with none; what has a reason is not repeated."""
+    first, second = (Variant("linear_logprob", "forward", n, 0, 64, 1000) for n in (16, 32))
+    jobs: list[Job] = []
+
+    class Scripted:
+        """Times the first variant, refuses a candidate of the second, and is cut."""
+
+        def __init__(self, job: Job) -> None:
+            jobs.append(job)
+
+        def __enter__(self) -> Scripted:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def events(self, until: float) -> Iterator[dict[str, object]]:
+            yield {"event": "machine", "columns": {"machine": "a CPU"}}
+            for number in range(len(jobs[-1].variants)):
+                yield {"event": "variant", "names": ["roma", "naive"]}
+                if len(jobs[-1].variants) - number == 2:
+                    yield {"event": "rows", "rows": [TIMED]}
+                    yield {"event": "done"}
+            if "naive" not in jobs[-1].gone[-1]:
+                why = "hangs: so long"
+                yield {"event": "refused", "name": "naive", "reason": why, "held": True}
+            yield {"event": "round", "ms": {"roma": 1.0}}
+            raise Cut
+
+    monkeypatch.setattr(runner, "Worker", Scripted)
+    out, how = tmp_path / "run.csv", Options("cpu", 3, 1.0)
+    for resume, retry in ((False, False), (True, False), (True, True)):
+        runner.run([first, second], how, out, resume=resume, retry=retry, minutes=1)
+        rows = [(r["tokens"], r["provider"], r.get("ms_p50", "")) for r in results.read(out)]
+        assert rows == [("16", "roma", "2"), ("32", "naive", "")]
+    assert [job.variants for job in jobs] == [[first, second], [second], [second]]
+    assert [job.gone[-1] for job in jobs] == [{}, {"naive": "hangs: so long"}, {}]
+
+
+TIMED = {
+    "provider": "roma", "ms_p20": "1", "ms_p50": "2", "ms_p80": "3", "tflops": "1", "extra_mib": "",
+}  # fmt: skip
+
+
+def test_a_worker_goes_with_its_time() -> None:
+    with Worker(Job(Options("cpu", 3, 1.0), [], [])) as worker:
+        with pytest.raises(Cut):
+            list(worker.events(until=0.0))
+    assert not alive(worker.pid)
+
+
+def test_nothing_starts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A machine on which no worker starts is an error, not a table of faults."""
+    variant = Variant("linear_logprob", "forward", 16, 0, 64, 1000)
+    with pytest.raises(RuntimeError, match="no worker starts: the last one ended its process"):
+        runner.run([variant], options("planted_by_nobody"), tmp_path / "run.csv")
+    assert "No module named 'support.planted_by_nobody'" in capfd.readouterr().err
+    assert not (tmp_path / "run.csv").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_ctrl_c_ends_all(sent: signal.Signals, tmp_path: Path) -> None:
+    """Also a worker that hangs; and one whose parent was killed outright."""
+    command = [sys.executable, "-m", "bench", "--preset", "smoke", "--op", "linear_logprob"]
+    command += ["--providers", "hangs", "--add", "support.planted_peers", "--limit", "1000"]
+    command += ["--out", str(tmp_path / "run.csv")]
+    run = subprocess.Popen(command, cwd=TESTS.parent, stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    while "linear_logprob" not in run.stdout.readline():
+        assert run.poll() is None
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+    (worker,) = map(int, children.read_text().split())
+    run.send_signal(sent)
+    assert run.wait(10) == (130 if sent == signal.SIGINT else -signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(worker)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie, which only waits to be counted, does not."""
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -15,6 +15,7 @@ from bench import providers
 from bench.providers import Score
 
 FOREVER = 1000.0
+KILLED, REFUSED = 777, 778  # vocabularies for which planted_data builds no data
 
 
 def right(states: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
