@@ -87,4 +87,5 @@ def main() -> None:
         print(table(title, rows), "\n")
 
 
-main()
+if __name__ == "__main__":
+    main()
