@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 import roma
@@ -32,25 +31,17 @@ class Own:
 
     def load(self, device: str) -> Score:
         """Its log-probs on a device type; raises Unavailable."""
-        self.check(device)
+        if self.plan and choose(device)[0] != "triton":
+            raise Unavailable("the Triton back end has plans, and it cannot run here")
+        if self.plan and self.plan not in _tuning().PLANS:
+            raise Unavailable(f"plans are {', '.join(_tuning().PLANS)}")
 
         def score(states: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
+            if self.plan == "gluon":
+                _served_by_gluon(states, weight)
             return roma.linear_logprob(states, weight, tokens, workspace=self.workspace).logp
 
         return score
-
-    def check(self, device: str) -> None:
-        """Raises Unavailable if the plan cannot be taken here: another one would be, unnoticed."""
-        if not self.plan:
-            return
-        if choose(device)[0] != "triton":
-            raise Unavailable("the Triton back end has plans, and it cannot run here")
-        tuning = _tuning()
-        if self.plan not in tuning.PLANS:
-            raise Unavailable(f"plans are {', '.join(tuning.PLANS)}")
-        chip = tuning.chip(torch.device(device))
-        if self.plan == "gluon" and chip != "sm_90":
-            raise Unavailable(f"plan gluon is a kernel of sm_90; this is {chip}")
 
     @contextmanager
     def chosen(self) -> Iterator[None]:
@@ -60,6 +51,18 @@ class Own:
             inside = _tuning().override(f"plan={self.plan}")
         with inside:
             yield
+
+
+def _served_by_gluon(states: Tensor, weight: Tensor) -> None:
+    """Raises Unavailable where another plan would be taken, unnoticed."""
+    try:
+        from roma_kernels.linear_logprob.gluon.launch import supports
+    except ImportError as missing:
+        raise Unavailable(f"no plan gluon in this checkout ({missing})") from missing
+    chip = _tuning().chip(states.device)
+    why = supports(chip, states, weight, bias=False, softcap=False)
+    if why:
+        raise Unavailable(why)
 
 
 def _tuning():  # type: ignore[no-untyped-def]

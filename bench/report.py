@@ -92,7 +92,9 @@ def costs(rows: list[Row], path: Path) -> str:
     ours = [r for r in rows if r["provider"] == OURS and r.get("executed_gflop")]
     ours = [r for r in ours if r["op"] in HEAD and r["phase"] == "both"]
     ours = [r for r in ours if r["dtype"] == ours[0]["dtype"]]
-    base = next(r for r in ours if r["op"] == "roma_loss" and _base(r, rows))
+    base = next((r for r in ours if r["op"] == "roma_loss" and _base(r, rows)), None)
+    if base is None:
+        return f"Ours has no time of the loss in [{path.name}](../bench/results/{path.name})."
     rate = float(base["executed_gflop"]) / float(base["ms_p50"])
     lines = [
         "| op | N | K | D | V | what | products, GFLOP | predicted, ms | measured, ms | off |",
@@ -200,8 +202,8 @@ def _cell(rows: list[Row], name: str, wanted: Callable[[Row], bool]) -> str:
 
 
 def _beside_ours(row: Row) -> str:
-    """In brackets: the time over ours."""
-    if row["provider"] == OURS:
+    """In brackets: the time over ours, where ours has one."""
+    if row["provider"] == OURS or not row["ratio"]:
         return ""
     if float(row["ratio_low"]) <= 1 <= float(row["ratio_high"]):
         return " (level)"
@@ -217,7 +219,7 @@ def plots(rows: list[Row], path: Path) -> list[Path]:
 
     timed = [row for row in rows if row.get("ms_p50")]
     made = []
-    base = [r for r in timed if r["op"] == "roma_loss" and _base(r, rows)]
+    base = [r for r in timed if r["op"] == "roma_loss" and _base(r, rows) and r["ratio"]]
     if base:
         base.sort(key=lambda r: float(r["ratio"]))
         figure, axes = plt.subplots(figsize=(8, 0.32 * len(base) + 1.4), layout="constrained")
