@@ -72,10 +72,18 @@ def test_plans_give_one_dz(plan: str) -> None:
 
 def test_every_entry_has_a_reason_and_every_chip_every_role() -> None:
     for chip in tuning.CHIPS:
-        for role in ("many", "softcap_or_entropy", "few", "fp32"):
+        for role in ("many", "softcap_or_entropy", "few", "many_unaligned", "few_unaligned"):
             for kernel in tuning.KERNELS:
-                assert tile_of(chip, kernel, role).why
+                assert tile_of(chip, kernel, role, role.removesuffix("_unaligned")).why
         assert tuning.chunk_for(torch.device("cpu")).why
+
+
+@pytest.mark.parametrize("plan", ["triton", "gluon"])
+def test_fp32_on_a_gpu_is_the_vendors(plan: str) -> None:
+    with override(f"chip=sm_90 plan={plan}"):
+        for kernel in tuning.KERNELS:
+            asked = functools.partial(tuning.plan_for, torch.device("cpu"), kernel)
+            assert asked(torch.float32, 4096) == "vendor" and asked(torch.bfloat16, 4096) == plan
 
 
 def test_assignments_change_one_kernel_or_both() -> None:

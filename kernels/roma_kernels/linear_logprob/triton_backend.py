@@ -13,13 +13,15 @@ from roma_kernels.products import addmm_, mm_out
 
 def sweep(rows: Rows, head: Head, sums: Tensor) -> None:
     """Fills `sums` [3 or 4, R] with peak, total, target and (if four) moment of each row."""
-    plan = plan_for(sums.device, "forward", rows.num_rows)
+    dtype = promoted(rows.hidden, head.weight)
+    plan = plan_for(sums.device, "forward", dtype, rows.num_rows)
     (vendor if plan == "vendor" else forward).sweep(rows, head, sums)
 
 
 def dlogits(active: Active, head: Head) -> Tensor:
     """The gradient dz [A, V] for a head, or a slice of one, of V entries."""
-    plan = plan_for(active.states.device, "dlogits", active.out_of)
+    states = active.states
+    plan = plan_for(states.device, "dlogits", states.dtype, active.out_of)
     return (vendor if plan == "vendor" else fused_dlogits).dlogits(active, head)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from roma_kernels.linear_logprob.rows import Active, Head
 from roma_kernels.linear_logprob.triton.launch import (
     TRITON_DTYPES,
-    describable,
+    aligned,
     programs,
     promoted,
     sources,
@@ -80,10 +80,13 @@ def _dlogits_kernel(
         z = _logits(product, bias_ptr, cols, V, softcap, SOFTCAP)
 
         lse = tl.load(lse_ptr + rows, inside, other=0.0)
-        g = tl.load(dlogp_ptr + rows, inside, other=0.0)
+        by_logit = row_scale
+        if loss_scale_ptr is not None:
+            by_logit *= tl.load(loss_scale_ptr)
+        g = tl.load(dlogp_ptr + rows, inside, other=0.0) * by_logit
         e, entropy = g, g
         if dentropy_ptr is not None:
-            e = tl.load(dentropy_ptr + rows, inside, other=0.0)
+            e = tl.load(dentropy_ptr + rows, inside, other=0.0) * by_logit
             entropy = tl.load(entropy_ptr + rows, inside, other=0.0)
         token = tl.load(tokens_ptr + rows, inside, other=-1) - vocab_start
         local = (token - vocab_tile * BLOCK_V).to(tl.int32)
@@ -91,8 +94,6 @@ def _dlogits_kernel(
         dz = _dlogits(
             z, target, lse, row_scale, g, e, entropy, softcap, dentropy_ptr is not None, SOFTCAP
         )
-        if loss_scale_ptr is not None:
-            dz *= tl.load(loss_scale_ptr)
         places = rows.to(tl.int64)[:, None] * (stride_dz64 * 64) + cols[None, :]
         stored = inside[:, None] & (cols < stride_dz64 * 64)[None, :]
         tl.store(dz_ptr + places, dz.to(dz_ptr.dtype.element_ty), stored)
@@ -106,7 +107,7 @@ def dlogits(active: Active, head: Head) -> Tensor:
     tile = tile_for(
         dz.device, "dlogits", dtype, active.out_of,
         softcap_or_entropy=head.softcap is not None or active.dentropy is not None,
-        describable=describable(active.states, head.weight),
+        aligned=aligned(active.states, head.weight),
     )  # fmt: skip
     hidden, weight = sources(tile, active.states, head.weight)
     _dlogits_kernel[(programs(tile, count, vocab, dz.device),)](

@@ -21,7 +21,7 @@ from roma_kernels.linear_logprob.rows import Head, Rows
 from roma_kernels.linear_logprob.triton.gather import gather_rows
 from roma_kernels.linear_logprob.triton.launch import (
     TRITON_DTYPES,
-    describable,
+    aligned,
     programs,
     promoted,
     sources,
@@ -182,7 +182,7 @@ def _sweep_part(rows: Rows, head: Head, sums: Tensor, first: int, dtype: torch.d
     tile = tile_for(
         device, "forward", dtype, rows.num_rows,
         softcap_or_entropy=head.softcap is not None or len(sums) == 4,
-        describable=describable(states, head.weight),
+        aligned=aligned(states, head.weight),
     )  # fmt: skip
     parts = triton.cdiv(vocab, tile.block_v)
     peaks, totals, *moments = sums.new_empty(len(sums) - 1, parts, count)

@@ -40,8 +40,8 @@ def sources(
     )
 
 
-def describable(*matrices: Tensor) -> bool:
-    """Whether the copy engine can read them: 16-byte addresses and row strides, rows contiguous."""
+def aligned(*matrices: Tensor) -> bool:
+    """Whether 16 bytes can be read at a time: addresses and row strides in 16s, contiguous rows."""
     return all(
         x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
         for x in matrices

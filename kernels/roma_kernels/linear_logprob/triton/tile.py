@@ -126,7 +126,7 @@ def _dlogits(
     target,  # [rows, cols] bool: v = y
     lse,  # [rows], as are scale, g, e and entropy
     scale,
-    g,
+    g,  # times 1/τ, and fp16's loss scale; so is e
     e,
     entropy,
     softcap,
@@ -145,4 +145,4 @@ def _dlogits(
     if SOFTCAP:
         capped = tl.where(z > -float("inf"), z, 0.0) / softcap
         dz *= 1 - capped * capped
-    return dz * scale[:, None]
+    return dz

@@ -6,7 +6,8 @@
 
 A plan is how logits are formed: "triton", one fused kernel; "vendor", the vendor's product into a
 chunk of logits that stays in L2, and a row kernel; "gluon", the warp-specialised kernel of sm_90.
-Where a plan cannot serve a call (`gluon` with a softcap, say) the fused kernel does.
+Where a plan cannot serve a call (`gluon` with a softcap, say) the fused kernel does; fp32 on a GPU
+is always the vendor's, whose exact products are faster than any that Triton makes of it.
 
 Entries can be changed without editing the file, for a process by the environment,
 
@@ -109,18 +110,14 @@ def _chip_of(device: torch.device) -> str:
     return "sm_80" if (major, minor) == (8, 0) else "sm_120"
 
 
-def role_of(dtype: torch.dtype, rows: int, *, softcap_or_entropy: bool, chip: str) -> str:
+def role_of(dtype: torch.dtype, rows: int, *, softcap_or_entropy: bool) -> str:
     """The role of a product in `dtype` over `rows` rows.
 
-    "fp32", exact products without tf32; "few", at most FEW_ROWS rows of bf16 or fp16; "many", more
-    of them; "softcap_or_entropy", these with an option that needs more registers.
+    "few", at most FEW_ROWS rows; "many", more of them; "softcap_or_entropy", these with an option
+    that needs more registers; "fp32", few rows of fp32, which only the interpreter multiplies.
     """
-    few = rows <= FEW_ROWS
-    # Interpreted, fp32 is like the rest, and many rows are to get large blocks.
-    if dtype == torch.float32 and (few or chip != "interpreter"):
-        return "fp32"
-    if few:
-        return "few"
+    if rows <= FEW_ROWS:
+        return "fp32" if dtype == torch.float32 else "few"
     return "softcap_or_entropy" if softcap_or_entropy else "many"
 
 
@@ -131,7 +128,7 @@ def tile_for(
     rows: int,
     *,
     softcap_or_entropy: bool,
-    describable: bool,
+    aligned: bool,
 ) -> Tile:
     """The tile of a kernel ("forward" or "dlogits").
 
@@ -141,14 +138,14 @@ def tile_for(
         dtype: the dtype that is multiplied.
         rows: of the whole call, active or not: so that it does not depend on the data.
         softcap_or_entropy: whether there is one.
-        describable: whether the copy engine can read both matrices.
+        aligned: whether both matrices can be read 16 bytes at a time, by the copy engine too. If
+            not, each element has an address of its own, and tiles have registers for fewer.
     """
     here = chip(device)
-    role = role_of(dtype, rows, softcap_or_entropy=softcap_or_entropy, chip=here)
-    tile = tile_of(here, kernel, role)
-    if describable or not tile.descriptors:
-        return tile
-    return replace(tile_of(here, kernel, f"{role}_pointers", role), descriptors=False)
+    role = role_of(dtype, rows, softcap_or_entropy=softcap_or_entropy)
+    if aligned:
+        return tile_of(here, kernel, role)
+    return replace(tile_of(here, kernel, f"{role}_unaligned", role), descriptors=False)
 
 
 def tile_of(chip: str, kernel: str, *roles: str) -> Tile:
@@ -161,13 +158,16 @@ def chunk_for(device: torch.device) -> Chunk:
     return _chunk(chip(device), _changes())
 
 
-def plan_for(device: torch.device, kernel: str, rows: int) -> str:
-    """The plan of a kernel over `rows` rows: "triton", "vendor" or "gluon"."""
-    return plan_of(chip(device), kernel, rows)
+def plan_for(device: torch.device, kernel: str, dtype: torch.dtype, rows: int) -> str:
+    """The plan of a kernel in `dtype` over `rows` rows: "triton", "vendor" or "gluon"."""
+    here = chip(device)
+    if dtype == torch.float32 and here != "interpreter":
+        return "vendor"
+    return plan_of(here, kernel, rows)
 
 
 def plan_of(chip: str, kernel: str, rows: int) -> str:
-    """As `plan_for`, of a chip by its name."""
+    """As `plan_for` for 16-bit matrices, of a chip by its name."""
     changes = _changes()
     chosen = changes.get(kernel, "plan")
     if chosen is None:
@@ -233,7 +233,7 @@ _NUMBERS = tuple(f.name for f in fields(Tile) if f.name != "why")
 _ROLES = tuple(
     role + form
     for role in ("many", "softcap_or_entropy", "few", "fp32")
-    for form in ("", "_pointers")
+    for form in ("", "_unaligned")
 )
 
 

@@ -120,10 +120,13 @@ def _row_dlogits_kernel(
     if scale_ptr is not None:
         row_scale = tl.load(scale_ptr + one)
     local = (tl.load(tokens_ptr + one) - vocab_start).to(tl.int32)
-    lse, g = tl.load(lse_ptr + one), tl.load(dlogp_ptr + one)
+    by_logit = row_scale
+    if loss_scale_ptr is not None:
+        by_logit *= tl.load(loss_scale_ptr)
+    lse, g = tl.load(lse_ptr + one), tl.load(dlogp_ptr + one) * by_logit
     e, entropy = g, g
     if dentropy_ptr is not None:
-        e, entropy = tl.load(dentropy_ptr + one), tl.load(entropy_ptr + one)
+        e, entropy = tl.load(dentropy_ptr + one) * by_logit, tl.load(entropy_ptr + one)
     columns = tl.cdiv(V, 64) * 64
     for start in range(0, columns, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
@@ -134,8 +137,6 @@ def _row_dlogits_kernel(
         dz = _dlogits(
             z, target, lse, row_scale, g, e, entropy, softcap, dentropy_ptr is not None, SOFTCAP
         )
-        if loss_scale_ptr is not None:
-            dz *= tl.load(loss_scale_ptr)
         places = dz_ptr + i * (stride_dz64 * 64) + cols[None, :]
         tl.store(places, dz.to(dz_ptr.dtype.element_ty), (cols < columns)[None, :])
 
