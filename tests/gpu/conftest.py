@@ -18,6 +18,16 @@ from roma_kernels.linear_logprob.triton.tuning import override
 CARD = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gluon has no interpreter: no test of it on the CPU."""
+    impossible = {"plan": "gluon", "device": "cpu"}
+
+    def drawn(item: pytest.Item) -> dict[str, object]:
+        return item.callspec.params if hasattr(item, "callspec") else {}
+
+    items[:] = [item for item in items if not impossible.items() <= drawn(item).items()]
+
+
 @pytest.fixture(params=[CARD, "cpu"])
 def device(request: pytest.FixtureRequest) -> str:
     """A card, or the CPU that stands in for one."""

@@ -125,6 +125,7 @@ def tf32() -> Iterator[None]:
         torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.parametrize("plan", ["triton", "vendor"], indirect=True)
 def test_fp32_is_exact_where_tf32_is_allowed(device: str, plan: str) -> None:
     """Forward, recompute, dh and dW. tf32 keeps 10 bits: the same bound refuses its product."""
     spec = HeadSpec(shape=(70,), d=256, v=1000, bias=True, entropy=True)
