@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from triton.compiler.errors import CompilationError
+from triton.runtime import driver
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from bench.gpu import journal, table
@@ -47,8 +48,8 @@ class Place:
         self.chip = tuning.chip(torch.device(device))
         self.shared = _INTERPRETED_SHARED
         if device == "cuda":
-            about = torch.cuda.get_device_properties(0)
-            self.shared = about.shared_memory_per_block_optin
+            about = driver.active.utils.get_device_properties(torch.cuda.current_device())
+            self.shared = about["max_shared_mem"]
         tiles = tuning.table(self.chip)["tiles"]
         if role != "chunk" and role not in tiles:
             print(f"{self.chip} has no tile for {role}")

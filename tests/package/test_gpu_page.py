@@ -32,12 +32,13 @@ def recorded(path: Path) -> Journal:
         journal.append("row", step="correct", part=plan, item=f"{plan}, ragged, head",
                        status=status, reason="died of SIGABRT" if status != "ok" else "",
                        logp_rms=1e-5, logp_rms_bound=1e-4)  # fmt: skip
-    for stages, ratio in ((4, 1.0), (3, 0.9), (5, 0.97)):
+    journal.append("row", step="correct", part="gluon", item="gluon, fp16, head", status="ok")
+    for stages, ratio, high in ((4, 1.0, 1.02), (3, 0.9, 0.92), (5, 0.97, 0.99), (2, 0.8, 1.01)):
         entries = {"block_r": 128, "block_v": 256, "block_d": 64, "group": 16, "num_warps": 8,
                    "num_stages": stages, "descriptors": True, "persistent": True}  # fmt: skip
         journal.append("row", step="sweep", part="time", item=f"time: stages {stages}", status="ok",
                        chip="sm_90", kernel="dlogits", role="many", entries=entries, ms=10 * ratio,
-                       ratio=ratio, ratio_low=ratio - 0.02, ratio_high=ratio + 0.02,
+                       ratio=ratio, ratio_low=ratio - 0.02, ratio_high=high,
                        size="R=8192")  # fmt: skip
     for plan, ratio in (("vendor", 0.95), ("gluon", 0.8)):
         for rows in (1024, 4096):

@@ -92,6 +92,25 @@ def test_a_wrong_head_is_named(
     assert wrong_names(correct.head(SMALL[1], "torch", "cpu")) == found
 
 
+def test_the_program_says_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """NaN exceeds every bound."""
+    monkeypatch.setitem(correct.CASES, "interpreted", SMALL[:1])
+    real = roma.linear_logprob
+
+    def head(*args: Any, **how: Any) -> Any:
+        got = real(*args, **how)
+        return got._replace(logp=got.logp * torch.nan)
+
+    monkeypatch.setattr(roma, "linear_logprob", head)
+    correct.main("interpreted", "torch", "cpu")
+    lines = capsys.readouterr().out.splitlines()
+    rows = [json.loads(line.removeprefix("@row ")) for line in lines if line.startswith("@row ")]
+    assert [row["status"] for row in rows] == ["failed", "ok"]
+    assert rows[0]["reason"].startswith("logp_max nan exceeds")
+
+
 def test_a_wrong_loss_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A term that is a tenth too large."""
     real = roma.roma_loss
@@ -208,8 +227,8 @@ def test_the_best_changes_together() -> None:
         return Point("forward", "many", present.entry | entry, what)
 
     winners = [
-        (change("group", group=8), 0.95),
         (change("group", group=32), 0.97),
+        (change("group", group=8), 0.95),
         (change("stages", num_stages=3), 0.9),
         (change("depth", block_d=128, num_stages=2), 0.99),
     ]
