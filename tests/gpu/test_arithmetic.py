@@ -121,6 +121,8 @@ def tf32() -> Iterator[None]:
     torch.set_float32_matmul_precision("high")
     try:
         yield
+        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -131,7 +133,6 @@ def test_fp32_is_exact_where_tf32_is_allowed(device: str, plan: str) -> None:
     spec = HeadSpec(shape=(70,), d=256, v=1000, bias=True, entropy=True)
     with tf32():
         compare_head.check_against_oracle(spec, card.there("linear_logprob", device))
-        assert torch.get_float32_matmul_precision() == "high"
         if device == "cuda":
             inputs = spec.make()
             h, w = inputs["hidden"].cuda(), inputs["weight"].cuda()

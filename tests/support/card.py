@@ -92,16 +92,14 @@ def watched() -> Iterator[list[str]]:
 
 
 @contextmanager
-def launched() -> Iterator[list[str]]:
-    """Names of the kernels that Triton launches inside the block."""
-    seen: list[str] = []
-    hooks = triton.knobs.runtime.launch_enter_hook
-
-    def entered(metadata: Any) -> None:
-        seen.append(metadata.get()["name"])
-
-    hooks.add(entered)
+def launched(**kernels: Any) -> Iterator[set[str]]:
+    """Which of some kernels are launched inside the block, by the names given here."""
+    seen: set[str] = set()
+    hooks = {name: lambda *_, name=name, **__: seen.add(name) for name in kernels}
+    for name, kernel in kernels.items():
+        kernel.pre_run_hooks.append(hooks[name])
     try:
         yield seen
     finally:
-        hooks.remove(entered)
+        for name, kernel in kernels.items():
+            kernel.pre_run_hooks.remove(hooks[name])
