@@ -100,12 +100,17 @@ def plain_loss(
     gap = (views - clean.detach()).clamp(-config.log_ratio_clamp, config.log_ratio_clamp)
     divergence = (torch.expm1(gap) - gap) * mask
     if config.worst_over == "token":
-        by_sequence = divergence.amax(0).sum(-1) / lengths
+        by_sequence = _worst(divergence).sum(-1) / lengths
     else:
-        by_sequence = (divergence.sum(-1) / lengths).amax(0)
+        by_sequence = _worst(divergence.sum(-1) / lengths)
     penalty = (by_sequence * correct).mean()
     sampled = views[aux_view, torch.arange(len(mask), device=mask.device)]
     return clipped(clean) + config.lambda_aux * clipped(sampled) + config.lambda_inv * penalty
+
+
+def _worst(by_view: Tensor) -> Tensor:
+    """The largest over the views; a tie is the first one's, where amax would share its gradient."""
+    return by_view.gather(0, by_view.argmax(0, keepdim=True))[0]
 
 
 def plain_coefficients(logp: Tensor, options: dict[str, Any]) -> Tensor:

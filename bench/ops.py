@@ -31,6 +31,8 @@ AMONG = {
     "few": (OURS, "roma torch", "naive fp32", "torch fused", "liger", "cce", "trl"),
     "core": (OURS, "roma torch", "naive fp32", "torch fused"),
 }
+# Of minutes on a card; forms of others that are slow there, or take long to compile.
+NOT_ON_A_CARD = ("compile", "cce exact", "liger", "verl chunked")
 ACTIVE = " active"
 LIGER_GRPO = "liger grpo"  # a whole loss, of the clean image alone
 COMPLETION = "roma_loss_from_logp"
@@ -335,6 +337,7 @@ def names_of(variant: Variant) -> list[str]:
     every = [p.name for p in PROVIDERS]
     found = [name for name in every if name in AMONG.get(variant.among, every)]
     if variant.among == "card":
+        found = [name for name in found if name not in NOT_ON_A_CARD]
         found[1:1] = OTHERS
     if variant.op == "roma_loss":
         found += [name + ACTIVE for name in found if not name.startswith(OURS)]

@@ -36,7 +36,7 @@ def machine(device: str) -> dict[str, str]:
         name = about.name
         gpu = {
             "multiprocessors": str(about.multi_processor_count),
-            "l2_mib": f"{about.L2_cache_size / 2**20:.0f}",
+            "l2_mib": f"{getattr(about, 'L2_cache_size', 0) / 2**20:.0f}",
         }
     else:
         found = re.search(r"model name\s*: (.+)", _read("/proc/cpuinfo"))

@@ -23,6 +23,7 @@ Event = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
 START = 120.0  # seconds until the first word: torch and its libraries are imported
 _GRACE = 5.0  # seconds for a process to end after it closed its output
+_PATIENCE = 60.0  # seconds for the system to take back what a killed one had
 _PR_SET_PDEATHSIG = 1
 
 
@@ -133,7 +134,10 @@ class Worker:
             os.killpg(self._process.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             pass  # all of it has ended
-        code = self._process.wait()
+        try:
+            code = self._process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            code = -signal.SIGKILL  # a driver holds it; the run goes on beside it
         assert self._process.stdout is not None
         self._process.stdout.close()
         return code

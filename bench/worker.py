@@ -136,6 +136,9 @@ class Session:
         wanted = self.options.providers
         names = [n for n in names_of(variant) if wanted is None or n in (*wanted, OURS)]
         self.say("variant", names=names)
+        if "torch._dynamo" in sys.modules:
+            # Of one function it compiles eight shapes; the ninth would be eager, without a word.
+            torch.compiler.reset()
         left = [name for name in names if name not in gone]
         bench = self._bench(variant) if left else None
         if bench is not None:

@@ -46,6 +46,9 @@ def test_planted_providers(op: str, tmp_path: Path) -> None:
     assert rows["shifted"]["reason"].startswith("refused: logp_max 5.0")
     assert rows["scaled"]["reason"].startswith("refused: dhidden")
     assert not rows["shifted"]["ms_p50"] and not rows["scaled"]["ms_p50"]
+    if op == "roma_loss":  # the same function, so it is not tried twice
+        assert rows["shifted active"]["reason"] == rows["shifted"]["reason"]
+        assert float(rows["slow active"]["ratio_low"]) > 1
     assert float(rows["roma"]["logp_max"]) < 1e-5 and rows["roma"]["worst_view"] == "1.00e+00"
 
 
@@ -195,6 +198,8 @@ def _loads(name: str) -> bool:
 def test_memory_of_what_ends_badly() -> None:
     with pytest.raises(RuntimeError, match="said StopIteration"):
         memory.extra_mib(SMALL.line, "nobody", "cpu")
+    with pytest.raises(RuntimeError, match=r"took more than 0\.1 s"):
+        memory.extra_mib(SMALL.line, "roma", "cpu", limit=0.1)
 
 
 def test_absent_packages_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,16 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.planted import FAULTS, KILLED, REFUSED
+from support.planted import CHILD, FAULTS, KILLED, REFUSED
 
 from bench import results
 from bench import run as runner
 from bench.job import Job, Options
-from bench.supervise import Cut, Worker
+from bench.supervise import Cut, Fault, Worker
 from bench.variants import Variant
 
 TESTS = Path(__file__).parents[1]
@@ -61,6 +61,8 @@ def test_peers(tmp_path: Path) -> None:
     for name in ("roma", *GOOD):
         assert found[name]["rounds"] == "3" and float(found[name]["ratio"]) > 0
         assert found[name]["machine"] and not found[name]["reason"]
+    done = subprocess.run(["pgrep", "-f", CHILD], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, f"still there: {done.stdout}"
 
 
 @pytest.mark.slow
@@ -124,14 +126,13 @@ def test_data(tmp_path: Path) -> None:
         assert re.fullmatch(r"needs 0\.04\S+ GiB, 0\.03 are free", fine[name]["reason"])
 
 
-def test_a_run_that_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A variant is there with all of its times or with none; what has a reason is not repeated."""
-    first, second = (Variant("linear_logprob", "forward", n, 0, 64, 1000) for n in (16, 32))
+def scripted(
+    monkeypatch: pytest.MonkeyPatch, script: Callable[[Job], Iterator[dict[str, object]]]
+) -> list[Job]:
+    """Workers that say what a script has; the jobs that they were given."""
     jobs: list[Job] = []
 
     class Scripted:
-        """Times the first variant, refuses a candidate of the second, and is cut."""
-
         def __init__(self, job: Job) -> None:
             jobs.append(job)
 
@@ -142,19 +143,31 @@ def test_a_run_that_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             pass
 
         def events(self, until: float) -> Iterator[dict[str, object]]:
-            yield {"event": "machine", "columns": {"machine": "a CPU"}}
-            for number in range(len(jobs[-1].variants)):
-                yield {"event": "variant", "names": ["roma", "naive"]}
-                if len(jobs[-1].variants) - number == 2:
-                    yield {"event": "rows", "rows": [TIMED]}
-                    yield {"event": "done"}
-            if "naive" not in jobs[-1].gone[-1]:
-                why = "hangs: so long"
-                yield {"event": "refused", "name": "naive", "reason": why, "held": True}
-            yield {"event": "round", "ms": {"roma": 1.0}}
-            raise Cut
+            return script(jobs[-1])
 
     monkeypatch.setattr(runner, "Worker", Scripted)
+    return jobs
+
+
+def test_a_run_that_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variant is there with all of its times or with none; what has a reason is not repeated."""
+    first, second = (Variant("linear_logprob", "forward", n, 0, 64, 1000) for n in (16, 32))
+
+    def script(job: Job) -> Iterator[dict[str, object]]:
+        """The first variant is timed; of the second one a candidate is refused."""
+        yield {"event": "machine", "columns": {"machine": "a CPU"}}
+        for number in range(len(job.variants)):
+            yield {"event": "variant", "names": ["roma", "naive"]}
+            if len(job.variants) - number == 2:
+                yield {"event": "rows", "rows": [TIMED]}
+                yield {"event": "done"}
+        if "naive" not in job.gone[-1]:
+            why = "hangs: so long"
+            yield {"event": "refused", "name": "naive", "reason": why, "held": True}
+        yield {"event": "round", "ms": {"roma": 1.0}}
+        raise Cut
+
+    jobs = scripted(monkeypatch, script)
     out, how = tmp_path / "run.csv", Options("cpu", 3, 1.0)
     for resume, retry in ((False, False), (True, False), (True, True)):
         runner.run([first, second], how, out, resume=resume, retry=retry, minutes=1)
@@ -162,6 +175,33 @@ def test_a_run_that_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert rows == [("16", "roma", "2"), ("32", "naive", "")]
     assert [job.variants for job in jobs] == [[first, second], [second], [second]]
     assert [job.gone[-1] for job in jobs] == [{}, {"naive": "hangs: so long"}, {}]
+
+
+def test_what_a_worker_had_done_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds and comparisons reach the next worker; the culprit does not run again."""
+    variant = Variant("linear_logprob", "forward", 16, 0, 64, 1000)
+
+    def script(job: Job) -> Iterator[dict[str, object]]:
+        yield {"event": "machine", "columns": {"machine": "a CPU"}}
+        yield {"event": "variant", "names": ["roma", "naive"]}
+        if job.gone[0]:
+            yield {"event": "rows", "rows": [TIMED]}
+            yield {"event": "done"}
+            yield {"event": "end"}
+            return
+        yield {"event": "held", "name": "roma", "errors": {"logp_rms": 1.0}}
+        yield {"event": "round", "ms": {"roma": 1.0, "naive": 2.0}}
+        yield {"event": "start", "what": "round 2", "name": "naive", "held": False, "limit": 1}
+        raise Fault("killed its process: SIGBUS in its round 2")
+
+    jobs = scripted(monkeypatch, script)
+    rows = table(runner.run([variant], Options("cpu", 3, 1.0), tmp_path / "run.csv"))
+    assert rows["naive"]["reason"] == "killed its process: SIGBUS in its round 2"
+    assert rows["roma"]["ms_p50"] == "2"
+    assert jobs[1].gone == [{"naive": rows["naive"]["reason"]}]
+    assert jobs[1].rounds == [{"roma": 1.0, "naive": 2.0}]
+    assert jobs[1].errors == {"roma": {"logp_rms": 1.0}} and not jobs[1].machine
+    assert Job.from_json(jobs[1].to_json()) == jobs[1]
 
 
 TIMED = {
