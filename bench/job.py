@@ -75,6 +75,6 @@ class Job:
         found = json.loads(text)
         options = found.pop("options")
         for name in ("providers", "add"):
-            options[name] = options[name] and tuple(options[name])
+            options[name] = None if options[name] is None else tuple(options[name])
         variants = [Variant(**variant) for variant in found.pop("variants")]
         return cls(Options(**options), variants, **found)
