@@ -84,7 +84,7 @@ def _consumer(
 
 
 @gluon.jit(
-    do_not_specialize=["stride_dz64", "vocab_start", "A", "V"],
+    do_not_specialize=["stride_dz64", "vocab_start", "A", "V", "D"],
     do_not_specialize_on_alignment=["tokens_ptr"],
 )
 def _dlogits_kernel(
@@ -108,6 +108,7 @@ def _dlogits_kernel(
     GROUP: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
+    gl.static_assert(BLOCK_V % 64 == 0)  # so that the last tile has the zeros behind V
     row_tiles, vocab_tiles = gl.cdiv(A, 2 * HALF), gl.cdiv(V, BLOCK_V)
     ring = make_ring(hidden, weight, STAGES)
     factors = (tokens_ptr, scale2_ptr, lse2_ptr, g_ptr, slope_ptr, slope_z_ptr)

@@ -94,7 +94,7 @@ def _consumer(
 
 
 @gluon.jit(
-    do_not_specialize=["first", "per_token", "vocab_start", "R", "V"],
+    do_not_specialize=["first", "per_token", "vocab_start", "R", "V", "D"],
     do_not_specialize_on_alignment=["peak_ptr", "total_ptr", "moment_ptr", "target_ptr"],
 )
 def _linear_logprob_fwd_kernel(
