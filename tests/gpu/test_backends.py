@@ -17,7 +17,7 @@ from roma.testing import check_backend, compare_head, compare_whole
 from roma.testing.matrix_unit import matrix_unit
 from roma.testing.strategies import HeadSpec, LossSpec
 from roma_kernels.linear_logprob.triton.launch import aligned
-from roma_kernels.linear_logprob.triton.tuning import tile_for
+from roma_kernels.linear_logprob.triton.tuning import PLANS, tile_for
 
 HALF = (torch.bfloat16, torch.float16)
 OPTIONS = {
@@ -32,16 +32,26 @@ def examples(device: str, number: int) -> int:
     return number if device == "cuda" else 8
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.bfloat16, "bare"),
+        (torch.bfloat16, "all options"),
+        (torch.float16, "all options"),
+        (torch.float32, "all options"),
+    ],
+)
 def test_linear_logprob(dtype: torch.dtype, options: str, device: str) -> None:
     function = functools.partial(card.PUBLIC["linear_logprob"], backend="triton")
     number = examples(device, 40)
     check_backend(function, dtypes=[dtype], device=device, examples=number, **OPTIONS[options])
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("plan", ["vendor", "gluon"], indirect=True)
+@pytest.mark.parametrize(
+    ("plan", "options"),
+    [("vendor", "bare"), ("vendor", "all options"), ("gluon", "bare")],
+    indirect=["plan"],
+)
 def test_linear_logprob_by_other_plans(plan: str, options: str, device: str) -> None:
     function = functools.partial(card.PUBLIC["linear_logprob"], backend="triton")
     number = examples(device, 30)
@@ -52,7 +62,8 @@ def test_linear_logprob_by_other_plans(plan: str, options: str, device: str) -> 
 @pytest.mark.parametrize("op", ["roma_loss", "roma_loss_from_logp"])
 def test_the_loss(op: Any, backend: str, device: str) -> None:
     function = functools.partial(card.PUBLIC[op], backend=backend)
-    check_backend(function, op=op, device=device, examples=examples(device, 30))
+    number = examples(device, 30 if backend == "torch" else 16)
+    check_backend(function, op=op, device=device, examples=number)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -61,7 +72,15 @@ def test_the_back_end_torch(options: str, device: str) -> None:
     check_backend(function, device=device, examples=examples(device, 60), **OPTIONS[options])
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(
+    ("plan", "dtype"),
+    [
+        *((plan, torch.bfloat16) for plan in PLANS),
+        ("triton", torch.float16),
+        ("gluon", torch.float16),
+    ],
+    indirect=["plan"],
+)
 def test_described_rows(dtype: torch.dtype, plan: str, device: str) -> None:
     """Rows of 16 bytes, ragged in every axis, with few and many of them, options off and on."""
     for rows, (name, options) in itertools.product((1, 40, 300), (OPTIONS | ENTROPY).items()):
