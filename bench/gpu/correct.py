@@ -125,6 +125,25 @@ def main(level: str, plan: str, device: str) -> None:
                 **{name: value for name, (value, _) in errors.items()},
                 **{f"{name}_bound": bound for name, (_, bound) in errors.items()},
             )
+    if plan == "gluon" and device == "cuda":
+        served()
+
+
+def served() -> None:
+    """Tells whether plan "gluon" ran its own kernels: where it cannot, the fused ones stand in."""
+    from roma_kernels.linear_logprob.gluon import dlogits, forward
+
+    start("gluon, its own kernels")
+    found = [
+        function for module in (forward, dlogits) for function in vars(module).values()
+        if any(cache[0] for cache in getattr(function, "device_caches", {}).values())
+    ]  # fmt: skip
+    tell(
+        "gluon, its own kernels",
+        "ok" if len(found) >= 2 else "failed",
+        kernels=len(found),
+        reason="" if len(found) >= 2 else "forward and dlogits did not both run",
+    )
 
 
 @contextlib.contextmanager

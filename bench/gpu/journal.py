@@ -11,6 +11,8 @@ A part is a process of its own and says what it finds on its standard output, by
 
 import json
 import os
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ OVER = ("ok", "failed", "timeout")
 START, ROW = "@start ", "@row "
 CANNOT, MORE = 3, 4
 """Exit codes of a part: it cannot run here, says its last line; it stopped in time, more to do."""
+_LOCK = threading.Lock()
 _PATH, _STEP = "ROMA_GPU_JOURNAL", "ROMA_GPU_STEP"
 
 
@@ -104,9 +107,16 @@ def done() -> dict[str, Line]:
 
 def start(item: str) -> None:
     """In a part's process: an item begins. If the process dies, that item is to blame."""
-    print(START + item, flush=True)
+    say(START + item)
 
 
 def tell(item: str, status: str = "ok", **numbers: Any) -> None:
     """In a part's process: an item's numbers. `status`: ok, failed, refused or skipped."""
-    print(ROW + json.dumps({"item": item, "status": status, **numbers}), flush=True)
+    say(ROW + json.dumps({"item": item, "status": status, **numbers}))
+
+
+def say(line: str) -> None:
+    """In a part's process: a line in one piece, whatever other threads say; `print` writes twice."""
+    with _LOCK:
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()

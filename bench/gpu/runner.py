@@ -1,6 +1,7 @@
 """Runs the parts of the steps, each in a process of its own, and keeps what they find."""
 
 import json
+import re
 import tarfile
 import time
 from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ from bench.gpu.journal import Journal
 JOURNAL, LOG, ARCHIVE = "gpu.jsonl", "gpu.log", "gpu-results.tar.gz"
 _LOG_BYTES = 400_000  # of one part
 _LEAST_RESTART = 5.0
+_MARKS = f"(?={journal.START})|(?={journal.ROW})"
 FAILED = ("failed", "crashed", "timeout")
 """What an item's status may be if something is wrong with it."""
 
@@ -136,10 +138,14 @@ class _Run:
         return "failed", self._wrong[0] + more
 
     def _hear(self, line: str) -> None:
-        if line.startswith(journal.START):
-            self._open.append(line.removeprefix(journal.START))
-        elif line.startswith(journal.ROW) and (row := _row(line.removeprefix(journal.ROW))):
-            self._row(row)
+        # Whoever shares the pipe may have left an unended line before a mark.
+        for piece in re.split(_MARKS, line):
+            if piece.startswith(journal.START):
+                self._open.append(piece.removeprefix(journal.START))
+            elif piece.startswith(journal.ROW):
+                row = _row(piece.removeprefix(journal.ROW))
+                if row is not None:
+                    self._row(row)
         self._write(line + "\n")
 
     def _row(self, row: dict[str, Any]) -> None:
@@ -164,7 +170,7 @@ class _Run:
 def _row(text: str) -> dict[str, Any] | None:
     """What a part said of an item, or None if it is nothing of that kind."""
     try:
-        row = json.loads(text)
+        row, _ = json.JSONDecoder().raw_decode(text)
     except ValueError:
         return None
     return row if isinstance(row, dict) and isinstance(row.get("item"), str) else None

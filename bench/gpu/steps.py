@@ -198,7 +198,7 @@ def _on_cpu(machine: Machine, out: Path) -> list[Step]:
         Step("decisive", "the benchmark's first line", (
             _benchmark("smoke", "cpu", out, expect=30, first=1),
         )),
-        Step("tests", "a few tests of the kernels, interpreted", (
+        Step("tests", "the forms for a CPU of the tests of a card", (
             part("pytest", "bench.gpu.tests", "interpreted", expect=25,
                  absent=no_pytest or no_triton, least=10),
         )),

@@ -91,7 +91,7 @@ def _batch(place: Place, numbers: list[int]) -> None:
         at: list[int] = []
 
         def hear(line: str, at: list[int] = at, numbers: list[int] = numbers) -> None:
-            print(line, flush=True)
+            journal.say(line)
             if line.startswith(journal.START):
                 at.append(numbers[len(at)])
 

@@ -1,7 +1,7 @@
 """Run as a program: the tests that need a GPU, a process a test, side by side.
 
     python -m bench.gpu.tests gpu           what `pytest -m gpu` would run
-    python -m bench.gpu.tests interpreted   without a GPU: a few, Triton's kernels interpreted
+    python -m bench.gpu.tests interpreted   without a GPU: their forms for a CPU, a process a file
 
 A test that hangs, kills its process or spoils its CUDA context is one line; the others do not meet
 it. Most of a test's time is compilation, so that many processes share a GPU well.
@@ -13,30 +13,24 @@ import re
 import subprocess
 import sys
 
-from bench.gpu.journal import done, start, tell
+from bench.gpu.journal import done, say, start, tell
 from bench.gpu.processes import ROOT, Outcome, environment, module, pool
 
 SECONDS = 600.0  # of one test
 SLOTS = 8  # so many CUDA contexts and heads of full size fit a card's memory
-INTERPRETED = (
-    "tests/linear_logprob/test_traps.py",
-    "triton and 2_logits_stay",
-)
-"""A file and an expression (-k) of quick tests."""
 _PYTEST = ("-q", "--no-header", "-p", "no:cacheprovider", "--tb=short")
 
 
 def main(which: str) -> int:
     """Tells how every test ended that was not told before."""
-    selection = ["tests", "-m", "gpu"]
-    if which == "interpreted":
-        selection = [INTERPRETED[0], "-k", INTERPRETED[1]]
-    names, said = collect(selection)
+    marked = ["-m", "gpu"] if which == "gpu" else ["-m", "not gpu"]
+    names, said = collect(["tests" if which == "gpu" else "tests/gpu", *marked])
+    if which == "interpreted":  # they are small: most of their time would be torch's import
+        names = list(dict.fromkeys(name.split("::")[0] for name in names))
     if not names:
         print(said)
         return 1
     earlier = done()
-    marked = ["-m", "gpu"] if which == "gpu" else []
     commands = {
         name: module("pytest", name, *marked, *_PYTEST) for name in names if name not in earlier
     }
@@ -44,7 +38,7 @@ def main(which: str) -> int:
     for name, end, lines in pool(commands, slots=slots, seconds=SECONDS, begin=start):
         status, reason = verdict(end, lines)
         if status != "ok":
-            print("\n".join(lines))
+            say("\n".join(lines))
         tell(name, status, seconds=round(end.seconds, 1), reason=reason)
     return 0
 

@@ -193,7 +193,7 @@ SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 
 
 @pytest.mark.parametrize("chip", SHARED)
-@pytest.mark.parametrize("role", ["many", "softcap_or_entropy", "few", "fp32"])
+@pytest.mark.parametrize("role", ["many", "softcap_or_entropy", "few"])
 def test_points_are_what_the_tuning_table_takes(chip: str, role: str) -> None:
     """The present entry first; each is another, and the package reads it as it was meant."""
     present = entry_of(chip, role)

@@ -138,6 +138,21 @@ def test_an_item_that_ends_its_process_costs_itself_alone(tmp_path: Path, folder
     assert end is not None and (end["status"], end["reason"]) == ("failed", "b")
 
 
+def test_threads_that_speak_at_once(tmp_path: Path) -> None:
+    """And somebody else on the pipe who never ends a line."""
+    script = SAY + (
+        "import os\nfrom concurrent.futures import ThreadPoolExecutor\n"
+        "def speak(i):\n"
+        "    start(f'item {i}')\n"
+        "    os.write(1, b'.')\n"
+        "    tell(f'item {i}', text='x' * 300)\n"
+        "with ThreadPoolExecutor(8) as threads: list(threads.map(speak, range(200)))\n"
+    )
+    run = runner.Runner(tmp_path / "out")
+    run.run([Step("s", "", (part("p", script),))])
+    assert len(run.journal.rows("s")) == 200
+
+
 def test_too_many_deaths_end_a_part(tmp_path: Path) -> None:
     script = SAY + "import os\nstart(str(len(done())))\nos.abort()"
     run = runner.Runner(tmp_path / "out")
