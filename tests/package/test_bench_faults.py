@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.planted import CHILD, FAULTS, KILLED, REFUSED
+from support.planted import FAULTS, KILLED, REFUSED, SLEEP
 
 from bench import results
 from bench import run as runner
@@ -22,6 +22,7 @@ from bench.variants import Variant
 
 TESTS = Path(__file__).parents[1]
 LIMIT = 5.0  # seconds; what is right takes less than one
+SECONDS = f"1000.{os.getpid()}"
 GOOD = ("naive fp32", "naive")
 
 
@@ -35,6 +36,7 @@ def options(add: str, *providers: str, **others: object) -> Options:
 @pytest.fixture(autouse=True)
 def path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
+    monkeypatch.setenv(SLEEP, SECONDS)
 
 
 def table(rows: list[results.Row]) -> dict[str, results.Row]:
@@ -61,8 +63,7 @@ def test_peers(tmp_path: Path) -> None:
     for name in ("roma", *GOOD):
         assert found[name]["rounds"] == "3" and float(found[name]["ratio"]) > 0
         assert found[name]["machine"] and not found[name]["reason"]
-    done = subprocess.run(["pgrep", "-f", CHILD], capture_output=True, text=True, check=False)
-    assert done.returncode == 1, f"still there: {done.stdout}"
+    assert not sleepers()
 
 
 @pytest.mark.slow
@@ -232,18 +233,34 @@ def test_ctrl_c_ends_all(sent: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench", "--preset", "smoke", "--op", "linear_logprob"]
     command += ["--providers", "hangs", "--add", "support.planted_peers", "--limit", "1000"]
     command += ["--out", str(tmp_path / "run.csv")]
-    run = subprocess.Popen(command, cwd=TESTS.parent, stdout=subprocess.PIPE, text=True)
-    assert run.stdout is not None
-    while "linear_logprob" not in run.stdout.readline():
-        assert run.poll() is None
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
-    (worker,) = map(int, children.read_text().split())
-    run.send_signal(sent)
-    assert run.wait(10) == (130 if sent == signal.SIGINT else -signal.SIGKILL)
-    deadline = time.monotonic() + 10
-    while alive(worker) and time.monotonic() < deadline:
+    run = subprocess.Popen(command, cwd=TESTS.parent)
+    try:
+        wait_for(lambda: bool(sleepers()), 60)  # the worker hangs, with a process of its own
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+        (worker,) = map(int, children.read_text().split())
+        run.send_signal(sent)
+        assert run.wait(10) == (130 if sent == signal.SIGINT else -signal.SIGKILL)
+        wait_for(lambda: not alive(worker), 10)
+        if sent == signal.SIGINT:
+            assert not sleepers()
+    finally:
+        for pid in sleepers():
+            os.kill(pid, signal.SIGKILL)
+
+
+def wait_for(what: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert not alive(worker)
+
+
+def sleepers() -> list[int]:
+    """What a hanging candidate has started."""
+    done = subprocess.run(
+        ["pgrep", "-fx", f"sleep {SECONDS}"], capture_output=True, text=True, check=False
+    )
+    return [int(pid) for pid in done.stdout.split()]
 
 
 def alive(pid: int) -> bool:

@@ -16,7 +16,7 @@ from bench import providers
 from bench.providers import Score
 
 FOREVER = 1000.0
-CHILD = "1000.0625"  # seconds that its process sleeps: no other process's argument
+SLEEP = "PLANTED_SLEEP"  # environment: seconds that its process sleeps, no other test's number
 KILLED, REFUSED = 777, 778  # vocabularies for which planted_data builds no data
 
 
@@ -86,7 +86,7 @@ def shifted(states: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
 
 def _hang() -> object:
     """With a process of its own beside it, which must go too."""
-    return subprocess.run(["sleep", CHILD], check=False)
+    return subprocess.run(["sleep", os.environ[SLEEP]], check=False)
 
 
 def _segfault() -> object:
