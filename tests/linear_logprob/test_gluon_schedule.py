@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -71,12 +71,22 @@ def test_dlogits(case: Case) -> None:
     check_dlogits(case)
 
 
-@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
-@pytest.mark.parametrize("stages", [2, 4, 5])
-def test_as_launched(check: Callable[..., None], stages: int) -> None:
+AS_LAUNCHED = Case(
+    tokens=70, vocab=600, depth=200, stages=launch.STAGES, programs=5,
+    blocks=(launch.BLOCK_V, launch.BLOCK_D),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("stages", [2, launch.STAGES])
+def test_as_launched(name: str, stages: int) -> None:
     """The launchers' own blocks, the last tile ragged, and the programs of a small GPU."""
-    blocks = launch.BLOCK_V, launch.BLOCK_D
-    check(Case(tokens=70, vocab=600, depth=200, stages=stages, programs=5, blocks=blocks))
+    CHECKS[name](replace(AS_LAUNCHED, stages=stages))
+
+
+def test_another_slot_would_not_fit() -> None:
+    with pytest.raises(Fault, match="shared memory"):
+        check_forward(replace(AS_LAUNCHED, stages=launch.STAGES + 1))
 
 
 def test_one_slot_is_refused_and_would_hang() -> None:

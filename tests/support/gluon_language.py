@@ -6,6 +6,7 @@ is an access of global memory outside its array. Layouts mean nothing: the compi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -122,6 +123,9 @@ def num_programs(machine: Multiprocessor, _: Partition, axis: int) -> np.int32:
 def allocate_shared_memory(
     machine: Multiprocessor, _: Partition, dtype: Any, shape: list[int], layout: Any
 ) -> Ring:
+    machine.shared += math.prod(shape) * (8 if dtype is np.int64 else 2)
+    if machine.shared > 227 * 1024:
+        raise Fault(f"{machine.shared} bytes of shared memory")
     if dtype is not np.int64:
         return Ring([Block(f"block {i} of {shape}", shape[1:]) for i in range(shape[0])])
     name = f"barrier {len(machine.barriers) // shape[0]}"

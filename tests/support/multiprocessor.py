@@ -200,6 +200,7 @@ class Multiprocessor:
     ) -> None:
         self.number, self.programs = np.int32(number), np.int32(programs)
         self._order, self._random = order, random.Random(seed)
+        self.shared = 0  # bytes
         self.barriers: list[Barrier] = []
         self.copies: list[Copy] = []
         self._partitions = [Partition("kernel", iter(()))]  # type: ignore[arg-type]

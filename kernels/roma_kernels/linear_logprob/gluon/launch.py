@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # 128 × 256 × 64: the fewest bytes a product that two consumers' registers hold. An accumulator of
 # 64 × 256 takes 128 of a thread's registers; a block of 64 fills the 128 bytes that wgmma swizzles.
 BLOCK_R, BLOCK_V, BLOCK_D = 128, 256, 64
-# Four slots of 48 KiB: with two, a consumer cannot get ahead of the other; five do not fit.
+# Slots of 48 KiB. The more there are, the further a consumer gets ahead; five do not fit.
 STAGES = 4
 # The row tiles that walk the vocabulary together, as the fused kernel's.
 GROUP = 16
