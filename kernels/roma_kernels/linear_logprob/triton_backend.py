@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from roma_kernels.linear_logprob.rows import GPU_WORKSPACE, Active, Head, Kernels, Rows
-from roma_kernels.linear_logprob.triton import dlogits as fused_dlogits
+from roma_kernels.linear_logprob.triton import dlogits as fused
 from roma_kernels.linear_logprob.triton import forward, vendor
 from roma_kernels.linear_logprob.triton.gather import gather_rows, scatter_rows
 from roma_kernels.linear_logprob.triton.launch import promoted
@@ -15,14 +15,17 @@ def sweep(rows: Rows, head: Head, sums: Tensor) -> None:
     """Fills `sums` [3 or 4, R] with peak, total, target and (if four) moment of each row."""
     dtype = promoted(rows.hidden, head.weight)
     plan = plan_for(sums.device, "forward", dtype, rows.num_rows)
-    (vendor if plan == "vendor" else forward).sweep(rows, head, sums)
+    if plan == "vendor":
+        vendor.sweep(rows, head, sums)
+    else:
+        forward.sweep(rows, head, sums, plan)
 
 
 def dlogits(active: Active, head: Head) -> Tensor:
     """The gradient dz [A, V] for a head, or a slice of one, of V entries."""
     states = active.states
     plan = plan_for(states.device, "dlogits", states.dtype, active.out_of)
-    return (vendor if plan == "vendor" else fused_dlogits).dlogits(active, head)
+    return vendor.dlogits(active, head) if plan == "vendor" else fused.dlogits(active, head, plan)
 
 
 KERNELS = Kernels(

@@ -11,16 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from roma_kernels.linear_logprob.gluon import launch as gluon
 from roma_kernels.linear_logprob.rows import Active, Head
 from roma_kernels.linear_logprob.triton.launch import (
     TRITON_DTYPES,
     aligned,
+    gluon_takes,
+    multiprocessors,
     programs,
     promoted,
     sources,
 )
 from roma_kernels.linear_logprob.triton.tile import _dlogits, _logits, _product, _tile_at
-from roma_kernels.linear_logprob.triton.tuning import tile_for
+from roma_kernels.linear_logprob.triton.tuning import Tile, chip, tile_for, tile_of
 from roma_kernels.products import report
 
 
@@ -99,28 +102,40 @@ def _dlogits_kernel(
         tl.store(dz_ptr + places, dz.to(dz_ptr.dtype.element_ty), stored)
 
 
-def dlogits(active: Active, head: Head) -> Tensor:
-    """The gradient dz [A, V] for a head, or a slice of one, of V entries."""
+def dlogits(active: Active, head: Head, plan: str = "triton") -> Tensor:
+    """The gradient dz [A, V] for a head, or a slice of one, of V entries; `plan` as in `sweep`."""
     count, (vocab, depth) = len(active.states), head.weight.shape
     dz = blank_dlogits(active.states, count, vocab)
-    dtype = promoted(active.states, head.weight)
-    tile = tile_for(
-        dz.device, "dlogits", dtype, active.out_of,
-        softcap_or_entropy=head.softcap is not None or active.dentropy is not None,
-        aligned=aligned(active.states, head.weight),
-    )  # fmt: skip
+    if plan == "gluon" and gluon_takes(active.states, head):
+        tile = tile_of(chip(dz.device), "dlogits", "gluon")
+        gluon.dlogits(
+            dz, active, head, multiprocessors=multiprocessors(dz.device),
+            stages=tile.num_stages, group=tile.group,
+        )  # fmt: skip
+    else:
+        tile = tile_for(
+            dz.device, "dlogits", promoted(active.states, head.weight), active.out_of,
+            softcap_or_entropy=head.softcap is not None or active.dentropy is not None,
+            aligned=aligned(active.states, head.weight),
+        )  # fmt: skip
+        _launch(dz, active, head, tile)
+    report("recompute", triton.cdiv(count, tile.block_r) * tile.block_r, vocab, depth)
+    return dz
+
+
+def _launch(dz: Tensor, active: Active, head: Head, tile: Tile) -> None:
+    (count, vocab), depth = dz.shape, active.states.shape[1]
     hidden, weight = sources(tile, active.states, head.weight)
     _dlogits_kernel[(programs(tile, count, vocab, dz.device),)](
         dz, hidden, weight, head.bias, active.tokens, active.row_scale,
         active.lse, active.entropy, active.dlogp, active.dentropy, active.loss_scale,
         dz.stride(0) // COLUMNS, *active.states.stride(), *head.weight.stride(),
         head.start, count, vocab, depth, head.scale, head.softcap or 0.0,
-        SOFTCAP=head.softcap is not None, DESCRIPTORS=tile.descriptors, DTYPE=TRITON_DTYPES[dtype],
+        SOFTCAP=head.softcap is not None, DESCRIPTORS=tile.descriptors,
+        DTYPE=TRITON_DTYPES[promoted(active.states, head.weight)],
         BLOCK_R=tile.block_r, BLOCK_V=tile.block_v, BLOCK_D=tile.block_d, GROUP=tile.group,
         FLATTEN=tile.persistent, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    report("recompute", triton.cdiv(count, tile.block_r) * tile.block_r, vocab, depth)
-    return dz
 
 
 COLUMNS = 64  # rows of logits and of dz are whole multiples

@@ -12,22 +12,24 @@ For 2·R·D·V FLOP the multiprocessors pull 2·D·(R·⌈V/BLOCK_V⌉ + V·⌈R
 L2; memory gives W once per GROUP row tiles. No atomics: two runs are bitwise equal.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from roma_kernels.linear_logprob.gluon import launch as gluon
 from roma_kernels.linear_logprob.rows import Head, Rows
 from roma_kernels.linear_logprob.triton.gather import gather_rows
 from roma_kernels.linear_logprob.triton.launch import (
     TRITON_DTYPES,
     aligned,
+    gluon_takes,
+    multiprocessors,
     programs,
     promoted,
     sources,
 )
 from roma_kernels.linear_logprob.triton.tile import _LOWEST, _logits, _product, _sums, _tile_at
-from roma_kernels.linear_logprob.triton.tuning import tile_for
+from roma_kernels.linear_logprob.triton.tuning import Tile, chip, tile_for, tile_of
 from roma_kernels.products import listening, report
 
 # Rows swept per launch: bounds the partial sums (74 MiB at V = 152k) and the gathered hidden
@@ -165,44 +167,69 @@ def _merge_kernel(
 _MERGE_R, _MERGE_P = 32, 32
 
 
-def sweep(rows: Rows, head: Head, sums: Tensor) -> None:
+def sweep(rows: Rows, head: Head, sums: Tensor, plan: str = "triton") -> None:
     """Fills `sums` [3 or 4, R] with peak, total, target and (if four) moment of each row.
 
-    A row that is not computed keeps its value; targets come as zeros.
+    A row that is not computed keeps its value; targets come as zeros. `plan`: "gluon" for the
+    warp-specialised kernel, where it supports the call.
     """
-    dtype = promoted(rows.hidden, head.weight)
     step = max(SWEEP_ROWS // rows.per_token, 1) * rows.per_token
     for first in range(0, rows.num_rows, step):
-        _sweep_part(rows, head, sums[:, first : first + step], first, dtype)
+        _sweep_part(rows, head, sums[:, first : first + step], first, plan)
 
 
-def _sweep_part(rows: Rows, head: Head, sums: Tensor, first: int, dtype: torch.dtype) -> None:
+def _sweep_part(rows: Rows, head: Head, sums: Tensor, first: int, plan: str) -> None:
     count, (vocab, depth), device = sums.shape[1], head.weight.shape, sums.device
     states = gather_rows(rows, slice(first, first + count))
-    tile = tile_for(
-        device, "forward", dtype, rows.num_rows,
-        softcap_or_entropy=head.softcap is not None or len(sums) == 4,
-        aligned=aligned(states, head.weight),
-    )  # fmt: skip
+    specialised = plan == "gluon" and gluon_takes(states, head)
+    tile = _tile(rows, head, sums, states, specialised)
     parts = triton.cdiv(vocab, tile.block_v)
     peaks, totals, *moments = sums.new_empty(len(sums) - 1, parts, count)
-    hidden, weight = sources(tile, states, head.weight)
-    _linear_logprob_fwd_kernel[(programs(tile, count, vocab, device),)](
-        peaks, totals, moments[0] if moments else None, sums[2],
-        hidden, weight, head.bias, rows.tokens, rows.row_scale, rows.num_tokens,
-        *states.stride(), *head.weight.stride(),
-        first, rows.per_token, head.start, count, vocab, depth,
-        head.scale, head.softcap or 0.0,
-        SOFTCAP=head.softcap is not None, DESCRIPTORS=tile.descriptors, DTYPE=TRITON_DTYPES[dtype],
-        BLOCK_R=tile.block_r, BLOCK_V=tile.block_v, BLOCK_D=tile.block_d, GROUP=tile.group,
-        FLATTEN=tile.persistent, num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    moment = moments[0] if moments else None
+    if specialised:
+        gluon.sweep_tiles(
+            (peaks, totals, moment, sums[2]), states, rows, head, first=first,
+            multiprocessors=multiprocessors(device), stages=tile.num_stages, group=tile.group,
+        )  # fmt: skip
+    else:
+        _launch((peaks, totals, moment, sums[2]), states, rows, head, first, tile)
     _merge_kernel[(triton.cdiv(count, _MERGE_R),)](
-        sums[0], sums[1], sums[3] if moments else None,
-        peaks, totals, moments[0] if moments else None,
+        sums[0], sums[1], sums[3] if moments else None, peaks, totals, moment,
         rows.num_tokens, first, rows.per_token, parts, count, BLOCK_R=_MERGE_R, BLOCK_P=_MERGE_P,
     )  # fmt: skip
     if listening():
         if rows.num_tokens is not None:
             count = min(max(int(rows.num_tokens) * rows.per_token - first, 0), count)
         report("forward", triton.cdiv(count, tile.block_r) * tile.block_r, vocab, depth)
+
+
+def _tile(rows: Rows, head: Head, sums: Tensor, states: Tensor, specialised: bool) -> Tile:
+    if specialised:
+        return tile_of(chip(sums.device), "forward", "gluon")
+    return tile_for(
+        sums.device, "forward", promoted(states, head.weight), rows.num_rows,
+        softcap_or_entropy=head.softcap is not None or len(sums) == 4,
+        aligned=aligned(states, head.weight),
+    )  # fmt: skip
+
+
+def _launch(
+    sums: tuple[Tensor, Tensor, Tensor | None, Tensor],
+    states: Tensor,
+    rows: Rows,
+    head: Head,
+    first: int,
+    tile: Tile,
+) -> None:
+    """Peaks, totals and moments [⌈V/BLOCK_V⌉, R], targets [R], of R rows from `first` on."""
+    (vocab, depth), count, device = head.weight.shape, len(states), states.device
+    hidden, weight = sources(tile, states, head.weight)
+    _linear_logprob_fwd_kernel[(programs(tile, count, vocab, device),)](
+        *sums, hidden, weight, head.bias, rows.tokens, rows.row_scale, rows.num_tokens,
+        *states.stride(), *head.weight.stride(),
+        first, rows.per_token, head.start, count, vocab, depth, head.scale, head.softcap or 0.0,
+        SOFTCAP=head.softcap is not None, DESCRIPTORS=tile.descriptors,
+        DTYPE=TRITON_DTYPES[promoted(states, head.weight)],
+        BLOCK_R=tile.block_r, BLOCK_V=tile.block_v, BLOCK_D=tile.block_d, GROUP=tile.group,
+        FLATTEN=tile.persistent, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip

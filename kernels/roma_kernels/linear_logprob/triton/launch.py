@@ -8,7 +8,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from roma_kernels.linear_logprob.triton.tuning import Tile
+from roma_kernels.linear_logprob.gluon import launch as gluon
+from roma_kernels.linear_logprob.rows import Head
+from roma_kernels.linear_logprob.triton.tuning import Tile, chip
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _INTERPRETED_PROGRAMS = 3  # of a persistent grid: enough for turns that wrap around
@@ -46,6 +48,12 @@ def aligned(*matrices: Tensor) -> bool:
         x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
         for x in matrices
     )
+
+
+def gluon_takes(states: Tensor, head: Head) -> bool:
+    """Whether the warp-specialised kernels support rows and a head; else the fused ones do it."""
+    options = {"bias": head.bias is not None, "softcap": head.softcap is not None}
+    return not gluon.supports(chip(states.device), states, head.weight, **options)
 
 
 def promoted(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -230,10 +230,9 @@ def _changes() -> _Changes:
 
 
 _NUMBERS = tuple(f.name for f in fields(Tile) if f.name != "why")
-_ROLES = tuple(
-    role + form
-    for role in ("many", "softcap_or_entropy", "few", "fp32")
-    for form in ("", "_unaligned")
+_ROLES = (
+    *("many", "softcap_or_entropy", "few", "fp32"),
+    *("many_unaligned", "softcap_or_entropy_unaligned", "few_unaligned", "gluon"),
 )
 
 
@@ -247,7 +246,7 @@ def _assignment(word: str, entry: str, value: str) -> tuple[str, str, int | str]
     known = _NUMBERS if role in _ROLES else ("rows", "columns") if role == "chunk" else ()
     if field not in known or not value.isdigit():
         expected = "plan=…, chip=…, chunk.rows=…, or ROLE.FIELD=a whole number, as many.group=8"
-        remedy = f"roles: {', '.join(_ROLES[::2])}; fields: {', '.join(_NUMBERS)}"
+        remedy = f"roles: {', '.join(_ROLES)}; fields: {', '.join(_NUMBERS)}"
         fail("ROMA_TUNING", expected, repr(word), remedy)
     number = int(value)
     if field.startswith("block") and (number < 16 or number & (number - 1)):
