@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from unittest import mock
 
@@ -23,9 +24,12 @@ from support.multiprocessor import Fault
 from support.simulated_kernel import SimulatedKernel
 from torch import Tensor
 
+from roma.testing import compare_head, compare_whole
+from roma.testing.strategies import HEAD_DIFFICULTIES, HeadSpec, LossSpec
 from roma_kernels.linear_logprob.gluon import dlogits, forward, launch, schedule
 from roma_kernels.linear_logprob.rows import Active, Head, Rows
 from roma_kernels.linear_logprob.triton import tile
+from roma_kernels.linear_logprob.triton.tuning import override
 
 AGENTS = ("producer", "consumer 0", "consumer 1", "copies", "products")
 CHECKS = {"forward": check_forward, "dlogits": check_dlogits}
@@ -293,3 +297,35 @@ def test_what_the_kernels_cannot_take_has_a_reason(monkeypatch: pytest.MonkeyPat
         assert "copy engine" in reason(weight=odd)
     monkeypatch.setattr(launch.triton, "__version__", "3.10.0")
     assert "3.10.0" in reason()
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Plan "gluon", with simulated kernels, which must have run."""
+    names = {forward: "_linear_logprob_fwd_kernel", dlogits: "_dlogits_kernel"}
+    kernels = []
+    for module, name in names.items():
+        kernels.append(SimulatedKernel(getattr(module, name)))
+        monkeypatch.setattr(module, name, kernels[-1])
+    with override("plan=gluon chip=sm_90"):
+        yield
+    assert all(kernel.memories for kernel in kernels)
+
+
+@pytest.mark.usefixtures("plan")
+@pytest.mark.parametrize("difficulty", HEAD_DIFFICULTIES)
+def test_the_plan_against_the_oracle(difficulty: str) -> None:
+    """The whole operator, forward and backward, with the simulated kernels in it."""
+    for i, dtype in enumerate((torch.bfloat16, torch.float16)):
+        spec = HeadSpec(
+            shape=(150,), d=64, v=300, difficulty=difficulty, dtype=dtype, entropy=bool(i),
+            temperature=("one", "rows")[i],
+        )  # fmt: skip
+        compare_head.check_against_oracle(spec, "triton")
+
+
+@pytest.mark.usefixtures("plan")
+def test_the_plan_in_the_loss() -> None:
+    """Clean rows and views side by side, and a gradient of some of them alone."""
+    spec = LossSpec(b=3, t=30, k=2, d=64, v=300, dtype=torch.bfloat16)
+    compare_whole.check_against_oracle(spec, "triton")
