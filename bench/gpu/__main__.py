@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.gpu import budget, runner, steps
+from bench.gpu import budget, runner, steps, table, winners
 from bench.gpu.journal import Journal
 from bench.gpu.processes import ROOT, commit, stop_on
 
@@ -145,7 +145,9 @@ def _ending(run: runner.Runner, chosen: list[budget.Step]) -> int:
             ends[f"{step.name}, {part.name}"] = end.get("status", "not started")
     wrong = [name for name, status in ends.items() if status in ENDINGS]
     left = [name for name, status in ends.items() if status in ("cut", "not started")]
-    print(f"\n{run.out / 'gpu.md'}")
+    for change in winners.table(run.journal)[1]:
+        print(f"tuning.json: {change}")
+    print(f"\n{run.out / table.PAGE}")
     if left:
         print(f"left for --resume: {'; '.join(left)}")
     if wrong:

@@ -134,9 +134,10 @@ def served() -> None:
     from roma_kernels.linear_logprob.gluon import dlogits, forward
 
     start("gluon, its own kernels")
+    functions = {id(x): x for module in (forward, dlogits) for x in vars(module).values()}
     found = [
-        function for module in (forward, dlogits) for function in vars(module).values()
-        if any(cache[0] for cache in getattr(function, "device_caches", {}).values())
+        x for x in functions.values()
+        if any(cache[0] for cache in getattr(x, "device_caches", {}).values())
     ]  # fmt: skip
     tell(
         "gluon, its own kernels",

@@ -116,7 +116,7 @@ def tell(item: str, status: str = "ok", **numbers: Any) -> None:
 
 
 def say(line: str) -> None:
-    """In a part's process: a line in one piece, whatever other threads say; `print` writes twice."""
+    """In a part's process: a line in one write, which no thread divides; `print` makes two."""
     with _LOCK:
         sys.stdout.write(line + "\n")
         sys.stdout.flush()

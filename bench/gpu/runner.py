@@ -13,7 +13,7 @@ from bench.gpu.budget import Part, Step
 from bench.gpu.journal import Journal
 
 JOURNAL, LOG, ARCHIVE = "gpu.jsonl", "gpu.log", "gpu-results.tar.gz"
-_LOG_BYTES = 400_000  # of one part
+_LOG_BYTES = 200_000  # of one part
 _LEAST_RESTART = 5.0
 _MARKS = f"(?={journal.START})|(?={journal.ROW})"
 FAILED = ("failed", "crashed", "timeout")
