@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,27 @@ def test_data(tmp_path: Path) -> None:
     assert fine["roma"]["ms_p50"]
     for name in GOOD:
         assert re.fullmatch(r"needs 0\.04\S+ GiB, 0\.03 are free", fine[name]["reason"])
+
+
+@pytest.mark.slow
+def test_a_card_in_outline(tmp_path: Path) -> None:
+    """What a worker does on a GPU only, with torch's functions for one replaced."""
+    variants = [
+        Variant("linear_logprob", "forward", 64, 0, 64, 1000, among="card"),
+        Variant("linear_logprob", "both", 256, 3, 8, 8192),
+        Variant("view_loss", "both", 64, 2, 64, 999),
+    ]
+    how = replace(options("planted_card", "eager", "roma vendor"), device="cuda")
+    rows = runner.run(variants, how, tmp_path / "run.csv")
+    head, large, loss = (table([r for r in rows if r["vocab"] == str(v.vocab)]) for v in variants)
+    assert head["roma"]["machine"] == "a card" and head["roma"]["l2_mib"] == "50"
+    assert head["roma"]["multiprocessors"] == "132" and head["roma"]["driver"] == "580"
+    assert head["roma"]["temperature_before_c"] == "40"
+    assert head["roma"]["temperature_after_c"] == "41"
+    assert head["roma"]["extra_mib"] == head["naive"]["extra_mib"] == "7.0"
+    assert head["roma vendor"]["ms_p50"]
+    assert large["naive fp32"]["reason"].endswith("GiB, 0.0684 are free")
+    assert loss["eager"]["ms_p50"] and loss["roma"]["rounds"] == "3"
 
 
 def scripted(
