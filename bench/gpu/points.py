@@ -46,7 +46,7 @@ class Point(NamedTuple):
         if self.role == "chunk":
             return " ".join([f"chunk.{k}={v}" for k, v in self.entry.items()] + ["plan=vendor"])
         changes = [f"{self.kernel}.{self.role}.{k}={int(v)}" for k, v in self.entry.items()]
-        return " ".join([*changes, "plan=triton"])
+        return " ".join([*changes, f"plan={'gluon' if self.role == 'gluon' else 'triton'}"])
 
 
 def points(kernel: str, role: str, present: Entry, shared: int) -> list[Point]:
@@ -69,16 +69,20 @@ def points(kernel: str, role: str, present: Entry, shared: int) -> list[Point]:
 
     def add(what: str, **change: int | bool) -> None:
         entry = base | change
-        if _fits(entry, shared):
+        if _fits(entry, shared, role):
             found.append(Point(kernel, role, entry, what))
 
     for group in GROUPS:
         add("group", group=group)
     for stages in STAGES:
         add("stages", num_stages=stages)
+    if role == "gluon":  # its blocks are what its warps were written for
+        return _unique(found)
     for block_r, block_v, warps in BLOCKS:
         blocks = {"block_r": block_r, "block_v": block_v, "num_warps": warps}
-        most = [n for n in STAGES if n <= 5 and _fits(base | blocks | {"num_stages": n}, shared)]
+        most = [
+            n for n in STAGES if n <= 5 and _fits(base | blocks | {"num_stages": n}, shared, role)
+        ]
         if most:
             add("blocks", **blocks, num_stages=most[-1])
     for depth in DEPTHS:
@@ -114,18 +118,19 @@ def combined(
                 changed = {k: v for k, v in point.entry.items() if v != present.entry[k]}
                 entry |= changed
                 ratio *= share
-            if _fits(entry, shared):
+            if _fits(entry, shared, present.role):
                 what = " + ".join(point.what for point, _ in chosen)
                 found.append((ratio, Point(present.kernel, present.role, entry, what)))
     found.sort(key=lambda pair: pair[0])
     return _unique([point for _, point in found])[:most]
 
 
-def _fits(entry: dict[str, Any], shared: int) -> bool:
+def _fits(entry: dict[str, Any], shared: int, role: str) -> bool:
     """Whether sums fit the registers, and stages the shared memory."""
     sums = entry["block_r"] * entry["block_v"] / (32 * entry["num_warps"])
     stage = 2 * (entry["block_r"] + entry["block_v"]) * entry["block_d"]
-    return sums <= ACCUMULATORS and entry["num_stages"] * stage <= shared
+    # Two consumers of plan gluon hold the sums, whatever `num_warps` says of one.
+    return (sums <= ACCUMULATORS or role == "gluon") and entry["num_stages"] * stage <= shared
 
 
 def _unique(found: list[Point]) -> list[Point]:

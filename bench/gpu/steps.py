@@ -103,15 +103,17 @@ def _on_card(machine: Machine, out: Path) -> list[Step]:
         return Part(plan, tuple(command), expect=45, limit=150, silence=90, restarts=6,
                     absent=absent, **how)  # fmt: skip
 
-    def sweep(name: str, *words: str, expect: float, after: str = "") -> Part:
-        return Part(name, tuple(module("bench.gpu.sweep", *words)), expect, 3 * expect, silence=120,
-                    restarts=12, forgiving=True, after=after, absent=no_triton)  # fmt: skip
+    def sweep(name: str, *words: str, expect: float, after: str = "", absent: str = "") -> Part:
+        command = tuple(module("bench.gpu.sweep", *words))
+        return Part(name, command, expect, 3 * expect, silence=120, restarts=12, forgiving=True,
+                    after=after, absent=no_triton or absent)  # fmt: skip
 
     def points(kernel: str, role: str, *stages: tuple[str, float]) -> Iterator[Part]:
         before = ""
         for stage, expect in stages:
             name = f"{stage} {kernel}.{role}"
-            yield sweep(name, stage, kernel, role, "cuda", expect=expect, after=before)
+            yield sweep(name, stage, kernel, role, "cuda", expect=expect, after=before,
+                        absent=no_gluon if role == "gluon" else "")  # fmt: skip
             before = name
 
     def tool(name: str, plan: str, absent: str) -> Part:
@@ -145,6 +147,8 @@ def _on_card(machine: Machine, out: Path) -> list[Step]:
         Step("sweep", "tiles and plans for this chip", (
             *points("forward", "many", ("hold", 60), ("time", 40), ("combine", 30)),
             *points("dlogits", "many", ("hold", 60), ("time", 40), ("combine", 30)),
+            *points("forward", "gluon", ("hold", 25), ("time", 25)),
+            *points("dlogits", "gluon", ("hold", 25), ("time", 25)),
             *points("forward", "chunk", ("hold", 25), ("time", 25)),
             sweep("plans", "plans", "cuda", expect=75),
         )),

@@ -30,7 +30,11 @@ from bench.gpu.processes import module, watch
 from bench.gpu.steps import PLANS
 from bench.gpu.work import Work, size_of
 from bench.measure import DRIFT, Clock, Times
-from roma_kernels.linear_logprob.triton import dlogits, forward, tuning
+from roma_kernels.linear_logprob.gluon import dlogits as gluon_dlogits
+from roma_kernels.linear_logprob.gluon import forward as gluon_forward
+from roma_kernels.linear_logprob.triton import dlogits as fused_dlogits
+from roma_kernels.linear_logprob.triton import forward as fused
+from roma_kernels.linear_logprob.triton import tuning
 
 SLOTS = 10
 _SECONDS = 90.0  # of one point: compilation and one call
@@ -124,18 +128,21 @@ def _held(work: Work, place: Place, point: Point) -> tuple[str, dict[str, Any]]:
             wrong = work.held()
     except (CompilationError, OutOfResources, PTXASError) as why:
         return "refused", {"reason": f"does not compile: {str(why).strip().splitlines()[-1]}"}
-    found = resources(place.kernel) if place.role != "chunk" else {}
+    found = resources(place.kernel, place.role)
     if not wrong and found.get("spills"):
         wrong = f"spills {found['spills']} registers"
     return ("refused" if wrong else "ok"), found | {"reason": wrong}
 
 
-def resources(kernel: str) -> dict[str, int]:
+def resources(kernel: str, role: str) -> dict[str, int]:
     """Registers, spills and shared memory of the kernel that was compiled last."""
-    functions = {
-        "forward": forward._linear_logprob_fwd_kernel, "dlogits": dlogits._dlogits_kernel
-    }  # fmt: skip
-    caches = getattr(functions[kernel], "device_caches", {})  # none in the interpreter
+    if role == "chunk":
+        return {}
+    forward, dlogits = (gluon_forward, gluon_dlogits) if role == "gluon" else (fused, fused_dlogits)
+    function = (
+        forward._linear_logprob_fwd_kernel if kernel == "forward" else dlogits._dlogits_kernel
+    )
+    caches = getattr(function, "device_caches", {})  # none in the interpreter
     compiled = [made for cache in caches.values() for made in cache[0].values()]
     if not compiled:
         return {}

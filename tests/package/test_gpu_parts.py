@@ -209,6 +209,18 @@ def test_points_are_what_the_tuning_table_takes(chip: str, role: str) -> None:
     assert {1, 8, 32} <= groups and {p.what for p in made} >= {"group", "blocks", "depth"}
 
 
+def test_the_points_of_the_warp_specialised_kernels() -> None:
+    """Their ring and their group; the plan is theirs."""
+    made = points("dlogits", "gluon", entry_of("sm_90", "gluon"), 227 * 1024)
+    assert {point.entry["num_stages"] for point in made} == {2, 3, 4}
+    assert len({point.entry["group"] for point in made}) > 4
+    assert {(p.entry["block_r"], p.entry["block_v"]) for p in made} == {(128, 256)}
+    for point in made:
+        with tuning.override(f"chip=sm_90 {point.text}"):
+            assert tuning.plan_of("sm_90", "dlogits", 4096) == "gluon"
+            assert tuning.tile_of("sm_90", "dlogits", "gluon").group == point.entry["group"]
+
+
 def test_the_chunks_points() -> None:
     made = points("forward", "chunk", {"rows": 2048, "columns": 4096}, 0)
     assert made[0].name == "chunk 2048 × 4096" and len(made) > 8
