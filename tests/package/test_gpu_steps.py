@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bench.gpu import processes, runner, table
+from bench.gpu import budget, processes, runner, table
 from bench.gpu.budget import Part, Step
 from bench.gpu.journal import Journal
 
@@ -54,7 +54,7 @@ FAULTS = {
     "an exit code": ("import sys; sys.exit(7)", {}, "failed", "exit code 7"),
     "its death": ("import os; os.kill(os.getpid(), 9)", {}, "failed", "died of SIGKILL"),
     "a bad access": ("import ctypes; ctypes.string_at(0)", {}, "failed", "died of SIGSEGV"),
-    "a hang": ("while True: pass", {"limit": 0.6}, "timeout", "killed after 1 s"),
+    "a hang": ("while True: pass", {"limit": 0.6}, "timeout", "killed after"),
     "silence": ("import time; time.sleep(60)", {"silence": 0.5}, "timeout", "said nothing"),
     "chatter without end": (
         "while True: print('again', flush=True)", {"limit": 0.7}, "timeout", "last: again"
@@ -234,7 +234,7 @@ def test_a_kill_in_the_middle_of_a_part(tmp_path: Path, folder: Path) -> None:
     assert Journal(journal).over("s", "p")
 
 
-def test_time_that_runs_out(tmp_path: Path, folder: Path) -> None:
+def test_time_that_runs_out(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part that would not end in time is not started, one behind it that would is; an
     interruptible one is cut, not blamed, and goes on."""
     slow = SAY + "import time\nn = len(done())\ntell(f'x{n}')\ntime.sleep(0 if n else 30)"
@@ -242,6 +242,7 @@ def test_time_that_runs_out(tmp_path: Path, folder: Path) -> None:
         part("long", counting(folder, "long"), expect=50.0),
         part("short", counting(folder, "short"), expect=0.1),
     )), Step("t", "", (part("cut", slow, expect=9.0, limit=99.0, least=1.0),))]  # fmt: skip
+    monkeypatch.setattr(budget, "PACK", 0.7)
     run = runner.Runner(tmp_path / "out", seconds=5.0)
     said: list[str] = []
     run.run(made, said.append)
