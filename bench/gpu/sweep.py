@@ -138,10 +138,12 @@ def resources(kernel: str, role: str) -> dict[str, int]:
     """Registers, spills and shared memory of the kernel that was compiled last."""
     if role == "chunk":
         return {}
-    forward, dlogits = (gluon_forward, gluon_dlogits) if role == "gluon" else (fused, fused_dlogits)
-    function = (
-        forward._linear_logprob_fwd_kernel if kernel == "forward" else dlogits._dlogits_kernel
-    )
+    function = {
+        ("forward", False): fused._linear_logprob_fwd_kernel,
+        ("dlogits", False): fused_dlogits._dlogits_kernel,
+        ("forward", True): gluon_forward._gluon_fwd_kernel,
+        ("dlogits", True): gluon_dlogits._gluon_dlogits_kernel,
+    }[kernel, role == "gluon"]
     caches = getattr(function, "device_caches", {})  # none in the interpreter
     compiled = [made for cache in caches.values() for made in cache[0].values()]
     if not compiled:

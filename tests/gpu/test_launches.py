@@ -209,7 +209,7 @@ def test_plans_change_what_is_launched(plan: str) -> None:
     kernels = {
         "triton": (forward._linear_logprob_fwd_kernel, dlogits._dlogits_kernel),
         "vendor": (vendor._row_sums_kernel, vendor._row_dlogits_kernel),
-        "gluon": (gluon_forward._linear_logprob_fwd_kernel, gluon_dlogits._dlogits_kernel),
+        "gluon": (gluon_forward._gluon_fwd_kernel, gluon_dlogits._gluon_dlogits_kernel),
     }
     named = {
         f"{name} {i}": kernel for name, pair in kernels.items() for i, kernel in enumerate(pair)

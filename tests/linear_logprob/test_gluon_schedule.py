@@ -215,10 +215,10 @@ def test_forward_beyond_32_bits(cast: bool) -> None:
     memories = {name: SparseMemory(parts * count, np.float32) for name in ("peak_ptr", "total_ptr")}
     edits = [] if cast else [("gl.cast(vocab_tile, gl.int64) * R", "vocab_tile * R")]
     kernel = SimulatedKernel(
-        forward._linear_logprob_fwd_kernel, *edits, numbers=[turns - 1], instead=memories
+        forward._gluon_fwd_kernel, *edits, numbers=[turns - 1], instead=memories
     )
     blank = torch.empty(1, device="meta")
-    with mock.patch.object(forward, "_linear_logprob_fwd_kernel", kernel):
+    with mock.patch.object(forward, "_gluon_fwd_kernel", kernel):
 
         def call() -> None:
             launch.sweep_tiles(
@@ -252,10 +252,10 @@ def test_dlogits_beyond_32_bits(cast: bool) -> None:
     memory = SparseMemory(count * WIDE, torch.bfloat16)
     edits = [] if cast else [("gl.cast(rows, gl.int64)[:, None]", "rows[:, None]")]
     kernel = SimulatedKernel(
-        dlogits._dlogits_kernel, *edits, numbers=[turns - 1], instead={"dz_ptr": memory}
+        dlogits._gluon_dlogits_kernel, *edits, numbers=[turns - 1], instead={"dz_ptr": memory}
     )
     dz = torch.empty(count, WIDE, device="meta", dtype=torch.bfloat16)
-    with mock.patch.object(dlogits, "_dlogits_kernel", kernel):
+    with mock.patch.object(dlogits, "_gluon_dlogits_kernel", kernel):
         head = Head(_zeros(WIDE), None, 1.0, None, 0)
         if not cast:
             with pytest.raises(Fault, match="an access"):
@@ -302,7 +302,7 @@ def test_what_the_kernels_cannot_take_has_a_reason(monkeypatch: pytest.MonkeyPat
 @pytest.fixture
 def plan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Plan "gluon", with simulated kernels, which must have run."""
-    names = {forward: "_linear_logprob_fwd_kernel", dlogits: "_dlogits_kernel"}
+    names = {forward: "_gluon_fwd_kernel", dlogits: "_gluon_dlogits_kernel"}
     kernels = []
     for module, name in names.items():
         kernels.append(SimulatedKernel(getattr(module, name)))

@@ -84,7 +84,7 @@ def check_forward(case: Case, *edits: tuple[str, str]) -> None:
     parts = math.ceil(case.vocab / block)
     peaks, totals, moments = torch.full((3, parts, count), torch.nan)
     targets = torch.zeros(count)
-    kernel, patched, blocks = simulated(forward, "_linear_logprob_fwd_kernel", case, *edits)
+    kernel, patched, blocks = simulated(forward, "_gluon_fwd_kernel", case, *edits)
     with patched, blocks:
         launch.sweep_tiles(
             (peaks, totals, moments if case.options else None, targets), states, rows, head,
@@ -141,7 +141,7 @@ def check_dlogits(case: Case, *edits: tuple[str, str]) -> None:
     )  # fmt: skip
     padded = math.ceil(case.vocab / 64) * 64
     whole = torch.full((count, padded + 64), torch.nan, dtype=case.dtype)
-    kernel, patched, blocks = simulated(dlogits, "_dlogits_kernel", case, *edits)
+    kernel, patched, blocks = simulated(dlogits, "_gluon_dlogits_kernel", case, *edits)
     with patched, blocks:
         launch.dlogits(
             whole[:, : case.vocab], active, head,

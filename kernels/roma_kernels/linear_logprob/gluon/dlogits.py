@@ -87,7 +87,7 @@ def _consumer(
     do_not_specialize=["stride_dz64", "vocab_start", "A", "V", "D"],
     do_not_specialize_on_alignment=["tokens_ptr"],
 )
-def _dlogits_kernel(
+def _gluon_dlogits_kernel(
     dz_ptr,  # [A, 64·stride_dz64]: V columns, and zeros up to a multiple of 64
     hidden,  # descriptor of [A, D]
     weight,  # descriptor of [V, D]

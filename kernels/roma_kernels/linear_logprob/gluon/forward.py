@@ -97,7 +97,7 @@ def _consumer(
     do_not_specialize=["first", "per_token", "vocab_start", "R", "V", "D"],
     do_not_specialize_on_alignment=["peak_ptr", "total_ptr", "moment_ptr", "target_ptr"],
 )
-def _linear_logprob_fwd_kernel(
+def _gluon_fwd_kernel(
     peak_ptr,  # [⌈V/BLOCK_V⌉, R]
     total_ptr,  # the same
     moment_ptr,  # the same, or None without entropy

@@ -78,9 +78,9 @@ def sweep_tiles(
         stages: slots of the ring.
         group: row tiles that walk the vocabulary together.
     """
-    from roma_kernels.linear_logprob.gluon.forward import _linear_logprob_fwd_kernel
+    from roma_kernels.linear_logprob.gluon.forward import _gluon_fwd_kernel
 
-    _linear_logprob_fwd_kernel[(_programs(states, head, multiprocessors),)](
+    _gluon_fwd_kernel[(_programs(states, head, multiprocessors),)](
         *sums, *_described(states, head.weight),
         rows.tokens, rows.row_scale, rows.num_tokens,
         first, rows.per_token, head.start, len(states), *head.weight.shape, head.scale,
@@ -108,10 +108,10 @@ def dlogits(
         stages: slots of the ring.
         group: row tiles that walk the vocabulary together.
     """
-    from roma_kernels.linear_logprob.gluon.dlogits import _dlogits_kernel
+    from roma_kernels.linear_logprob.gluon.dlogits import _gluon_dlogits_kernel
 
     scale2, lse2, g, slope, slope_z = row_factors(active, head)
-    _dlogits_kernel[(_programs(active.states, head, multiprocessors),)](
+    _gluon_dlogits_kernel[(_programs(active.states, head, multiprocessors),)](
         dz, *_described(active.states, head.weight),
         active.tokens, scale2, lse2, g, slope, slope_z,
         dz.stride(0) // 64, head.start, len(active.states), *head.weight.shape,
