@@ -62,7 +62,7 @@ class Work:
         weight = made.weight
         if role.endswith("_unaligned"):  # rows that nothing reads 16 bytes at a time
             weight = weight.new_empty(size.vocab, size.depth + 4)[:, : size.depth].copy_(weight)
-        self._entropy = role.startswith("softcap_or_entropy")
+        self._entropy = role.startswith("options")
         self._rows = Rows(made.rows, None, made.tokens, None, None, None)
         self._head = Head(weight, None, 1.0, None, 0)
         self._chosen = torch.linspace(0, size.rows - 1, min(SAMPLE, size.rows)).long().to(device)

@@ -16,8 +16,7 @@ from support import card
 from roma.testing import check_backend, compare_head, compare_whole
 from roma.testing.matrix_unit import matrix_unit
 from roma.testing.strategies import HeadSpec, LossSpec
-from roma_kernels.linear_logprob.triton.launch import aligned
-from roma_kernels.linear_logprob.triton.tuning import PLANS, tile_for
+from roma_kernels.linear_logprob.triton.tuning import PLANS, copyable, tile_for
 
 HALF = (torch.bfloat16, torch.float16)
 OPTIONS = {
@@ -88,11 +87,9 @@ def test_described_rows(dtype: torch.dtype, plan: str, device: str) -> None:
             continue
         spec = HeadSpec(shape=(rows,), d=200, v=1544, dtype=dtype, **options)
         inputs = spec.make()
-        assert aligned(*(inputs[name].to(device) for name in ("hidden", "weight")))
-        tile = tile_for(
-            torch.device(device), "forward", dtype, rows,
-            softcap_or_entropy=name != "bare", aligned=True,
-        )  # fmt: skip
+        states, weight = (inputs[name].to(device) for name in ("hidden", "weight"))
+        assert copyable(states, weight)
+        tile = tile_for("forward", states, weight, rows, options=name != "bare")
         newer = device == "cuda" and torch.cuda.get_device_capability()[0] in (9, 10)
         assert tile.descriptors or not newer
         there = card.there("linear_logprob", device)

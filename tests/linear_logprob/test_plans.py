@@ -72,7 +72,7 @@ def test_plans_give_one_dz(plan: str) -> None:
 
 def test_every_entry_has_a_reason_and_every_chip_every_role() -> None:
     for chip in tuning.CHIPS:
-        for role in ("many", "softcap_or_entropy", "few", "many_unaligned", "few_unaligned"):
+        for role in ("many", "options", "few", "many_unaligned", "few_unaligned"):
             for kernel in tuning.KERNELS:
                 assert tile_of(chip, kernel, role, role.removesuffix("_unaligned")).why
         assert tuning.chunk_for(torch.device("cpu")).why
@@ -124,7 +124,7 @@ def test_the_environment_and_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     ("text", "said"),
     [
         ("many.grup=8", "ROMA_TUNING: expected plan=…"),
-        ("most.group=8", "roles: many, softcap_or_entropy"),
+        ("most.group=8", "roles: many, options"),
         ("many.group=8.5", "got 'many.group=8.5'"),
         ("many.block_v=100", "a power of two"),
         ("chunk.columns=100", "a multiple of 64"),

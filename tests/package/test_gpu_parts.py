@@ -128,7 +128,7 @@ def test_a_wrong_loss_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kernel", ["forward", "dlogits"])
-@pytest.mark.parametrize("role", ["few", "softcap_or_entropy"])
+@pytest.mark.parametrize("role", ["few", "options"])
 def test_a_right_kernel_is_held(kernel: str, role: str) -> None:
     made = work.Work(kernel, role, "cpu", work.size_of(role, "cpu"))
     for plan in ("triton", "vendor"):
@@ -140,7 +140,7 @@ def test_a_right_kernel_is_held(kernel: str, role: str) -> None:
     ("kernel", "role", "place", "value", "said"),
     [
         ("forward", "few", (0, 3), 9.0, "largest error of logp"),
-        ("forward", "softcap_or_entropy", (3, 3), 9.0, "largest error of entropy"),
+        ("forward", "options", (3, 3), 9.0, "largest error of entropy"),
         ("dlogits", "few", (3, 17), 1.0, "largest error of dz"),
         ("dlogits", "few", (3, 17), torch.nan, "largest error of dz nan"),
     ],
@@ -193,7 +193,7 @@ SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 
 
 @pytest.mark.parametrize("chip", SHARED)
-@pytest.mark.parametrize("role", ["many", "softcap_or_entropy", "few"])
+@pytest.mark.parametrize("role", ["many", "options", "few"])
 def test_points_are_what_the_tuning_table_takes(chip: str, role: str) -> None:
     """The present entry first; each is another, and the package reads it as it was meant."""
     present = entry_of(chip, role)

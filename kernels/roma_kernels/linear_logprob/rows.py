@@ -59,6 +59,11 @@ class Head:
     softcap: float | None
     start: int  # token id of the first weight row
 
+    @property
+    def has_options(self) -> bool:
+        """Whether a logit is more than a product and a scale."""
+        return self.bias is not None or self.softcap is not None
+
     def part(self, vocab: slice, dtype: torch.dtype) -> "Head":
         """A range of the vocabulary, its weights in `dtype`."""
         bias = None if self.bias is None else self.bias[vocab]

@@ -15,7 +15,7 @@ from roma_kernels.linear_logprob.gluon import launch as gluon
 from roma_kernels.linear_logprob.rows import Active, Head
 from roma_kernels.linear_logprob.triton.launch import (
     TRITON_DTYPES,
-    aligned,
+    compiler_options,
     gluon_takes,
     multiprocessors,
     programs,
@@ -113,11 +113,9 @@ def dlogits(active: Active, head: Head, plan: str = "triton") -> Tensor:
             stages=tile.num_stages, group=tile.group,
         )  # fmt: skip
     else:
-        tile = tile_for(
-            dz.device, "dlogits", promoted(active.states, head.weight), active.out_of,
-            softcap_or_entropy=head.softcap is not None or active.dentropy is not None,
-            aligned=aligned(active.states, head.weight),
-        )  # fmt: skip
+        by_row = active.dentropy is not None or active.row_scale is not None
+        options = by_row or head.has_options
+        tile = tile_for("dlogits", active.states, head.weight, active.out_of, options=options)
         _launch(dz, active, head, tile)
     report("recompute", triton.cdiv(count, tile.block_r) * tile.block_r, vocab, depth)
     return dz
@@ -134,7 +132,7 @@ def _launch(dz: Tensor, active: Active, head: Head, tile: Tile) -> None:
         SOFTCAP=head.softcap is not None, DESCRIPTORS=tile.descriptors,
         DTYPE=TRITON_DTYPES[promoted(active.states, head.weight)],
         BLOCK_R=tile.block_r, BLOCK_V=tile.block_v, BLOCK_D=tile.block_d, GROUP=tile.group,
-        FLATTEN=tile.persistent, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        FLATTEN=tile.persistent, **compiler_options(tile, dz.device),
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from roma_kernels.linear_logprob.rows import Head, Rows
 from roma_kernels.linear_logprob.triton.gather import gather_rows
 from roma_kernels.linear_logprob.triton.launch import (
     TRITON_DTYPES,
-    aligned,
+    compiler_options,
     gluon_takes,
     multiprocessors,
     programs,
@@ -206,11 +206,8 @@ def _sweep_part(rows: Rows, head: Head, sums: Tensor, first: int, plan: str) -> 
 def _tile(rows: Rows, head: Head, sums: Tensor, states: Tensor, specialised: bool) -> Tile:
     if specialised:
         return tile_of(chip(sums.device), "forward", "gluon")
-    return tile_for(
-        sums.device, "forward", promoted(states, head.weight), rows.num_rows,
-        softcap_or_entropy=head.softcap is not None or len(sums) == 4,
-        aligned=aligned(states, head.weight),
-    )  # fmt: skip
+    options = len(sums) == 4 or rows.row_scale is not None or head.has_options
+    return tile_for("forward", states, head.weight, rows.num_rows, options=options)
 
 
 def _launch(
@@ -231,5 +228,5 @@ def _launch(
         SOFTCAP=head.softcap is not None, DESCRIPTORS=tile.descriptors,
         DTYPE=TRITON_DTYPES[promoted(states, head.weight)],
         BLOCK_R=tile.block_r, BLOCK_V=tile.block_v, BLOCK_D=tile.block_d, GROUP=tile.group,
-        FLATTEN=tile.persistent, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        FLATTEN=tile.persistent, **compiler_options(tile, device),
     )  # fmt: skip

@@ -30,6 +30,18 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def compiler_options(tile: Tile, device: torch.device) -> dict[str, int]:
+    """Warps and stages; and all registers of a thread, on NVIDIA's chips.
+
+    Else ptxas guesses that several programs will share a multiprocessor, which the shared memory of
+    these tiles forbids, and spills a few bytes for it.
+    """
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    if chip(device).startswith("sm_"):
+        options["maxnreg"] = min(255, 2**16 // (32 * tile.num_warps))
+    return options
+
+
 def sources(
     tile: Tile, hidden: Tensor, weight: Tensor
 ) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor]:
@@ -39,14 +51,6 @@ def sources(
     return (
         TensorDescriptor.from_tensor(hidden, [tile.block_r, tile.block_d]),
         TensorDescriptor.from_tensor(weight, [tile.block_v, tile.block_d]),
-    )
-
-
-def aligned(*matrices: Tensor) -> bool:
-    """Whether 16 bytes can be read at a time: addresses and row strides in 16s, contiguous rows."""
-    return all(
-        x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-        for x in matrices
     )
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from roma_kernels.errors import fail
 
@@ -110,42 +111,48 @@ def _chip_of(device: torch.device) -> str:
     return "sm_80" if (major, minor) == (8, 0) else "sm_120"
 
 
-def role_of(dtype: torch.dtype, rows: int, *, softcap_or_entropy: bool) -> str:
+def role_of(dtype: torch.dtype, rows: int, *, options: bool) -> str:
     """The role of a product in `dtype` over `rows` rows.
 
-    "few", at most FEW_ROWS rows; "many", more of them; "softcap_or_entropy", these with an option
-    that needs more registers; "fp32", few rows of fp32, which only the interpreter multiplies.
+    "few", at most FEW_ROWS rows; "many", more of them; "options", these with a softcap, an entropy,
+    a bias or a temperature by row, which need registers; "fp32", few rows of fp32, which only the
+    interpreter multiplies.
     """
     if rows <= FEW_ROWS:
         return "fp32" if dtype == torch.float32 else "few"
-    return "softcap_or_entropy" if softcap_or_entropy else "many"
+    return "options" if options else "many"
 
 
-def tile_for(
-    device: torch.device,
-    kernel: str,
-    dtype: torch.dtype,
-    rows: int,
-    *,
-    softcap_or_entropy: bool,
-    aligned: bool,
-) -> Tile:
-    """The tile of a kernel ("forward" or "dlogits").
+def tile_for(kernel: str, states: Tensor, weight: Tensor, rows: int, *, options: bool) -> Tile:
+    """The tile of a kernel ("forward" or "dlogits") that multiplies states [R, D] by weight [V, D].
 
     Args:
-        device: where it runs.
         kernel: "forward" or "dlogits".
-        dtype: the dtype that is multiplied.
+        states: [R, D].
+        weight: [V, D].
         rows: of the whole call, active or not: so that it does not depend on the data.
-        softcap_or_entropy: whether there is one.
-        aligned: whether both matrices can be read 16 bytes at a time, by the copy engine too. If
-            not, each element has an address of its own, and tiles have registers for fewer.
+        options: whether there is a softcap, an entropy, a bias or a temperature by row.
     """
-    here = chip(device)
-    role = role_of(dtype, rows, softcap_or_entropy=softcap_or_entropy)
-    if aligned:
-        return tile_of(here, kernel, role)
+    here = chip(states.device)
+    role = role_of(torch.promote_types(states.dtype, weight.dtype), rows, options=options)
+    tile = tile_of(here, kernel, role)
+    if (copyable if tile.descriptors else vectorised)(states, weight):
+        return tile
+    # Each element has an address of its own, and a tile has registers for fewer.
     return replace(tile_of(here, kernel, f"{role}_unaligned", role), descriptors=False)
+
+
+def copyable(*matrices: Tensor) -> bool:
+    """Whether the copy engine reads them: addresses and row strides in 16 bytes, whole rows."""
+    return all(
+        x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+        for x in matrices
+    )
+
+
+def vectorised(*matrices: Tensor) -> bool:
+    """Whether Triton loads 16 bytes at a time through pointers: by strides in 16 elements."""
+    return copyable(*matrices) and all(x.stride(0) % 16 == 0 for x in matrices)
 
 
 def tile_of(chip: str, kernel: str, *roles: str) -> Tile:
@@ -231,8 +238,8 @@ def _changes() -> _Changes:
 
 _NUMBERS = tuple(f.name for f in fields(Tile) if f.name != "why")
 _ROLES = (
-    *("many", "softcap_or_entropy", "few", "fp32"),
-    *("many_unaligned", "softcap_or_entropy_unaligned", "few_unaligned", "gluon"),
+    *("many", "options", "few", "fp32"),
+    *("many_unaligned", "options_unaligned", "few_unaligned", "gluon"),
 )
 
 
