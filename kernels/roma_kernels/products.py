@@ -77,6 +77,48 @@ def as_written(x: Tensor) -> Iterator[None]:
         yield
 
 
+class _Exactness:
+    """Switches products to exact at the first of several users, and back after the last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._undo = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._users:
+                _switch_fp32(self._undo)
+                _switch_16_bits(self._undo)
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._undo.close()
+
+
+def _switch_fp32(undo: ExitStack) -> None:
+    """By the switches that the process uses: torch refuses to read the older after the newer."""
+    backends: Any = torch.backends
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        for matmul in (backends.cuda.matmul, backends.mkldnn.matmul):
+            value = matmul.fp32_precision
+            if value not in ("ieee", "none"):
+                inherited = value == backends.fp32_precision
+                undo.callback(setattr, matmul, "fp32_precision", "none" if inherited else value)
+                matmul.fp32_precision = "ieee"
+        return
+    if precision != "highest":
+        cpu = backends.mkldnn.matmul
+        undo.callback(setattr, cpu, "fp32_precision", cpu.fp32_precision)
+        undo.callback(torch.set_float32_matmul_precision, precision)
+        torch.set_float32_matmul_precision("highest")
+
+
 # Whether sums of 16-bit products may be rounded to 16 bits between their parts.
 _REDUCED = (
     "allow_bf16_reduced_precision_reduction",
@@ -85,42 +127,14 @@ _REDUCED = (
 )
 
 
-class _Exactness:
-    """Switches products to exact at the first of several users, and back after the last."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._before: list[tuple[Any, str, Any]] = []
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._users:
-                self._switch()
-            self._users += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._users -= 1
-            if not self._users:
-                for switches, name, value in self._before:
-                    setattr(switches, name, value)
-                self._before = []
-
-    def _switch(self) -> None:
-        backends: Any = torch.backends
-        for switches in (backends.cuda.matmul, backends.mkldnn.matmul):
-            if switches.fp32_precision not in ("ieee", "none"):
-                self._before.append((switches, "fp32_precision", switches.fp32_precision))
-                switches.fp32_precision = "ieee"
-        switches = backends.cuda.matmul
-        for name in _REDUCED:
-            allowed = getattr(switches, name)
-            if allowed:
-                split = getattr(switches, f"{name}_split_k", None)
-                value = allowed if split is None else (allowed, split)
-                self._before.append((switches, name, value))
-                setattr(switches, name, False)
+def _switch_16_bits(undo: ExitStack) -> None:
+    matmul: Any = torch.backends.cuda.matmul
+    for name in _REDUCED:
+        allowed = getattr(matmul, name)
+        if allowed:
+            split = getattr(matmul, f"{name}_split_k", None)
+            undo.callback(setattr, matmul, name, allowed if split is None else (allowed, split))
+            setattr(matmul, name, False)
 
 
 _EXACTNESS = _Exactness()
@@ -145,6 +159,9 @@ def mm_out(out: Tensor, left: Tensor, right: Tensor) -> None:
         out.copy_(mm(left, right, torch.promote_types(out.dtype, torch.float32)))
 
 
+_ROWS = 1024  # of a product that has no room but a temporary
+
+
 def addmm_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Adds left·right to an fp32 (or float64) total, in whose precision the sum is kept."""
     if left.dtype == total.dtype:
@@ -152,7 +169,8 @@ def addmm_(total: Tensor, left: Tensor, right: Tensor) -> None:
     elif widens("addmm", left.device, left.dtype):
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
-        total += mm(left, right, total.dtype)
+        for sums, rows in zip(total.split(_ROWS), left.split(_ROWS), strict=True):
+            sums += mm(rows, right, total.dtype)
 
 
 @functools.cache
@@ -172,6 +190,10 @@ def widens(operation: str, device: torch.device, dtype: torch.dtype) -> bool:
             torch.mm(small, small, out_dtype=torch.float32)
         else:
             torch.addmm(total, small, small, out_dtype=torch.float32, out=total)
-    except (RuntimeError, TypeError):
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the library
+    except (RuntimeError, TypeError) as why:
+        if "CUBLAS_WORKSPACE_CONFIG" in str(why):
+            raise  # strict determinism, which its own message explains
         return False
     return True

@@ -128,6 +128,10 @@ def test_the_environment_and_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         ("many.group=8.5", "got 'many.group=8.5'"),
         ("many.block_v=100", "a power of two"),
         ("chunk.columns=100", "a multiple of 64"),
+        ("chunk.rows=0", "1 to"),
+        ("many.group=0", "1 to"),
+        ("gluon.block_v=512", "fields: "),
+        ("gluon.num_stages=5", "2 to 4"),
         ("plan=cublas", "one of triton, vendor, gluon"),
         ("chip=sm_91", "one of sm_80"),
         ("nowhere.json", "a JSON file"),
@@ -140,6 +144,65 @@ def test_mistakes_are_named(text: str, said: str, monkeypatch: pytest.MonkeyPatc
     hidden, weight, tokens = torch.ones(1, 4), torch.ones(9, 4), torch.tensor([1])
     with pytest.raises(ValueError, match=said):
         roma.linear_logprob(hidden, weight, tokens, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"tiles": {"sm_90": {"many": {"group": 0}}}}, "sm_90 many.group=0"),
+        ({"tiles": {"sm_90": {"many": {"dlogits": {"block_v": 100}}}}}, "a power of two"),
+        ({"tiles": {"sm_90": {"gluon": {"block_v": 512}}}}, "gluon.block_v=512"),
+        ({"chunks": {"sm_90": {"columns": 100}}}, "a multiple of 64"),
+        ({"plans": {"sm_90": {"forward": [{"rows": 0, "plan": "cublas"}]}}}, "one of triton"),
+        ({"tyles": {}}, "tiles, chunks, plans"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(entry: dict, said: str, tmp_path: Path) -> None:
+    (tmp_path / "wrong.json").write_text(json.dumps(entry))
+    with pytest.raises(ValueError, match=said), override(str(tmp_path / "wrong.json")):
+        pass
+
+
+@pytest.mark.parametrize("plan", ["triton", "vendor"])
+@pytest.mark.parametrize("masked", [-torch.inf, -1e30, torch.finfo(torch.float32).min])
+def test_a_bias_masks_whole_tiles_out(plan: str, masked: float) -> None:
+    """−∞, or a large number as many write: nothing of the tile is left, and no NaN."""
+    spec = HeadSpec(shape=(70,), d=32, v=1544, dtype=torch.float32, bias=True, entropy=True)
+    inputs = spec.make()
+    inputs["bias"][100:] = masked
+    inputs["tokens"] %= 100
+    short = inputs | {"weight": inputs["weight"][:100], "bias": inputs["bias"][:100]}
+    want = compare_head.truth(short)
+    with override(f"plan={plan} {VENDOR.split(maxsplit=1)[1]}"):
+        hidden = inputs["hidden"].clone().requires_grad_()
+        got = compare_head.score(inputs | {"hidden": hidden}, "triton", entropy=True)
+        (dhidden,) = torch.autograd.grad(got.logp.sum() + got.entropy.sum(), hidden)
+    torch.testing.assert_close(got.logp.double(), want.logp, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.entropy.double(), want.entropy, rtol=1e-4, atol=1e-4)
+    assert bool(dhidden.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("plan", "size"), [("triton", 1e4), ("triton", 1e8), ("triton", 1e12), ("vendor", 1e4)]
+)
+def test_peaked_rows_of_any_size(plan: str, size: float) -> None:
+    """p of a row whose logits are huge is 1 at its peak: rounding must not grow with the peak.
+
+    Not for the vendor's beyond: his library may sum a block of another height in another order.
+    """
+    spec = HeadSpec(shape=(70,), d=32, v=1544, dtype=torch.float32, entropy=True)
+    inputs = spec.make()
+    inputs["hidden"] *= size / float((inputs["hidden"] @ inputs["weight"].T).abs().max())
+    results = {}
+    for backend in ("triton", "torch"):
+        hidden = inputs["hidden"].clone().requires_grad_()
+        with override(f"plan={plan} {VENDOR.split(maxsplit=1)[1]}"):
+            got = compare_head.score(inputs | {"hidden": hidden}, backend, entropy=True)
+        (dhidden,) = torch.autograd.grad(got.logp.sum(), hidden)
+        results[backend] = got.logp.detach(), got.entropy.detach(), dhidden
+    for mine, theirs in zip(results["triton"], results["torch"], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+    assert float(results["triton"][0].max()) <= 0 and float(results["triton"][1].min()) >= 0
 
 
 def test_another_tile_gives_the_same_log_probs() -> None:

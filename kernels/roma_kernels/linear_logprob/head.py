@@ -74,8 +74,9 @@ def check_head(
     """
     check_tensor("hidden", hidden)
     check_dtype("hidden", hidden, FLOATS)
-    if hidden.ndim == 0:
-        fail("hidden", "[..., D]", "a 0-dim tensor", "give one row as [1, D]")
+    if hidden.ndim == 0 or hidden.shape[-1] == 0:
+        got = f"{list(hidden.shape)}" if hidden.ndim else "a 0-dim tensor"
+        fail("hidden", "[..., D] with D ≥ 1", got, "give one row as [1, D]")
     check_tensor("weight", weight, like=hidden)
     check_dtype("weight", weight, FLOATS)
     depth = hidden.shape[-1]

@@ -87,7 +87,7 @@ class Active:
 
     rows: Tensor  # [A] int64, numbers of rows
     out_of: int  # R, among which they are: launches are sized by it where A must not matter
-    num_active: Tensor | None  # 0-dim int64: only the first num_active count; None: all
+    num_active: Tensor | None  # 0-dim int64: only the first num_active count; None in a part
     states: Tensor  # [A, D]
     tokens: Tensor  # [A]
     row_scale: Tensor | None  # [A]

@@ -3,10 +3,11 @@
     peak = max_v z_v ; total = Σ_v e^(z_v − peak) ; moment = Σ_v e^(z_v − peak)·z_v ; target = z_y
     dz = g·(1[v=y] − p) − e·p·(log p + H)
 
-Workspace: two tiles of logits and, where the library has no product of 16-bit matrices with an fp32
-result (no CPU's has one), one tile of W in fp32. The forward reads W once per block of rows, the
-backward once (backward.py). Accumulates in fp32 (float64 for float64 inputs) whatever the inputs'
-dtype, also under autocast. Two runs on a CPU are bitwise equal.
+Workspace: two tiles of logits (three backward, four with a softcap) and, where the library has no
+product of 16-bit matrices with an fp32 result (no CPU's has one), one tile of W in fp32. The
+forward reads W once per block of rows, the backward once (backward.py). Accumulates in fp32
+(float64 for float64 inputs) whatever the inputs' dtype, also under autocast. Two runs on a CPU are
+bitwise equal.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from roma_kernels.linear_logprob.rows import Active, Head, Kernels, Rows
-from roma_kernels.products import addmm_, mm, mm_out, report, widens
+from roma_kernels.products import addmm_, capturing, mm, mm_out, report, widens
 
 # 1024 rows × 2048 entries, twice, in fp32: within 4 % of the fastest of the sizes tried on a CPU
 # (4 to 128 MiB).
@@ -107,6 +108,8 @@ def scatter(
     position = token if rows.index is None else rows.index[token]
     dstates = dstates.to(rows.hidden.dtype)
     shape, like = rows.hidden.shape, dstates
+    if num_active is not None and capturing(chosen):
+        return _scatter_captured(rows, position, image, num_active, dstates)
     if rows.view_hidden is None:
         return like.new_zeros(shape).index_copy_(0, position, dstates), None
     clean = image == 0
@@ -117,6 +120,25 @@ def scatter(
     return dhidden, dviews
 
 
+def _scatter_captured(
+    rows: Rows, position: Tensor, image: Tensor, num_active: Tensor, dstates: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """`scatter` where nothing can be read: what is not to be written goes to a row behind."""
+    count, size = rows.hidden.shape
+    active = torch.arange(len(position), device=position.device) < num_active
+
+    def placed(places: Tensor, chosen: Tensor, rows_there: int) -> Tensor:
+        there = dstates.new_zeros(rows_there + 1, size)
+        return there.index_copy_(0, places.where(chosen, rows_there), dstates)[:rows_there]
+
+    dhidden = placed(position, active & (image == 0), count)
+    if rows.view_hidden is None:
+        return dhidden, None
+    places = position + (image - 1) * count
+    dviews = placed(places, active & (image > 0), rows.view_hidden.shape[0] * count)
+    return dhidden, dviews.view(rows.view_hidden.shape)
+
+
 def dlogits(active: Active, head: Head) -> Tensor:
     """The gradient dz [A, V] for a head, or a slice of one, of V entries."""
     (count, depth), vocab = active.states.shape, len(head.weight)
@@ -124,7 +146,8 @@ def dlogits(active: Active, head: Head) -> Tensor:
     if height >= count and width >= vocab:
         dz = _dlogits(active, head)
     else:
-        dz = active.states.new_empty(count, vocab)
+        # In rows of whole 64 columns: the library has slow kernels for odd ones.
+        dz = active.states.new_empty(count, -(-vocab // 64) * 64)[:, :vocab]
         for block in _tiles(count, height):
             for tile in _tiles(vocab, width):
                 dz[block, tile] = _dlogits(active.part(block), head.part(tile, dz.dtype))

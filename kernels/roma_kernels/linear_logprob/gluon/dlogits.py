@@ -1,6 +1,6 @@
 """Gradient by a tile of logits on sm_90: the product once more, and dz from its registers.
 
-    dz = p·(a + b·z) + g·1[v=y]        p = 2^(z·log₂e/τ − lse·log₂e), z the product
+    dz = p·(a + b·z) + g·1[v=y]        p = 2^((z − τ·lse)·log₂e/τ), z the product
 
 With g = dlogp/τ and e = dentropy/τ, a row's factors are b = −e/τ and a = −g − e·(H − lse), which is
 triton/dlogits.py's g·(1[v=y] − p) − e·p·(log p + H). `launch.py` forms them. 2 bytes per logit are
@@ -22,8 +22,8 @@ from roma_kernels.linear_logprob.gluon.schedule import (
 
 
 @gluon.jit
-def _with_entropy(z, scale2, lse2, slope, slope_z):
-    return gl.exp2(gl.fma(z, scale2, -lse2)) * gl.fma(z, slope_z, slope)
+def _with_entropy(z, scale2, lse, slope, slope_z):
+    return gl.exp2((z - lse) * scale2) * gl.fma(z, slope_z, slope)
 
 
 @gluon.jit
@@ -38,7 +38,7 @@ def _consumer(
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    tokens_ptr, scale2_ptr, lse2_ptr, g_ptr, slope_ptr, slope_z_ptr = factors
+    tokens_ptr, scale2_ptr, lse_ptr, g_ptr, slope_ptr, slope_z_ptr = factors
     stride_dz64, vocab_start, A, V, D = sizes
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_V, 16]
@@ -54,7 +54,7 @@ def _consumer(
         inside = rows < A
         token = gl.load(tokens_ptr + rows, inside, other=-1)
         scale2 = gl.load(scale2_ptr + rows, inside, other=0.0)[:, None]
-        lse2 = gl.load(lse2_ptr + rows, inside, other=0.0)[:, None]
+        lse = gl.load(lse_ptr + rows, inside, other=0.0)[:, None]
         slope = gl.load(slope_ptr + rows, inside, other=0.0)[:, None]
         if slope_z_ptr is not None:
             slope_z = gl.load(slope_z_ptr + rows, inside, other=0.0)[:, None]
@@ -70,9 +70,9 @@ def _consumer(
             z = gl.where((cols < V - col)[None, :], z, NEVER)
         if slope_z_ptr is not None:
             # Entry by entry: step by step over the tile it would need 256 registers.
-            dz = gl.map_elementwise(_with_entropy, z, scale2, lse2, slope, slope_z)
+            dz = gl.map_elementwise(_with_entropy, z, scale2, lse, slope, slope_z)
         else:
-            dz = gl.exp2(gl.fma(z, scale2, -lse2)) * slope
+            dz = gl.exp2((z - lse) * scale2) * slope
         if found > 0:
             g = gl.load(g_ptr + rows, inside, other=0.0)[:, None]
             target = cols[None, :] == gl.where(here, local, -1)[:, None]
@@ -93,7 +93,7 @@ def _gluon_dlogits_kernel(
     weight,  # descriptor of [V, D]
     tokens_ptr,  # [A] int64
     scale2_ptr,  # [A], log₂e/τ
-    lse2_ptr,  # [A], lse·log₂e
+    lse_ptr,  # [A], τ·lse
     g_ptr,  # [A]
     slope_ptr,  # [A], a
     slope_z_ptr,  # [A], b, or None without entropy
@@ -111,7 +111,7 @@ def _gluon_dlogits_kernel(
     gl.static_assert(BLOCK_V % 64 == 0)  # so that the last tile has the zeros behind V
     row_tiles, vocab_tiles = gl.cdiv(A, 2 * HALF), gl.cdiv(V, BLOCK_V)
     ring = make_ring(hidden, weight, STAGES)
-    factors = (tokens_ptr, scale2_ptr, lse2_ptr, g_ptr, slope_ptr, slope_z_ptr)
+    factors = (tokens_ptr, scale2_ptr, lse_ptr, g_ptr, slope_ptr, slope_z_ptr)
     sizes = (stride_dz64, vocab_start, A, V, D)
     gl.warp_specialize(
         [

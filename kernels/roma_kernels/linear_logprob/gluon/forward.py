@@ -77,20 +77,16 @@ def _consumer(
             target = cols[None, :] == gl.where(here, local, -1)[:, None]
             gl.store(spots, z * row_scale[:, None], target)
         highest = gl.max(z, 1)
-        scale2 = row_scale * LOG2E
-        top = highest * scale2
-        weights = gl.exp2(gl.fma(z, scale2[:, None], -top[:, None]))
-        # top is rounded, and the sums are relative to it: one factor a row is missing.
-        factor = gl.exp2(-gl.fma(highest, scale2, -top))
+        weights = gl.exp2((z - highest[:, None]) * (row_scale * LOG2E)[:, None])
         places = gl.cast(vocab_tile, gl.int64) * R + rows
         gl.store(peak_ptr + places, highest * row_scale, inside)
         if moment_ptr is not None:
             # Both at once: one after the other would need 256 registers for weights and products.
             total, moment = gl.reduce((weights, weights * z), 1, _add_pairs)
-            gl.store(moment_ptr + places, moment * factor * row_scale, inside)
+            gl.store(moment_ptr + places, moment * row_scale, inside)
         else:
             total = gl.sum(weights, 1)
-        gl.store(total_ptr + places, total * factor, inside)
+        gl.store(total_ptr + places, total, inside)
 
 
 @gluon.jit(

@@ -110,10 +110,10 @@ def dlogits(
     """
     from roma_kernels.linear_logprob.gluon.dlogits import _gluon_dlogits_kernel
 
-    scale2, lse2, g, slope, slope_z = row_factors(active, head)
+    scale2, lse, g, slope, slope_z = row_factors(active, head)
     _gluon_dlogits_kernel[(_programs(active.states, head, multiprocessors),)](
         dz, *_described(active.states, head.weight),
-        active.tokens, scale2, lse2, g, slope, slope_z,
+        active.tokens, scale2, lse, g, slope, slope_z,
         dz.stride(0) // 64, head.start, len(active.states), *head.weight.shape,
         BLOCK_V=BLOCK_V, BLOCK_D=BLOCK_D, STAGES=stages, GROUP=group, REGISTERS=REGISTERS,
         num_warps=4,
@@ -121,9 +121,9 @@ def dlogits(
 
 
 def row_factors(active: Active, head: Head) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """What dz = 2^(z·scale2 − lse2)·(slope + slope_z·z) + g·1[v=y] has of each row [A].
+    """What dz = 2^((z − lse)·scale2)·(slope + slope_z·z) + g·1[v=y] has of each row [A].
 
-    scale2, lse2, g, slope, slope_z; the last one None without an entropy.
+    scale2, lse (in units of z), g, slope, slope_z; the last one None without an entropy.
     """
     scale, lse = active.row_scale, active.lse
     if scale is None:
@@ -135,7 +135,7 @@ def row_factors(active: Active, head: Head) -> tuple[Tensor, Tensor, Tensor, Ten
         assert active.entropy is not None
         e = active.dentropy * per_logit
         slope, slope_z = slope - e * (active.entropy - lse), -e * scale
-    return scale * _LOG2E, lse * _LOG2E, g, slope, slope_z
+    return scale * _LOG2E, lse / scale, g, slope, slope_z
 
 
 def _programs(states: Tensor, head: Head, multiprocessors: int) -> int:

@@ -14,7 +14,9 @@ from torch import Tensor
 from roma_kernels.linear_logprob.gluon import launch as gluon
 from roma_kernels.linear_logprob.rows import Active, Head
 from roma_kernels.linear_logprob.triton.launch import (
+    COLUMNS,
     TRITON_DTYPES,
+    blank_dlogits,
     compiler_options,
     gluon_takes,
     multiprocessors,
@@ -134,16 +136,3 @@ def _launch(dz: Tensor, active: Active, head: Head, tile: Tile) -> None:
         BLOCK_R=tile.block_r, BLOCK_V=tile.block_v, BLOCK_D=tile.block_d, GROUP=tile.group,
         FLATTEN=tile.persistent, **compiler_options(tile, dz.device),
     )  # fmt: skip
-
-
-COLUMNS = 64  # rows of logits and of dz are whole multiples
-
-
-def padded(vocab: int) -> int:
-    """Columns of a row: an odd row would be moved in halfwords, and multiplied by slow kernels."""
-    return triton.cdiv(vocab, COLUMNS) * COLUMNS
-
-
-def blank_dlogits(like: Tensor, rows: int, vocab: int) -> Tensor:
-    """Room for dz [rows, vocab], in rows of whole 64 columns."""
-    return like.new_empty(rows, padded(vocab))[:, :vocab]

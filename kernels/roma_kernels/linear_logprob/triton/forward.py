@@ -32,8 +32,9 @@ from roma_kernels.linear_logprob.triton.tile import _LOWEST, _logits, _product, 
 from roma_kernels.linear_logprob.triton.tuning import Tile, chip, tile_for, tile_of
 from roma_kernels.products import listening, report
 
-# Rows swept per launch: bounds the partial sums (74 MiB at V = 152k) and the gathered hidden
-# states (128 MiB at D = 4096), and still reads W only once per 26 ms of products on an H200.
+# Rows swept per launch: bounds the partial sums (74 MiB at V = 152k; in tiles of 128 columns, with
+# an entropy, 223) and the gathered hidden states (128 MiB at D = 4096), and still reads W only once
+# per 26 ms of products on an H200.
 SWEEP_ROWS = 16384
 
 
@@ -155,11 +156,12 @@ def _merge_kernel(
         total = total * shrink + tl.sum(totals * weights, 0)
         if moment_ptr is not None:
             moments = tl.load(moment_ptr + places, inside, other=0.0)
-            moment = moment * shrink + tl.sum(moments * weights, 0)
+            # A part that a bias of the lowest number masks out has a moment of −∞ and no weight.
+            moment = tl.where(shrink > 0, moment * shrink, 0.0)
+            moment += tl.sum(tl.where(weights > 0, moments * weights, 0.0), 0)
         peak = higher
     tl.store(peak_out_ptr + rows, peak, rows < count)
-    # The peak's own e⁰ is in it: less than 1 is rounding, and logp is to be ≤ 0.
-    tl.store(total_out_ptr + rows, tl.maximum(total, 1.0), rows < count)
+    tl.store(total_out_ptr + rows, total, rows < count)
     if moment_ptr is not None:
         tl.store(moment_out_ptr + rows, moment, rows < count)
 

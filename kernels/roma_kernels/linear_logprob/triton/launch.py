@@ -13,6 +13,7 @@ from roma_kernels.linear_logprob.rows import Head
 from roma_kernels.linear_logprob.triton.tuning import Tile, chip
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+COLUMNS = 64  # rows of logits and of dz are whole multiples; kernels take their strides in these
 _INTERPRETED_PROGRAMS = 3  # of a persistent grid: enough for turns that wrap around
 
 
@@ -33,8 +34,8 @@ def multiprocessors(device: torch.device) -> int:
 def compiler_options(tile: Tile, device: torch.device) -> dict[str, int]:
     """Warps and stages; and all registers of a thread, on NVIDIA's chips.
 
-    Else ptxas guesses that several programs will share a multiprocessor, which the shared memory of
-    these tiles forbids, and spills a few bytes for it.
+    Else ptxas guesses that several programs are to share a multiprocessor, and spills a few bytes
+    for it; the shared memory of the large tiles forbids it anyhow.
     """
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     if chip(device).startswith("sm_"):
@@ -63,3 +64,13 @@ def gluon_takes(states: Tensor, head: Head) -> bool:
 def promoted(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype that a product of the two is done in."""
     return torch.promote_types(hidden.dtype, weight.dtype)
+
+
+def padded(vocab: int) -> int:
+    """Columns of a row: an odd row would be moved in halfwords, and multiplied by slow kernels."""
+    return math.ceil(vocab / COLUMNS) * COLUMNS
+
+
+def blank_dlogits(like: Tensor, rows: int, vocab: int) -> Tensor:
+    """Room for dz [rows, vocab], in rows of whole 64 columns."""
+    return like.new_empty(rows, padded(vocab))[:, :vocab]

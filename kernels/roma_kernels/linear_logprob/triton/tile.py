@@ -1,7 +1,10 @@
 """One tile of logits, for the forward sweep and for the backward's dlogits alike.
 
     z = W h + b ; z = s·tanh(z/s)        [BLOCK_R, BLOCK_V], fp32, on chip; logits are z/τ
-    e^(z/τ − lse) = 2^(z·(log₂e/τ) − lse·log₂e)        one multiply-add and one exp2 an entry
+    e^(z/τ − peak/τ) = 2^((z − peak)·log₂e/τ)        a subtraction, a product and an exp2 an entry
+
+Not as one multiply-add of z: its rounding grows with the peak, without bound in a tile that a bias
+of −1e30 masks out.
 
 A (BLOCK_R + BLOCK_V)·BLOCK_D slice of hidden states and weights is read per step, and the product
 accumulates in fp32 registers. Tiles are walked in groups of GROUP row tiles: the group's hidden
@@ -94,7 +97,7 @@ def _tanh(x):
 
 @triton.jit
 def _logits(product, bias_ptr, cols, V, softcap, SOFTCAP: tl.constexpr):
-    """Z of a product; −∞ past the vocabulary's end, where a padded lane must count 0."""
+    """z, the product with bias and softcap; −∞ past the vocabulary, where lanes must count 0."""
     z = product
     if bias_ptr is not None:
         z += tl.load(bias_ptr + cols, cols < V, other=0.0).to(tl.float32)[None, :]
@@ -106,17 +109,12 @@ def _logits(product, bias_ptr, cols, V, softcap, SOFTCAP: tl.constexpr):
 @triton.jit
 def _sums(z, scale, MOMENT: tl.constexpr):
     """peak, total and (or 0) moment [rows] of the logits z·scale; scale is [rows]."""
-    highest = tl.max(z, 1)
-    scale2 = scale * _LOG2E
-    top = tl.maximum(highest * scale2, _LOWEST)
-    weights = tl.exp2(tl.math.fma(z, scale2[:, None], -top[:, None]))
-    # top is rounded, and the sums are relative to it: one factor a row is missing.
-    missing = tl.where(highest == -float("inf"), 0.0, tl.math.fma(highest, scale2, -top))
-    factor = tl.exp2(-missing)
-    total = tl.sum(weights, 1) * factor
+    highest = tl.maximum(tl.max(z, 1), _LOWEST)
+    weights = tl.exp2((z - highest[:, None]) * (scale * _LOG2E)[:, None])
+    total = tl.sum(weights, 1)
     moment = tl.zeros_like(total)
     if MOMENT:
-        moment = tl.sum(weights * tl.where(weights > 0, z, 0.0), 1) * factor * scale
+        moment = tl.sum(weights * tl.where(weights > 0, z, 0.0), 1) * scale
     return tl.maximum(highest * scale, _LOWEST), total, moment
 
 
@@ -134,8 +132,7 @@ def _dlogits(
     SOFTCAP: tl.constexpr,
 ):
     """Dz of a tile: (g·1[v=y] − p·(g + e·(log p + H))) through softcap and 1/τ."""
-    scale2, lse2 = scale * _LOG2E, lse * _LOG2E
-    p = tl.exp2(tl.math.fma(z, scale2[:, None], -lse2[:, None]))
+    p = tl.exp2((z - (lse / scale)[:, None]) * (scale * _LOG2E)[:, None])
     slope = g[:, None]
     if ENTROPY:
         # p = 0 where log p = −∞: a masked entry takes no part in the entropy.

@@ -250,17 +250,51 @@ def _assignment(word: str, entry: str, value: str) -> tuple[str, str, int | str]
     if entry == "plan":
         return kernel, entry, _one_of(word, value, PLANS)
     role, _, field = entry.partition(".")
-    known = _NUMBERS if role in _ROLES else ("rows", "columns") if role == "chunk" else ()
-    if field not in known or not value.isdigit():
+    number = int(value) if value.isdigit() else -1
+    _check(word, role, field, number)
+    return kernel, entry, number
+
+
+def _check(word: str, role: str, field: str, number: int) -> None:
+    """Raises ValueError unless a kernel of this role can be launched with a number."""
+    known: tuple[str, ...] = _NUMBERS if role in _ROLES else ()
+    if role == "gluon":
+        known = ("group", "num_stages")  # its blocks and warps are the kernel's own
+    elif role == "chunk":
+        known = ("rows", "columns")
+    if field not in known or number < 0:
         expected = "plan=…, chip=…, chunk.rows=…, or ROLE.FIELD=a whole number, as many.group=8"
         remedy = f"roles: {', '.join(_ROLES)}; fields: {', '.join(_NUMBERS)}"
         fail("ROMA_TUNING", expected, repr(word), remedy)
-    number = int(value)
+    switch = field in ("descriptors", "persistent")
+    least, most = (2, 4) if (role, field) == ("gluon", "num_stages") else (1 - switch, 2**20)
+    if not least <= number <= (1 if switch else most):
+        fail("ROMA_TUNING", f"{least} to {1 if switch else most}", repr(word), "see tuning.json")
     if field.startswith("block") and (number < 16 or number & (number - 1)):
         fail("ROMA_TUNING", "a power of two, 16 at least", repr(word), "Triton's blocks are those")
-    if entry == "chunk.columns" and number % 64:
+    if field == "columns" and number % 64:
         fail("ROMA_TUNING", "a multiple of 64", repr(word), "rows of logits are whole vectors")
-    return kernel, entry, number
+
+
+def _check_file(file: str, found: dict[str, Any]) -> None:
+    """The same of every number of a file; entries of "gluon" that cannot change may be repeated."""
+    own = {} if file == str(_FILE) else _read(str(_FILE))["tiles"]
+    for chip, roles in found.get("tiles", {}).items():
+        for role, entry in roles.items():
+            fixed = own.get(chip, {}).get(role, {}) if role == "gluon" else {}
+            numbers = {**entry, **entry.get("forward", {}), **entry.get("dlogits", {})}
+            for field in set(numbers) - {"why", *KERNELS}:
+                if role == "gluon" and numbers[field] == fixed.get(field, numbers[field]):
+                    continue
+                where = f"{file}: {chip} {role}.{field}={numbers[field]}"
+                _check(where, role, field, int(numbers[field]))
+    for chip, entry in found.get("chunks", {}).items():
+        for field in ("rows", "columns"):
+            if field in entry:
+                _check(f"{file}: {chip} chunk.{field}={entry[field]}", "chunk", field, entry[field])
+    for chip, kernels in found.get("plans", {}).items():
+        for step in (step for steps in kernels.values() for step in steps):
+            _one_of(f"{file}: {chip} {step}", step["plan"], PLANS)
 
 
 def _one_of(word: str, value: str, known: tuple[str, ...]) -> str:
@@ -278,6 +312,7 @@ def _read(file: str) -> dict[str, Any]:
         fail("ROMA_TUNING", "a JSON file", f"{file!r} ({wrong})", remedy)
     if not isinstance(found, dict) or not set(found) <= {"tiles", "chunks", "plans"}:
         fail("ROMA_TUNING", "tiles, chunks, plans", f"{file!r}", "see tuning.json")
+    _check_file(file, found)
     return found
 
 

@@ -17,9 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from roma_kernels.linear_logprob.rows import Active, Head, Rows
-from roma_kernels.linear_logprob.triton.dlogits import COLUMNS, blank_dlogits, padded
 from roma_kernels.linear_logprob.triton.gather import gather_rows
-from roma_kernels.linear_logprob.triton.launch import promoted
+from roma_kernels.linear_logprob.triton.launch import COLUMNS, blank_dlogits, padded, promoted
 from roma_kernels.linear_logprob.triton.tile import _dlogits, _logits, _sums
 from roma_kernels.linear_logprob.triton.tuning import chunk_for
 from roma_kernels.products import mm_out, report
@@ -74,7 +73,9 @@ def _row_sums_kernel(
         higher = tl.maximum(peak, peak_here)
         before, after = tl.exp(peak - higher), tl.exp(peak_here - higher)
         total = total * before + total_here * after
-        moment = moment * before + moment_here * after
+        # Columns that a bias of the lowest number masks out: a moment of −∞ and no weight.
+        moment = tl.where(before > 0, moment * before, 0.0)
+        moment += tl.where(after > 0, moment_here * after, 0.0)
         peak = higher
     tl.store(peak_ptr + one, peak)
     tl.store(total_ptr + one, total)
@@ -157,7 +158,6 @@ def sweep(rows: Rows, head: Head, sums: Tensor) -> None:
             logits = room[: len(states), : len(piece.weight)]
             mm_out(logits, states, piece.weight.T)
             row_sums(part, logits, piece, rows, first)
-    sums[1].clamp_(min=1)  # the peak's own e⁰ is in it: less is rounding, and logp is to be ≤ 0
     report("forward", rows.num_rows, vocab, depth)
 
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from roma_kernels.linear_logprob.rows import Active, Head, Rows
-from roma_kernels.linear_logprob.triton.dlogits import blank_dlogits
 from roma_kernels.linear_logprob.triton.gather import (
     gather_rows,
     scatter_rows_into,
     zero_gradients,
 )
+from roma_kernels.linear_logprob.triton.launch import blank_dlogits
 from roma_kernels.linear_logprob.triton.vendor import (
     blank_logits,
     row_dlogits,
@@ -68,7 +68,7 @@ def token_local_fwd(
         start_sums(sums)
         row_sums(sums, logits, head, rows, first)
         peak, total, target = sums
-        logarithm = total.clamp_(min=1).log()
+        logarithm = total.log()
         row_logp, row_lse = (target - peak) - logarithm, peak + logarithm
         by_image = row_logp.view(-1, per_token).T
         batch.logp[part], batch.view_logp[:, part] = by_image[0], by_image[1:]
