@@ -94,13 +94,16 @@ def test_a_captured_loss(plan: str, dtype: torch.dtype) -> None:
         out, _ = card.run(case)
         positional, named = compare_whole.split(case)
         again = replayed(*positional, **named)
-        # The vendor's product may choose another order for another number of rows.
-        for name in ("loss", "logp", "view_logp", "worst_view") if plan == "triton" else ():
+        # The vendor's product, which fp32 takes too, may choose another order for other rows.
+        fused = plan == "triton" and dtype != torch.float32
+        for name in ("loss", "logp", "view_logp", "worst_view") if fused else ():
             assert torch.equal(getattr(again, name), getattr(out, name)), name
 
 
 def test_the_forward_does_not_wait() -> None:
-    case = card.moved(LossSpec(b=4, t=9, k=3, d=64, v=257, bias=True).make(), "cuda")
+    """In 16 bits: fp32 is the vendor's product, which is sized by the host."""
+    spec = LossSpec(b=4, t=9, k=3, d=64, v=257, bias=True, dtype=torch.bfloat16)
+    case = card.moved(spec.make(), "cuda")
     card.run(case)
     torch.cuda.set_sync_debug_mode("error")
     try:

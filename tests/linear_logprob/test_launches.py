@@ -9,6 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from roma import RomaConfig
+from roma.testing import compare_whole
+from roma.testing.strategies import LossSpec
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,3 +52,21 @@ def test_nothing_is_compiled_anew_for_another_number_of_rows(launches, sizes: st
     assert first and all(other == first for other in others), [
         sorted(other ^ first) for other in others if other != first
     ][:1]
+
+
+@pytest.mark.parametrize("views", [0, 2])
+def test_a_capture_loses_no_row(views: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a CUDA graph is captured inactive rows are padding, which must not land on row 0."""
+    grads = []
+    for captured in (False, True):
+        for module in ("backward", "torch_backend", "rows"):
+            name = f"roma_kernels.linear_logprob.{module}.capturing"
+            monkeypatch.setattr(name, lambda x, told=captured: told)
+        config = RomaConfig(lambda_inv=float(views > 0))
+        spec = LossSpec(b=3, t=5, k=views, d=8, v=33, config=config)
+        case = compare_whole.on_leaves(spec.make())
+        compare_whole.call(case, "torch").loss.backward()
+        grads.append([case[n].grad for n in compare_whole.LEAVES if case[n] is not None])
+    for eager, inside in zip(*grads, strict=True):
+        torch.testing.assert_close(inside, eager)
+    assert bool(grads[0][0].any())
