@@ -1,5 +1,5 @@
 # make setup | demo | test | check | bench | wheels | kernels. Each first installs what it needs into .venv, once; after
-# that wheels alone uses a network. Another interpreter: make PYTHON=python3.12 setup.
+# that wheels and kernels-all alone use a network. Another interpreter: make PYTHON=python3.12 setup.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ PEERS := $(VENV)/.peers-done
 NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench gpu wheels kernels
+.PHONY: help setup demo test check bench gpu wheels kernels kernels-all
 
 help:
 	@echo "make setup   .venv with everything the tests and the demo need"
@@ -19,7 +19,7 @@ help:
 	@echo "make bench   the loss against its peers, held to float64 first: bench/results, docs/BENCHMARKS.md"
 	@echo "make wheels  the peers' wheels for a machine with a GPU and without a network: .wheels"
 	@echo "make gpu     what a card must show, in minutes: runs/gpu, docs/GPU.md; ARGS=--plan prints how"
-	@echo "make kernels the same compilation, written to docs/KERNELS.md"
+	@echo "make kernels the same compilation, written to docs/KERNELS.md; kernels-all: under every Triton"
 
 setup: $(STAMP)
 
@@ -81,3 +81,7 @@ gpu:
 kernels: $(STAMP)
 	@echo "kernels: compiling for sm_80, sm_90, sm_100, sm_120 and gfx942; no GPU takes part"
 	@$(BIN)/python -m bench.compiled
+
+kernels-all: $(STAMP)
+	@echo "kernels-all: every combination under four Tritons, installed into $(VENV)/tritons: about forty minutes"
+	@$(BIN)/python -m bench.compiled --tritons

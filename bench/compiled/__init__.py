@@ -1,0 +1,1 @@
+"""Compiles what launches, for every chip, without a GPU: `make kernels`, `make kernels-all`."""
