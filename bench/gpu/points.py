@@ -45,7 +45,9 @@ class Point(NamedTuple):
         """What ROMA_TUNING takes."""
         if self.role == "chunk":
             return " ".join([f"chunk.{k}={v}" for k, v in self.entry.items()] + ["plan=vendor"])
-        changes = [f"{self.kernel}.{self.role}.{k}={int(v)}" for k, v in self.entry.items()]
+        # The others of plan gluon are what its kernels were written for.
+        free = ("group", "num_stages") if self.role == "gluon" else tuple(self.entry)
+        changes = [f"{self.kernel}.{self.role}.{k}={int(self.entry[k])}" for k in free]
         return " ".join([*changes, f"plan={'gluon' if self.role == 'gluon' else 'triton'}"])
 
 

@@ -170,7 +170,7 @@ def _on_card(machine: Machine, out: Path) -> list[Step]:
         )),
         Step("roles", "the sweep of the roles that are rarer", tuple(
             part
-            for role in ("options", "few", "many_unaligned")
+            for role in ("options", "few", "unaligned")
             for kernel in ("forward", "dlogits")
             for part in points(kernel, role, ("hold", 60), ("time", 40))
         )),

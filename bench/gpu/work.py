@@ -60,7 +60,7 @@ class Work:
         dtype = torch.float16 if device == "cpu" else torch.bfloat16
         made = data.make(data.Shape(size.rows, 0, size.depth, size.vocab, dtype), device)
         weight = made.weight
-        if role.endswith("_unaligned"):  # rows that nothing reads 16 bytes at a time
+        if role == "unaligned":  # rows that nothing reads 16 bytes at a time
             weight = weight.new_empty(size.vocab, size.depth + 4)[:, : size.depth].copy_(weight)
         self._entropy = role.startswith("options")
         self._rows = Rows(made.rows, None, made.tokens, None, None, None)

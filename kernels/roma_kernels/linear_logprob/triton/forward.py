@@ -39,8 +39,10 @@ SWEEP_ROWS = 16384
 
 
 @triton.jit(
-    do_not_specialize=["first", "vocab_start", "R", "V"],
-    do_not_specialize_on_alignment=["peak_ptr", "total_ptr", "moment_ptr", "target_ptr"],
+    do_not_specialize=["first", "per_token", "vocab_start", "R", "V"],
+    do_not_specialize_on_alignment=[
+        *("peak_ptr", "total_ptr", "moment_ptr", "target_ptr", "tokens_ptr", "scale_ptr"),
+    ],
 )
 def _linear_logprob_fwd_kernel(
     peak_ptr,  # [⌈V/BLOCK_V⌉, R]
@@ -113,7 +115,7 @@ def _linear_logprob_fwd_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["first", "R", "parts"],
+    do_not_specialize=["first", "per_token", "R", "parts"],
     do_not_specialize_on_alignment=[
         *("peak_out_ptr", "total_out_ptr", "moment_out_ptr"),
         *("peak_ptr", "total_ptr", "moment_ptr"),

@@ -26,7 +26,7 @@ def _row_ptr(hidden_ptr, views_ptr, index_ptr, row, per_token, stride, M):
 
 
 @triton.jit(
-    do_not_specialize=["first", "M"],
+    do_not_specialize=["first", "per_token", "M"],
     do_not_specialize_on_alignment=["rows_ptr", "index_ptr"],
 )
 def _gather_rows_kernel(
@@ -58,7 +58,7 @@ def _gather_rows_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["M"],
+    do_not_specialize=["per_token", "M"],
     do_not_specialize_on_alignment=["rows_ptr", "index_ptr"],
 )
 def _scatter_rows_kernel(

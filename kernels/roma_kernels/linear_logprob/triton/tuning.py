@@ -139,7 +139,7 @@ def tile_for(kernel: str, states: Tensor, weight: Tensor, rows: int, *, options:
     if (copyable if tile.descriptors else vectorised)(states, weight):
         return tile
     # Each element has an address of its own, and a tile has registers for fewer.
-    return replace(tile_of(here, kernel, f"{role}_unaligned", role), descriptors=False)
+    return replace(tile_of(here, kernel, "unaligned", role), descriptors=False)
 
 
 def copyable(*matrices: Tensor) -> bool:
@@ -151,8 +151,10 @@ def copyable(*matrices: Tensor) -> bool:
 
 
 def vectorised(*matrices: Tensor) -> bool:
-    """Whether Triton loads 16 bytes at a time through pointers: by strides in 16 elements."""
-    return copyable(*matrices) and all(x.stride(0) % 16 == 0 for x in matrices)
+    """Whether Triton loads 16 bytes at a time through pointers: all sizes in 16 elements."""
+    return copyable(*matrices) and all(
+        x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0 for x in matrices
+    )
 
 
 def tile_of(chip: str, kernel: str, *roles: str) -> Tile:
@@ -237,10 +239,7 @@ def _changes() -> _Changes:
 
 
 _NUMBERS = tuple(f.name for f in fields(Tile) if f.name != "why")
-_ROLES = (
-    *("many", "options", "few", "fp32"),
-    *("many_unaligned", "options_unaligned", "few_unaligned", "gluon"),
-)
+_ROLES = (*("many", "options", "few", "unaligned", "gluon", "fp32"),)
 
 
 def _assignment(word: str, entry: str, value: str) -> tuple[str, str, int | str]:

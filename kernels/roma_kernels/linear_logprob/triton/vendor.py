@@ -27,8 +27,10 @@ _BLOCK_V = 4096
 
 
 @triton.jit(
-    do_not_specialize=["stride64", "first", "vocab_start", "V"],
-    do_not_specialize_on_alignment=["peak_ptr", "total_ptr", "moment_ptr", "target_ptr"],
+    do_not_specialize=["stride64", "first", "per_token", "vocab_start", "V"],
+    do_not_specialize_on_alignment=[
+        *("peak_ptr", "total_ptr", "moment_ptr", "target_ptr", "tokens_ptr", "scale_ptr"),
+    ],
 )
 def _row_sums_kernel(
     peak_ptr,  # [R], read and written, as are the next three
