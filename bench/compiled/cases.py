@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ LAYOUTS = {
     "odd": "odd rows: no two begin at like addresses",
     "off": "addresses off by one element",
     "head off": "the head's alone: a slice of a flat buffer",
+    "states apart": "the states' rows lie in wider ones",
     "transposed": "the head stored as [D, V]",
     "large": "storages over 2 GiB, which AMD's compiler tells apart",
 }
@@ -49,6 +50,8 @@ class Matrices:
 
     def hidden(self, *shape: int) -> Tensor:
         """[..., D]."""
+        if self.layout == "states apart":
+            return self._made((*shape, self.depth + 1), self.states, off=False)[..., :-1]
         return self._made((*shape, self.depth), self.states, self.layout == "off")
 
     def head(self) -> Tensor:
@@ -106,7 +109,7 @@ class Loss:
 
     def __call__(self) -> None:
         """Forward and backward."""
-        shape = (self.sequences, self.tokens)
+        shape, aux = (self.sequences, self.tokens), self.aux and self.views > 0
         out = roma_loss(
             self.matrices.hidden(*shape).requires_grad_(),
             self.matrices.hidden(self.views, *shape).requires_grad_(),
@@ -116,7 +119,7 @@ class Loss:
             advantages=torch.ones(self.sequences),
             correct=torch.ones(self.sequences, dtype=torch.bool),
             ref_logp=torch.zeros(shape) if self.config.ref_coef else None,
-            aux_view=torch.zeros(self.sequences, dtype=torch.int64) if self.aux else None,
+            aux_view=torch.zeros(self.sequences, dtype=torch.int64) if aux else None,
             bias=torch.zeros(VOCAB, dtype=self.matrices.weight) if self.bias else None,
             config=self.config,
             workspace=self.workspace,
@@ -128,7 +131,7 @@ class Loss:
 Call = Callable[[], None]
 FEW, MANY = tuning.FEW_ROWS, 2 * tuning.FEW_ROWS + 2
 PLAIN: frozenset[str] = frozenset()
-ENTROPY, SOFTCAP = frozenset({"entropy"}), frozenset({"softcap"})
+BIAS, ENTROPY, SOFTCAP = (frozenset({option}) for option in ("bias", "entropy", "softcap"))
 
 
 def calls(chip: str, *, every: bool) -> Iterator[Call]:
@@ -145,9 +148,11 @@ def calls(chip: str, *, every: bool) -> Iterator[Call]:
     if chip == "sm_90":
         for call in _specialised_heads():
             yield partial(_planned, "gluon", call)
-    # The row kernels see no matrix: one layout, and many rows.
+    # The row kernels see no matrix, the gathers before them do.
     for options, dtype in itertools.product(_options(every), (BF16, FP16, FP32)):
-        yield partial(_planned, "vendor", Head(Matrices(dtype, dtype), options=options))
+        for layout in ("even", "odd") if every else ("even",):
+            call = Head(Matrices(dtype, dtype, layout), options=options)
+            yield partial(_planned, "vendor", call)
 
 
 def _planned(plan: str, call: Call) -> None:
@@ -164,22 +169,31 @@ def _options(every: bool) -> Iterator[frozenset[str]]:
 
 
 def _heads(layouts: list[str], every: bool) -> Iterator[Call]:
-    for layout, rows, options in itertools.product(layouts, (FEW, MANY), _options(every)):
-        hardest = options == ALL and rows == MANY
-        if every or layout == "even" or hardest or (layout == "odd" and options == PLAIN):
-            yield Head(Matrices(layout=layout), rows, options)
-    for dtype, layout in itertools.product((FP16, FP32), ("even", "odd")):
-        for rows, options in itertools.product((FEW, MANY), (PLAIN, ALL)):
-            if every or rows == MANY:
-                yield Head(Matrices(dtype, dtype, layout), rows, options)
-    # Of a token with K+1 rows, an integer that Triton tells from 1 and from a multiple of 16.
-    for rows, views in itertools.product((FEW, MANY), (4, 15)):
-        tokens = -(-rows // (views + 1)) if rows == MANY else rows // (views + 1)
-        for softcap, bias in itertools.product((None, 30.0), (False, True)):
-            if every or (softcap is None and not bias):
-                config = RomaConfig(softcap=softcap)
-                yield Loss(views=views, sequences=1, tokens=tokens, bias=bias, config=config)
+    for dtype, layout, rows in itertools.product((BF16, FP16), layouts, (FEW, MANY)):
+        matrices = Matrices(dtype, dtype, layout)
+        for options in _options(every):
+            if every or _plain_or_hardest(matrices, rows, options):
+                yield Head(matrices, rows, options)
+        # The options that roma_loss has, with rows of K+1 images.
+        for options, views in itertools.product((PLAIN, BIAS, SOFTCAP, BIAS | SOFTCAP), (0, 4, 15)):
+            if every or (options == PLAIN and views == 4 and layout == "even" and dtype == BF16):
+                yield Loss(
+                    matrices, views, 1, rows // (views + 1) + (rows == MANY), workspace=1,
+                    bias="bias" in options,
+                    config=_config(views=views, softcap=30.0 if "softcap" in options else None),
+                )  # fmt: skip
     yield Head(options=ALL, bias_dtype=FP32)
+
+
+def _plain_or_hardest(matrices: Matrices, rows: int, options: frozenset[str]) -> bool:
+    """Whether a call is in the small choice."""
+    if matrices.layout == "even":
+        return matrices.states == BF16 or (rows == MANY and options in (PLAIN, ALL))
+    return matrices.states == BF16 and rows == MANY and options in (PLAIN, ALL)
+
+
+def _config(*, views: int, worst_over: WorstOver = "token", **options: Any) -> RomaConfig:
+    return RomaConfig(lambda_inv=float(views > 0), worst_over=worst_over, **options)
 
 
 def _specialised_heads() -> Iterator[Call]:
@@ -196,8 +210,12 @@ def _losses(every: bool) -> Iterator[Call]:
         if every:
             yield from _losses_over(over)
     for dtype, layout in itertools.product((BF16, FP16, FP32), ("even", "odd", "off")):
-        if every or layout == "even":
-            yield Loss(Matrices(dtype, dtype, layout), workspace=1)
+        for views, workspace in itertools.product((0, 4, 15), (None, 1)):
+            if every or (views == 4 and layout == "even"):
+                config = _config(worst_over="token", views=views)
+                yield Loss(
+                    Matrices(dtype, dtype, layout), views, config=config, workspace=workspace
+                )
     yield Loss(bias=True, config=RomaConfig(worst_over="token", softcap=30.0))
     yield Loss(Matrices(BF16, FP32))
 
@@ -206,6 +224,8 @@ def _losses_over(over: WorstOver) -> Iterator[Call]:
     for ratio, coefficient in itertools.product(get_args(PenaltyRatio), (0.0, 0.1)):
         yield Loss(config=RomaConfig(worst_over=over, penalty_ratio=ratio, ref_coef=coefficient))
     yield Loss(aux=False, config=RomaConfig(worst_over=over, main=None))
-    for views in (0, 1, 3, 15, 16, 100):
-        config = RomaConfig(worst_over=over, lambda_inv=float(views > 0))
-        yield Loss(views=views, aux=views > 0, config=config, workspace=1)
+    # Blocks of K are powers of two; K itself is told from 1 and from a multiple of 16. With a
+    # workspace the log-probs of an image lie side by side, without one those of a token.
+    for views, workspace in itertools.product((0, 1, 2, 4, 7, 15, 16, 31, 32, 63, 100), (None, 1)):
+        config = _config(worst_over=over, views=views)
+        yield Loss(views=views, config=config, workspace=workspace)

@@ -1,0 +1,97 @@
+"""Run as a program, without Triton's interpreter: which launches `bench.compiled` would miss.
+
+Prints a JSON object: chip → the launches of drawn calls that are not among those it compiles.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+
+import torch
+
+import roma
+from bench.compiled.cases import calls
+from bench.compiled.chips import CHIPS
+from bench.compiled.launches import recorded
+from roma_kernels.linear_logprob.triton import tuning
+
+
+def drawn_head(draw: random.Random) -> None:
+    """`linear_logprob` as a trainer calls it."""
+    rows, depth = draw.choice((1, 7, 64, 65, 200)), draw.choice((65, 72, 100, 128, 256))
+    vocab = draw.choice((1, 16, 1000, 5000))
+    states, weight = draw.choice(
+        ((torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.float32,) * 2)
+    )
+    hidden = torch.ones(rows, depth, dtype=states).requires_grad_(draw.random() < 0.8)
+    head = torch.ones(vocab, depth, dtype=weight).requires_grad_()
+    entropy = draw.random() < 0.5
+    found = roma.linear_logprob(
+        hidden,
+        head,
+        torch.zeros(rows, dtype=torch.int64),
+        bias=torch.zeros(vocab, dtype=weight) if draw.random() < 0.5 else None,
+        temperature=torch.ones(rows) if draw.random() < 0.5 else 0.7,
+        softcap=20.0 if draw.random() < 0.5 else None,
+        entropy=entropy,
+        workspace=draw.choice((None, 1)),
+        backend="triton",
+    )
+    (found.logp.sum() + (found.entropy.sum() if entropy else 0)).backward()
+
+
+def drawn_loss(draw: random.Random) -> None:
+    """`roma_loss` as a trainer calls it."""
+    views, depth, vocab = draw.choice((0, 1, 2, 3, 4, 8, 16)), draw.choice((72, 128)), 1000
+    lengths = [draw.randrange(1, 40) for _ in range(draw.randrange(1, 6))]
+    packed, tokens = draw.random() < 0.5, max(lengths)
+    shape = (sum(lengths),) if packed else (len(lengths), tokens)
+    mask = torch.ones(shape, dtype=torch.bool)
+    if not packed:
+        mask = torch.arange(tokens) < torch.tensor(lengths)[:, None]
+    over = draw.choice(("sequence", "token", "batch", "mean"))
+    roma.roma_loss(
+        torch.ones(*shape, depth, dtype=torch.bfloat16).requires_grad_(),
+        torch.ones(views, *shape, depth, dtype=torch.bfloat16).requires_grad_(),
+        torch.ones(vocab, depth, dtype=torch.bfloat16).requires_grad_(),
+        torch.zeros(shape, dtype=torch.int64),
+        mask=mask,
+        advantages=torch.ones(len(lengths)),
+        correct=torch.ones(len(lengths), dtype=torch.bool),
+        aux_view=torch.zeros(len(lengths), dtype=torch.int64) if views else None,
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int() if packed else None,
+        config=roma.RomaConfig(worst_over=over, lambda_inv=float(views > 0)),
+        backend="triton",
+    ).loss.backward()
+
+
+def drawn(plan: str, seed: int) -> Iterator[Callable[[], None]]:
+    """Calls under a plan."""
+    for number in range(60):
+        draw = random.Random(f"{seed} {number}")
+
+        def call(draw: random.Random = draw, number: int = number) -> None:
+            with tuning.override(f"plan={plan}"):
+                (drawn_loss if number % 3 == 0 else drawn_head)(draw)
+
+        yield call
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    missed: dict[str, list[str]] = {}
+    for name in ("sm_80", "sm_90", "gfx942"):
+        target = CHIPS[name].target
+        known = set(recorded(name, target, calls(name, every=True)))
+        plans = ("triton", "vendor", *(["gluon"] if name == "sm_90" else []))
+        found = {
+            launch for plan in plans for launch in recorded(name, target, drawn(plan, len(missed)))
+        }
+        missed[name] = sorted(f"{x.label}: {x.variant}" for x in found - known)
+    print(json.dumps(missed))
+
+
+if __name__ == "__main__":
+    main()
