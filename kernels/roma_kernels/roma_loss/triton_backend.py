@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from roma_kernels.linear_logprob.triton.launch import registers
 from roma_kernels.roma_loss.batch import METRICS, Batch, divisors, first_view
 from roma_kernels.roma_loss.config import RomaConfig
 from roma_kernels.roma_loss.triton.kernels import (
@@ -26,6 +27,7 @@ from roma_kernels.roma_loss.triton.kernels import (
 
 _SUMS = 9  # numbers that the first kernel leaves of each sequence
 _BLOCK_T, _BLOCK_B = 256, 64
+_WARPS = 4  # as Triton launches where nothing is said
 
 
 class Launch(NamedTuple):
@@ -77,6 +79,7 @@ def prepare(batch: Batch, config: RomaConfig) -> Launch:
             "WORST_OVER": config.worst_over,
             "BLOCK_K": block_k,
             "BLOCK_T": max(_BLOCK_T // block_k, 16),
+            **registers(_WARPS, batch.logp.device),
         },
     )
 

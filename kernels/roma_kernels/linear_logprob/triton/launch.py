@@ -32,15 +32,19 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def compiler_options(tile: Tile, device: torch.device) -> dict[str, int]:
-    """Warps and stages; and all registers of a thread, on NVIDIA's chips.
+    """Warps, stages and registers."""
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return options | registers(tile.num_warps, device)
+
+
+def registers(num_warps: int, device: torch.device) -> dict[str, int]:
+    """All registers of a thread, on NVIDIA's chips.
 
     Else ptxas guesses that several programs are to share a multiprocessor, and spills a few bytes
     for it; the shared memory of the large tiles forbids it anyhow.
     """
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    if chip(device).startswith("sm_"):
-        options["maxnreg"] = min(255, 2**16 // (32 * tile.num_warps))
-    return options
+    nvidia = chip(device).startswith("sm_")
+    return {"maxnreg": min(255, 2**16 // (32 * num_warps))} if nvidia else {}
 
 
 def sources(
