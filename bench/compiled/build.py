@@ -37,8 +37,7 @@ def make(launch: Launch, chip: Chip) -> Made:
     try:
         compiled = launch.compiled(chip.target)
     except (TritonError, RuntimeError) as error:  # a pass that fails raises a RuntimeError
-        lines = str(error).strip().splitlines() or [""]
-        return Made(failure=f"{type(error).__name__}: {lines[-1][:200]}")
+        return Made(failure=_said(error))
     if chip.target.backend == "hip":
         text = compiled.asm["amdgcn"]
         registers, spilled = amd_resources(text)
@@ -47,6 +46,14 @@ def make(launch: Launch, chip: Chip) -> Made:
         registers, spilled = nvidia_resources(_dumped("cuobjdump", "-res-usage", compiled))
     shared, matrix = int(compiled.metadata.shared), text.count(chip.matrix)
     return Made(registers, spilled, shared, matrix, loads_of(text))
+
+
+def _said(error: BaseException) -> str:
+    """The last line of what started it: Triton wraps an error in each function that led to it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1][:200]}"
 
 
 def machine_code(launch: Launch, chip: Chip) -> str:
