@@ -11,18 +11,13 @@ from roma_kernels.linear_logprob.rows import Rows
 
 
 @triton.jit
-def _row_ptr(hidden_ptr, views_ptr, index_ptr, row, per_token, stride, M):
-    """Pointer to the first element of a row."""
+def _place(index_ptr, row, per_token, stride, M):
+    """Whether a row is of the clean image, and where it begins: in hidden, and in the views."""
     token, image = row // per_token, row % per_token
     position = token
     if index_ptr is not None:
         position = tl.load(index_ptr + token)
-    pointer = hidden_ptr + position * stride
-    if views_ptr is not None:
-        # Not by a branch: Triton 3.6 compiles no pointer of two bases for AMD.
-        view = views_ptr + ((image - 1) * M + position) * stride
-        pointer = tl.where(image > 0, view, pointer)
-    return pointer
+    return image == 0, position * stride, ((image - 1) * M + position) * stride
 
 
 @triton.jit(
@@ -50,10 +45,15 @@ def _gather_rows_kernel(
     needed = True
     if num_active_ptr is not None:
         needed = i < tl.load(num_active_ptr)
-    source = _row_ptr(hidden_ptr, views_ptr, index_ptr, row, per_token, stride, M)
+    # Two masked loads, not a pointer of two bases, which Triton 3.6 does not compile for AMD.
+    clean, at, at_view = _place(index_ptr, row, per_token, stride, M)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        state = tl.load(source + d, (d < D) & needed, other=0.0)
+        inside = (d < D) & needed
+        state = tl.load(hidden_ptr + at + d, inside & clean, other=0.0)
+        if views_ptr is not None:
+            view = tl.load(views_ptr + at_view + d, inside & (clean == 0), other=0.0)
+            state = tl.where(clean, state, view)
         tl.store(states_ptr + i * D + d, state, d < D)
 
 
@@ -79,11 +79,15 @@ def _scatter_rows_kernel(
     needed = True
     if num_active_ptr is not None:
         needed = i < tl.load(num_active_ptr)
-    target = _row_ptr(dhidden_ptr, dviews_ptr, index_ptr, row, per_token, stride, M)
+    clean, at, at_view = _place(index_ptr, row, per_token, stride, M)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
+        inside = (d < D) & needed
         dstate = tl.load(dstates_ptr + i * D + d, d < D, other=0.0)
-        tl.store(target + d, dstate.to(target.dtype.element_ty), (d < D) & needed)
+        dstate = dstate.to(dhidden_ptr.dtype.element_ty)
+        tl.store(dhidden_ptr + at + d, dstate, inside & clean)
+        if dviews_ptr is not None:
+            tl.store(dviews_ptr + at_view + d, dstate, inside & (clean == 0))
 
 
 BLOCK_D = 1024

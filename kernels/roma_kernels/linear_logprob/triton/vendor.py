@@ -18,12 +18,18 @@ from torch import Tensor
 
 from roma_kernels.linear_logprob.rows import Active, Head, Rows
 from roma_kernels.linear_logprob.triton.gather import gather_rows
-from roma_kernels.linear_logprob.triton.launch import COLUMNS, blank_dlogits, padded, promoted
+from roma_kernels.linear_logprob.triton.launch import (
+    COLUMNS,
+    blank_dlogits,
+    padded,
+    promoted,
+    registers,
+)
 from roma_kernels.linear_logprob.triton.tile import _dlogits, _logits, _sums
 from roma_kernels.linear_logprob.triton.tuning import chunk_for
 from roma_kernels.products import mm_out, report
 
-_BLOCK_V = 4096
+_BLOCK_V, _WARPS = 4096, 4  # the number of warps that Triton takes where nothing is said
 
 
 @triton.jit(
@@ -197,7 +203,7 @@ def row_sums(sums: Tensor, logits: Tensor, head: Head, rows: Rows, first: int) -
         sums[0], sums[1], sums[3] if len(sums) == 4 else None, sums[2], logits, head.bias,
         rows.tokens, rows.row_scale, logits.stride(0) // COLUMNS, first, rows.per_token,
         head.start, logits.shape[1], head.scale, head.softcap or 0.0,
-        SOFTCAP=head.softcap is not None, BLOCK_V=_BLOCK_V,
+        SOFTCAP=head.softcap is not None, BLOCK_V=_BLOCK_V, **registers(_WARPS, logits.device),
     )  # fmt: skip
 
 
@@ -210,4 +216,5 @@ def row_dlogits(
         active.lse, active.entropy, active.dlogp, active.dentropy, active.loss_scale,
         dz.stride(0) // COLUMNS, logits.stride(0) // COLUMNS, head.start, logits.shape[1],
         head.scale, head.softcap or 0.0, SOFTCAP=head.softcap is not None, BLOCK_V=_BLOCK_V,
+        **registers(_WARPS, logits.device),
     )  # fmt: skip
