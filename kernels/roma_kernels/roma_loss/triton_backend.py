@@ -99,11 +99,13 @@ def totals(batch: Batch, config: RomaConfig, launch: Launch) -> tuple[Tensor, Te
             batch.aux_view, *launch.strides, sequences, views, *launch.clips,
             MAIN=config.main is not None, **launch.options,
         )  # fmt: skip
+    block_k = launch.options["BLOCK_K"]
+    block_b = max(min(_BLOCK_B, 4096 // block_k), 16)  # of 128 views and 64 sequences, some spill
     _total_kernel[(1,)](
         metrics, worst, sums, divergence, batch.correct, launch.token_divisors,
         launch.penalty_divisor, batch.total_sequences, batch.total_tokens, batch.lambda_inv,
         batch.lambda_aux, sequences, views, float(config.ref_coef),
-        WORST_OVER=config.worst_over, BLOCK_K=launch.options["BLOCK_K"], BLOCK_B=_BLOCK_B,
+        WORST_OVER=config.worst_over, BLOCK_K=block_k, BLOCK_B=block_b,
     )  # fmt: skip
     return metrics, worst
 
