@@ -8,7 +8,7 @@ from typing import Any
 import triton
 
 from bench.compiled import sass
-from bench.compiled.build import Made, machine_code
+from bench.compiled.build import Made, machine_code, make
 from bench.compiled.cases import Head
 from bench.compiled.chips import CHIPS
 from bench.compiled.launches import Launch, recorded
@@ -99,7 +99,8 @@ def _extremes(mades: list[Made]) -> list[str]:
 def epilogues() -> str:
     """Instructions a warp and tile of the plain bf16 kernels on sm_90."""
     chip = CHIPS["sm_90"]
-    heads = ["kernel", "rows × columns × depth", "whole code", "epilogue", "most of it", "stores"]
+    heads = ["kernel", "rows × columns × depth", "registers", "instructions", "of the epilogue",
+             "most of these", "stores"]  # fmt: skip
     rows = []
     for launch in recorded("sm_90", chip.target, iter([Head()])):
         if launch.is_product:
@@ -107,7 +108,9 @@ def epilogues() -> str:
             epilogue = sass.epilogue(code)
             most = ", ".join(f"{n} {name}" for name, n in sass.counts(epilogue).most_common(8))
             lengths = (f"{len(code.instructions):,}", f"{len(epilogue):,}")
-            rows.append([launch.label, launch.tile, *lengths, most, sass.stores(epilogue)])
+            registers = str(make(launch, chip).registers)
+            stores = sass.stores(epilogue)
+            rows.append([launch.label, launch.tile, registers, *lengths, most, stores])
     return "\n".join(_table(heads, rows))
 
 
