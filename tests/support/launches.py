@@ -10,11 +10,11 @@ from contextlib import ExitStack
 from unittest import mock
 
 import torch
+from triton.backends.compiler import GPUTarget
 
 import roma
 from bench.compiled.launches import recorded
 from roma.testing.strategies import LossSpec
-from triton.backends.compiler import GPUTarget
 
 SM_90 = GPUTarget("cuda", 90, 32)
 CAPTURING = (
@@ -50,9 +50,7 @@ def loss(**sizes: int):
     case = LossSpec(dtype=torch.bfloat16, k=3, d=64, v=1000, **sizes).make()
 
     def call() -> None:
-        leaves = {
-            n: case[n].detach().requires_grad_() for n in ("hidden", "view_hidden", "weight")
-        }
+        leaves = {n: case[n].detach().requires_grad_() for n in ("hidden", "view_hidden", "weight")}
         others = {n: x for n, x in case.items() if n not in leaves}
         roma.roma_loss(**leaves, **others, backend="triton").loss.backward()
 
