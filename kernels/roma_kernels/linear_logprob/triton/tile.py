@@ -131,7 +131,7 @@ def _dlogits(
     ENTROPY: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """Dz of a tile: (g·1[v=y] − p·(g + e·(log p + H))) through softcap and 1/τ."""
+    """A tile of dz: g·1[v=y] − p·(g + e·(log p + H)), through the softcap."""
     p = tl.exp2((z - (lse / scale)[:, None]) * (scale * _LOG2E)[:, None])
     slope = g[:, None]
     if ENTROPY:
