@@ -105,7 +105,7 @@ def totals(batch: Batch, config: RomaConfig, launch: Launch) -> tuple[Tensor, Te
         metrics, worst, sums, divergence, batch.correct, launch.token_divisors,
         launch.penalty_divisor, batch.total_sequences, batch.total_tokens, batch.lambda_inv,
         batch.lambda_aux, sequences, views, float(config.ref_coef),
-        WORST_OVER=config.worst_over, BLOCK_K=block_k, BLOCK_B=block_b,
+        WORST_OVER=config.worst_over, BLOCK_K=block_k, BLOCK_B=block_b, **registers(_WARPS, device),
     )  # fmt: skip
     return metrics, worst
 
