@@ -83,5 +83,5 @@ kernels: $(STAMP)
 	@$(BIN)/python -m bench.compiled
 
 kernels-all: $(STAMP)
-	@echo "kernels-all: every combination under four Tritons, installed into $(VENV)/tritons: about forty minutes"
+	@echo "kernels-all: every combination under four Tritons, installed into $(VENV)/tritons: twenty minutes each"
 	@$(BIN)/python -m bench.compiled --tritons
