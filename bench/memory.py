@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench.supervise import die_with_parent, environment
+from bench.processes import die_with_parent, environment
 
 # Large blocks go back to the system when they are freed, so that the second call's are seen.
 _ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

@@ -1,8 +1,10 @@
-"""Driver, clocks, power and temperature of a GPU, by one call of nvidia-smi."""
+"""What nvidia-smi says of torch's first GPU: driver, clocks, power, temperature."""
 
-import subprocess
+from collections.abc import Mapping
 
 import torch
+
+from bench.processes import output
 
 ABSENT = "-"
 _ASKED = {
@@ -13,31 +15,40 @@ _ASKED = {
     "power_w": "power.draw",
     "temperature_c": "temperature.gpu",
 }
-_SECONDS = 10.0  # a GPU that hangs may hang the tool too
 
 
-def state() -> dict[str, str]:
-    """What the tool says of torch's first GPU; "-" for all if it is absent or does not answer."""
+_ANSWERED: dict[tuple[str, ...], tuple[str, ...]] = {}
+"""By questions asked: the names of those that the driver answers."""
+
+
+def ask(asked: Mapping[str, str]) -> dict[str, str]:
+    """The answers by name, of questions by name; none where the tool is absent or says nothing."""
+    key = tuple(asked.values())
+    names = _ANSWERED.get(key, tuple(asked))
+    line = _line(*(asked[name] for name in names))
+    if not line and key not in _ANSWERED:
+        # It refuses a list with a question that it does not know. Asked one by one, once.
+        names = tuple(name for name in asked if _line(asked[name])) or names
+        _ANSWERED[key] = names
+        line = _line(*(asked[name] for name in names))
+    values = [value.strip() for value in line.split(",")]
+    return dict(zip(names, values, strict=True)) if len(values) == len(names) else {}
+
+
+def _line(*fields: str) -> str:
     which = []
     if torch.cuda.is_available():
         uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None)
         which = ["-i", f"GPU-{uuid}"] if uuid else []
-    query = [f"--query-gpu={','.join(_ASKED.values())}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", *query, *which],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=_SECONDS,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return dict.fromkeys(_ASKED, ABSENT)
-    values = [value.strip() for value in done.stdout.split("\n")[0].split(",")]
-    if len(values) != len(_ASKED):
-        return dict.fromkeys(_ASKED, ABSENT)
-    known = [ABSENT if value.startswith("[") else value for value in values]
-    return dict(zip(_ASKED, known, strict=True))
+    query = [f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    return output("nvidia-smi", *query, *which).split("\n")[0]
+
+
+def state() -> dict[str, str]:
+    """A variant's part of it; "-" for what has no answer."""
+    found = ask(_ASKED)
+    known = {name: value for name, value in found.items() if not value.startswith("[")}
+    return dict.fromkeys(_ASKED, ABSENT) | known
 
 
 def columns(before: dict[str, str], after: dict[str, str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import roma
 from bench.providers import OURS, Provider, Score, Unavailable
+from roma_kernels import DISTRIBUTION
 from roma_kernels.backends import choose
 
 
@@ -27,7 +28,7 @@ class Own:
     def provider(self) -> Provider:
         """Its log-probs, as a provider."""
         what = f"plan {self.plan}" if self.plan else f"a workspace of {self.name.split()[1]} GiB"
-        return Provider(self.name, "roma", f"ours, {what}", self.load)
+        return Provider(self.name, DISTRIBUTION, f"ours, {what}", self.load)
 
     def load(self, device: str) -> Score:
         """Its log-probs on a device type; raises Unavailable."""

@@ -4,7 +4,6 @@ A worker is a process group of its own. It says what it starts before it starts 
 ends it has a culprit, and the rest of the run goes on in a new worker.
 """
 
-import ctypes
 import json
 import os
 import select
@@ -13,18 +12,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from bench.job import Job
+from bench.processes import environment
 
 Event = dict[str, Any]
-ROOT = Path(__file__).resolve().parents[1]
 START = 120.0  # seconds until the first word: torch and its libraries are imported
 _GRACE = 5.0  # seconds for a process to end after it closed its output
 _PATIENCE = 60.0  # seconds for the system to take back what a killed one had
-_PR_SET_PDEATHSIG = 1
 
 
 class Fault(Exception):
@@ -141,16 +138,3 @@ class Worker:
         assert self._process.stdout is not None
         self._process.stdout.close()
         return code
-
-
-def environment() -> dict[str, str]:
-    """Of a process that imports bench, also from a bare checkout."""
-    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    path = os.pathsep.join(dict.fromkeys(p for p in paths if p))
-    return {**os.environ, "PYTHONPATH": path}
-
-
-def die_with_parent() -> None:
-    """In a child: the kernel kills it when its parent is gone, however that ended."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

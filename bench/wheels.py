@@ -175,7 +175,7 @@ def install_line(wheels: Iterable[Wheel], folder: Path) -> str:
     QuACK takes CUTLASS for another's code only in a folder named site-packages. CUTLASS relies on a
     .pth file, which is not read in a folder of PYTHONPATH.
     """
-    there = "/tmp/peers/site-packages"
+    there = ".peers/site-packages"
     path = [".", "kernels", there]  # last: wheels bring folders of names such as tests
     if any(wheel.name == "nvidia-cutlass-dsl" for wheel in wheels):
         path.append(f"{there}/nvidia_cutlass_dsl/dsl_packages")

@@ -36,9 +36,9 @@ from bench import estimate, gate, memory, nvidia, results
 from bench.job import Job
 from bench.measure import Check, Clock, Run, interleave, times_of
 from bench.ops import ACTIVE, COMPLETION, Bench, HeadBench, LossBench, bench_of, names_of
+from bench.processes import die_with_parent
 from bench.providers import OURS, Unavailable
 from bench.results import YARDSTICK
-from bench.supervise import die_with_parent
 from bench.variants import Variant
 from roma_kernels.products import listen
 

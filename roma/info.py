@@ -18,6 +18,7 @@ from roma.namesake import conflict
 from roma_kernels import DISTRIBUTION, __version__
 from roma_kernels.backends import backends, choose
 from roma_kernels.native import LEVELS, level, native
+from roma_kernels.products import widens
 
 
 class _Package(NamedTuple):
@@ -181,7 +182,10 @@ def _gpus() -> list[dict[str, Any]]:
 def _describe_gpu(index: int) -> str:
     found = torch.cuda.get_device_properties(index)
     gibibytes = found.total_memory / 2**30
-    return f"{index}: {found.name}, sm_{found.major}{found.minor}, {gibibytes:.0f} GiB"
+    device = torch.device("cuda", index)
+    wide = [name for name in ("mm", "addmm") if widens(name, device, torch.bfloat16)]
+    products = f"bf16 into fp32 by {' and '.join(wide)}" if wide else "bf16 products are upcast"
+    return f"{index}: {found.name}, sm_{found.major}{found.minor}, {gibibytes:.0f} GiB; {products}"
 
 
 def _device(kind: str, description: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any
 
 from bench.gpu import budget, runner, steps, table, winners
 from bench.gpu.journal import Journal
-from bench.gpu.processes import ROOT, commit, stop_on
+from bench.processes import ROOT, commit, stop_on
 
 ENDINGS = ("failed", "timeout")
 

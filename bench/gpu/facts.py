@@ -8,7 +8,6 @@ power, read while products run one after another.
 """
 
 import argparse
-import functools
 import os
 import platform
 import re
@@ -22,9 +21,10 @@ from typing import Any
 
 import torch
 
+from bench import nvidia
 from bench.gpu.journal import start, tell
-from bench.gpu.processes import commit, output
 from bench.measure import Clock
+from bench.processes import commit
 
 PACKAGES = ("triton", "numpy", "transformers", "hypothesis", "pytest", "liger-kernel",
             "cut-cross-entropy", "trl", "verl", "quack-kernels")  # fmt: skip
@@ -148,25 +148,7 @@ def load(seconds: float = 2.0) -> dict[str, Any]:
 
 def smi() -> dict[str, Any]:
     """What nvidia-smi says now; nothing where it is not there."""
-    names = _known()
-    line = _ask(*(_ASKED[name] for name in names)) if names else ""
-    values = [value.strip() for value in line.split(",")]
-    return {n: _number(v) for n, v in zip(names, values, strict=True)} if line else {}
-
-
-@functools.cache
-def _known() -> tuple[str, ...]:
-    """The questions that this driver answers: it refuses a list with one that it does not know."""
-    if _ask(*_ASKED.values()):
-        return tuple(_ASKED)
-    return tuple(name for name, field in _ASKED.items() if _ask(field))
-
-
-def _ask(*fields: str) -> str:
-    uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None)
-    which = f"GPU-{uuid}" if uuid else "0"
-    query = [f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "-i", which]
-    return output("nvidia-smi", *query).split("\n")[0]
+    return {name: _number(value) for name, value in nvidia.ask(_ASKED).items()}
 
 
 def _number(text: str) -> float | str:

@@ -24,7 +24,7 @@ import roma
 from bench import data
 from bench.gpu.correct import Case, loss_options, planned, shape_of
 from bench.gpu.journal import CANNOT, start, tell
-from bench.gpu.processes import ROOT, environment, module
+from bench.processes import ROOT, environment, module
 
 LOSS = {
     "cuda": Case("loss", 4, 256, 4, 4096, 151_936),

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from bench.gpu import budget, journal, processes, table
+from bench import processes
+from bench.gpu import budget, journal, table
 from bench.gpu.budget import Part, Step
 from bench.gpu.journal import Journal
 

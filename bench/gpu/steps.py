@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.gpu import processes
+from bench import processes
 from bench.gpu.budget import Part, Step
-from bench.gpu.processes import module
+from bench.processes import module
 
 PLANS = ("triton", "vendor", "gluon")
 NO_CARD = "needs a card"

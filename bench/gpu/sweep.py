@@ -26,10 +26,10 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from bench.gpu import journal, table
 from bench.gpu.journal import CANNOT, done, start, tell
 from bench.gpu.points import Entry, Point, combined, points
-from bench.gpu.processes import module, watch
 from bench.gpu.steps import PLANS
 from bench.gpu.work import Work, size_of
 from bench.measure import DRIFT, Clock, Times
+from bench.processes import module, watch
 from roma_kernels.linear_logprob.gluon import dlogits as gluon_dlogits
 from roma_kernels.linear_logprob.gluon import forward as gluon_forward
 from roma_kernels.linear_logprob.triton import dlogits as fused_dlogits

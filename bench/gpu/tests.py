@@ -14,7 +14,7 @@ import subprocess
 import sys
 
 from bench.gpu.journal import done, say, start, tell
-from bench.gpu.processes import ROOT, Outcome, environment, module, pool
+from bench.processes import ROOT, Outcome, environment, module, pool
 
 SECONDS = 600.0  # of one test
 SLOTS = 8  # so many CUDA contexts and heads of full size fit a card's memory

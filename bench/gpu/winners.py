@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from bench.gpu.journal import Journal
-from bench.gpu.processes import ROOT
+from bench.processes import ROOT
 
 PRESENT = ROOT / "kernels/roma_kernels/linear_logprob/triton/tuning.json"
 KERNELS = ("forward", "dlogits")

@@ -119,6 +119,30 @@ def test_a_head_of_full_size_in_pytorch(device: str) -> None:
     hold_whole_loss(full_case(device, "sequence"), device, backend="torch")
 
 
+@pytest.mark.parametrize("size", [1e4, 1e8, 1e12])
+def test_a_row_that_is_certain_is_exact(device: str, size: float) -> None:
+    """However large its logits: e⁰ is 1 and the others underflow, so logp, H and dz are 0.
+
+    A card multiplies and adds in one rounding where a kernel lets it: of an exponent z·s − peak·s it
+    would leave half a place of the peak, a factor of up to 2⁸ at logits of 1e8.
+    """
+    spec = HeadSpec(shape=(70,), d=32, v=1544, dtype=torch.bfloat16, entropy=True)
+    inputs = spec.make()
+    inputs["hidden"] *= size / float((inputs["hidden"] @ inputs["weight"].T).abs().max())
+    logits = inputs["hidden"].double() @ inputs["weight"].double().T
+    (first, second), inputs["tokens"] = logits.topk(2).values.T, logits.argmax(1)
+    # e⁻¹⁰⁴ is below fp32's least number; a sum of 32 products is off by 32·eps of their size.
+    certain = first - second > 104 + 2 * 32 * tolerance.eps(torch.float32) * size
+    assert int(certain.sum()) > 35
+    inputs = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in inputs.items()}
+    hidden = inputs["hidden"].requires_grad_()
+    got = compare_head.score(inputs, "triton", entropy=True)
+    (dhidden,) = torch.autograd.grad(got.logp.sum() + got.entropy.sum(), hidden)
+    for value in (got.logp.detach(), got.entropy.detach(), dhidden.abs().amax(1)):
+        assert not bool(value[certain.to(device)].any())
+    assert bool((got.logp <= 0).all()) and bool((got.entropy >= 0).all())
+
+
 @contextmanager
 def tf32() -> Iterator[None]:
     """As a user who wants speed elsewhere sets it."""

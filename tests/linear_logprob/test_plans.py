@@ -11,12 +11,13 @@ import torch
 
 import roma
 from roma import RomaConfig
-from roma.testing import check_backend, compare_head, compare_whole, count_products
+from roma.testing import check_backend, compare_head, compare_whole, count_products, tolerance
 from roma.testing.strategies import HeadSpec, LossSpec
 from roma_kernels.linear_logprob.triton import tuning
 from roma_kernels.linear_logprob.triton.tuning import override, plan_of, tile_of
 
-VENDOR = "plan=vendor chunk.rows=32 chunk.columns=192"
+CHUNK = "chunk.rows=32 chunk.columns=192"
+VENDOR = f"plan=vendor {CHUNK}"
 
 
 @pytest.mark.slow
@@ -66,7 +67,7 @@ def test_plans_give_one_dz(plan: str) -> None:
     """Forward by one, backward by the other."""
     other = "vendor" if plan == "triton" else "triton"
     spec = HeadSpec(shape=(70,), d=32, v=391, dtype=torch.float32, entropy=True)
-    with override(f"forward.plan={plan} dlogits.plan={other} {VENDOR.split(maxsplit=1)[1]}"):
+    with override(f"forward.plan={plan} dlogits.plan={other} {CHUNK}"):
         compare_head.check_against_oracle(spec, "triton")
 
 
@@ -173,47 +174,28 @@ def test_a_bias_masks_whole_tiles_out(plan: str, masked: float) -> None:
     inputs["bias"][100:] = masked
     inputs["tokens"] %= 100
     short = inputs | {"weight": inputs["weight"][:100], "bias": inputs["bias"][:100]}
-    want = compare_head.truth(short)
-    with override(f"plan={plan} {VENDOR.split(maxsplit=1)[1]}"):
+    want, eager = (compare_head.truth(short, dtype) for dtype in (torch.float64, torch.float32))
+    noise = tolerance.logp_noise(want, inputs["hidden"], short["weight"], 1.0, torch.float32)
+    with override(f"plan={plan} {CHUNK}"):
         hidden = inputs["hidden"].clone().requires_grad_()
         got = compare_head.score(inputs | {"hidden": hidden}, "triton", entropy=True)
         (dhidden,) = torch.autograd.grad(got.logp.sum() + got.entropy.sum(), hidden)
-    torch.testing.assert_close(got.logp.double(), want.logp, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(got.entropy.double(), want.entropy, rtol=1e-4, atol=1e-4)
+    for name in ("logp", "entropy"):
+        values = (getattr(x, name).detach() for x in (got, want, eager))
+        tolerance.check(name, *values, dtype=torch.float32, noise=noise)
     assert bool(dhidden.isfinite().all())
 
 
-@pytest.mark.parametrize(
-    ("plan", "size"), [("triton", 1e4), ("triton", 1e8), ("triton", 1e12), ("vendor", 1e4)]
-)
-def test_peaked_rows_of_any_size(plan: str, size: float) -> None:
-    """p of a row whose logits are huge is 1 at its peak: rounding must not grow with the peak.
-
-    Not for the vendor's beyond: his library may sum a block of another height in another order.
-    """
-    spec = HeadSpec(shape=(70,), d=32, v=1544, dtype=torch.float32, entropy=True)
-    inputs = spec.make()
-    inputs["hidden"] *= size / float((inputs["hidden"] @ inputs["weight"].T).abs().max())
-    results = {}
-    for backend in ("triton", "torch"):
-        hidden = inputs["hidden"].clone().requires_grad_()
-        with override(f"plan={plan} {VENDOR.split(maxsplit=1)[1]}"):
-            got = compare_head.score(inputs | {"hidden": hidden}, backend, entropy=True)
-        (dhidden,) = torch.autograd.grad(got.logp.sum(), hidden)
-        results[backend] = got.logp.detach(), got.entropy.detach(), dhidden
-    for mine, theirs in zip(results["triton"], results["torch"], strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
-    assert float(results["triton"][0].max()) <= 0 and float(results["triton"][1].min()) >= 0
-
-
 def test_another_tile_gives_the_same_log_probs() -> None:
-    """Tuning changes times, and sums by rounding alone."""
+    """Tuning changes times, and sums by rounding alone: each of the two by its own."""
     spec = HeadSpec(shape=(80,), d=48, v=300, dtype=torch.float32)
     inputs = spec.make()
     want = compare_head.score(inputs, "triton").logp
     with override("many.block_v=128 many.block_r=32 many.block_d=16 many.group=1"):
         got = compare_head.score(inputs, "triton").logp
-    torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
+    exact = compare_head.truth(inputs)
+    noise = tolerance.logp_noise(exact, inputs["hidden"], inputs["weight"], 1.0, torch.float32)
+    assert bool(((got - want).abs() <= 2 * tolerance.SIGMAS * noise).all())
 
 
 @pytest.mark.parametrize("worst_over", ["sequence", "token"])

@@ -6,13 +6,14 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
-from roma import cli
+from roma import cli, info
 from roma.train.config import Config, load_config
 from roma_kernels.errors import fail
 
@@ -354,6 +355,24 @@ def command(path: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "80"}
     line = [sys.executable, "-S", "-m", "roma", *arguments]
     return subprocess.run(line, env=environment, capture_output=True, text=True, cwd="/")
+
+
+@pytest.mark.parametrize(
+    ("known", "said"),
+    [
+        ({"mm", "addmm"}, "bf16 into fp32 by mm and addmm"),
+        ({"mm"}, "bf16 into fp32 by mm"),
+        (set(), "bf16 products are upcast"),
+    ],
+)
+def test_info_tells_which_products_a_gpu_has(
+    known: set[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the library cannot multiply 16 bits into fp32, copies are made: not in silence."""
+    about = SimpleNamespace(name="X", major=9, minor=0, total_memory=2**36)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: about)
+    monkeypatch.setattr(info, "widens", lambda operation, device, dtype: operation in known)
+    assert info._describe_gpu(0) == f"0: X, sm_90, 64 GiB; {said}"
 
 
 def test_without_numpy_info_says_nothing_of_torchs_trouble(tmp_path: Path) -> None:

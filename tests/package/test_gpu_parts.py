@@ -14,7 +14,7 @@ from torch import Tensor
 import roma
 from bench.gpu import correct, profile, sweep, tests, work
 from bench.gpu.points import Point, combined, points
-from bench.gpu.processes import Outcome
+from bench.processes import Outcome
 from roma_kernels.linear_logprob import triton_backend
 from roma_kernels.linear_logprob.triton import tuning
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from bench.gpu import budget, processes, runner, table
+from bench import processes
+from bench.gpu import budget, runner, table
 from bench.gpu.budget import Part, Step
 from bench.gpu.journal import Journal
 

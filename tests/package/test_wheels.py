@@ -122,8 +122,8 @@ def test_the_command_without_a_network(
     pins = Path(index[0][index[0].index("--constraint") + 1]).read_text().splitlines()
     assert {"verl==0.9.1", "quack-kernels==0.6.5", "nvidia-cutlass-dsl==4.8.1"} <= set(pins)
     said = capsys.readouterr().out
-    assert f"--target /tmp/peers/site-packages {tmp_path}/*.whl" in said
-    assert said.rstrip().endswith("/tmp/peers/site-packages/nvidia_cutlass_dsl/dsl_packages")
+    assert f"--target .peers/site-packages {tmp_path}/*.whl" in said
+    assert said.rstrip().endswith(".peers/site-packages/nvidia_cutlass_dsl/dsl_packages")
 
 
 def test_too_much_is_left_out_of_the_folder(

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 _LONGEST = 2**16  # bytes of one line; a longer one is heard in pieces
 
 
@@ -80,7 +80,7 @@ def watch(
         cwd=ROOT,
         env=environment(env),
         start_new_session=True,
-        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        preexec_fn=die_with_parent,
     )
     assert process.stdout is not None
     why, open_ = "", True
@@ -131,14 +131,14 @@ _prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
 
 
-def _die_with_parent() -> None:
-    """Between fork and exec: the kernel ends this process when the thread that waits for it ends.
+def die_with_parent() -> None:
+    """In a child: the kernel ends it when its parent does, so that nothing stays on the GPU.
 
-    So a run that is killed leaves nothing on the GPU. One call of a function that was loaded
-    before, and no lock is taken: safe beside other threads.
+    One call of a function that was loaded before, and no lock is taken: safe between fork and exec,
+    beside other threads. Only Linux can.
     """
-    assert _prctl is not None
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if _prctl is not None:
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def kill(process: "subprocess.Popen[bytes]") -> None:
