@@ -123,8 +123,8 @@ def test_a_head_of_full_size_in_pytorch(device: str) -> None:
 def test_a_row_that_is_certain_is_exact(device: str, size: float) -> None:
     """However large its logits: e⁰ is 1 and the others underflow, so logp, H and dz are 0.
 
-    A card multiplies and adds in one rounding where a kernel lets it: of an exponent z·s − peak·s it
-    would leave half a place of the peak, a factor of up to 2⁸ at logits of 1e8.
+    A card multiplies and adds in one rounding where a kernel lets it. Of an exponent z·s − peak·s
+    half a place of the peak would be left, a factor of up to 2⁸ at logits of 1e8.
     """
     spec = HeadSpec(shape=(70,), d=32, v=1544, dtype=torch.bfloat16, entropy=True)
     inputs = spec.make()
