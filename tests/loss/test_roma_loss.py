@@ -72,7 +72,10 @@ def test_signatures_are_the_contract() -> None:
             ["hidden", "weight", "tokens"],
             ["bias", "temperature", "softcap", "entropy", *head, "backend"],
         ),
-        roma.roma_loss: (["hidden", "view_hidden", "weight", "tokens"], ["bias", *head, *shared]),
+        roma.roma_loss: (
+            ["hidden", "view_hidden", "weight", "tokens"],
+            ["bias", "view_rows", *head, *shared],
+        ),
         roma.roma_loss_from_logp: (["logp", "view_logp"], shared),
     }
     for function, (positional, named) in expected.items():

@@ -155,6 +155,15 @@ def test_view_divergence_checks_its_arguments() -> None:
         roma.view_divergence(case["logp"], case["view_logp"][:, :, :-1], case["mask"])
     with refuse("mask", "int64", kind=ValueError):
         roma.view_divergence(case["logp"], case["view_logp"], case["mask"].long())
+    packed = LossSpec(b=B, t=T, k=K, packed=True).make_logp()
+    arguments = packed["logp"], packed["view_logp"], packed["mask"]
+    with refuse("logp", "[B, T]", "not given"):
+        roma.view_divergence(*arguments)
+    with refuse("view_logp", f"[K, N] = [{K}, {len(packed['mask'])}]"):
+        views = packed["view_logp"][:, 1:]
+        roma.view_divergence(packed["logp"], views, packed["mask"], cu_seqlens=packed["cu_seqlens"])
+    with refuse("cu_seqlens", "never decrease"):
+        roma.view_divergence(*arguments, cu_seqlens=packed["cu_seqlens"].flip(0))
 
 
 def test_a_masked_vocabulary_leaves_the_loss_finite(backend: str) -> None:

@@ -85,6 +85,22 @@ def test_a_metric_slightly_off_is_refused(name: str) -> None:
         check_backend(spoiled(wrong), op="roma_loss_from_logp", examples=100)
 
 
+def over_wrong_ones_too(*tensors: Any, config: roma.RomaConfig, **named: Any) -> Any:
+    """The mean divergence of all rollouts, right or wrong; all else is as it should be."""
+    out = spoiled(same)(*tensors, config=config, **named)
+    every = named | {"correct": torch.ones_like(named["correct"]), "total_correct": None}
+    others = spoiled(same, penalty_over="all")(*tensors, config=config, **every).metrics
+    mean = {"roma_penalty_mean": others["roma_penalty_mean"]}
+    return out._replace(metrics=out.metrics | mean)
+
+
+@pytest.mark.usefixtures("unshrunk")
+@pytest.mark.parametrize("op", LOSSES)
+def test_a_mean_over_wrong_rollouts_is_refused(op: Any) -> None:
+    with pytest.raises(AssertionError, match=r"^roma_penalty_mean: "):
+        check_backend(over_wrong_ones_too, op=op, examples=20)
+
+
 @pytest.mark.parametrize("op", ["linear_logprob", *LOSSES])
 def test_another_result_is_refused(op: Any) -> None:
     for result in (None, (1, 2), torch.ones(3)):

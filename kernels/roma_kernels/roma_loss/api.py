@@ -20,6 +20,7 @@ from roma_kernels.roma_loss.checks import (
 )
 from roma_kernels.roma_loss.config import RomaConfig
 from roma_kernels.roma_loss.op import Combined, combine
+from roma_kernels.roma_loss.pairs import check_needed, check_pair_states, check_pairs, score_pairs
 from roma_kernels.roma_loss.token_local.op import score_and_combine, token_local_pays
 from roma_kernels.roma_loss.torch_backend import k3
 
@@ -58,6 +59,7 @@ def roma_loss(
     ref_logp: Tensor | None = None,
     aux_view: Tensor | None = None,
     view_old_logp: Tensor | None = None,
+    view_rows: Tensor | None = None,
     bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     total_sequences: Total | None = None,
@@ -78,6 +80,22 @@ def roma_loss(
     our own.) Masked positions cost nothing and may hold anything; the backward computes only rows
     that have a gradient.
 
+    Pairs. Most views of most rollouts change neither the loss nor its gradient. A trainer runs
+    these pairs (view, rollout) through its model and says by view_rows where they stand:
+
+        the clean image: every rollout
+        view k: rollouts that are right, if λ_inv > 0
+        view k: rollouts with aux_view = k and an advantage that is not 0, if λ_aux > 0
+
+    Loss, gradients and metrics are those of all K·B pairs. A pair that was not run costs nothing
+    here either. It counts as equal to the clean image: divergence 0, no gradient, and the clean
+    log-probs, detached, in view_logp. So a maximum is exact over the pairs that are there. If a
+    first pass without a graph has found the worst view ("sequence": of each right rollout; "batch":
+    the one, for all right rollouts), it is enough to run that one with a graph, and the sampled
+    one; roma_penalty_mean is then that of the first pass alone (`view_divergence`), because here
+    the mean counts zeros. "token" and "mean" have more than one such view and need all of a right
+    rollout. worst_view says nothing of rollouts that have no view.
+
     Several micro-batches or ranks: pass the totals over all of them. Their losses, gradients and
     metrics then add up to those of one call. A wrapper that averages gradients over ranks (DDP,
     FSDP) needs the loss multiplied by the number of ranks.
@@ -86,7 +104,7 @@ def roma_loss(
         hidden: [B, T, D] fp32, bf16 or fp16: last norm's output on the clean image, at the
             positions that predict `tokens`.
         view_hidden: [K, B, T, D], the same rollouts on the K degraded views; None or K = 0 for
-            plain GRPO (lambda_inv = 0).
+            plain GRPO (lambda_inv = 0). With view_rows: [R, T, D], or [S, D] in the packed form.
         weight: [V, D], the head's weight.
         tokens: [B, T] int64 in 0..V-1 where counted.
         mask: [B, T] bool, True = counts.
@@ -99,6 +117,9 @@ def roma_loss(
         aux_view: [B] int64 in 0..K-1: each sequence's sampled view; None: no auxiliary loss.
         view_old_logp: [B, T] nats: the old policy on the sampled view; needed when config.aux_old =
             "view".
+        view_rows: [K, B] int64: row of view_hidden, 0..R-1, that is view k of sequence i; packed:
+            position 0..S-1 at which it begins there, with as many tokens as in hidden, masked ones
+            too. No two pairs share one. −1: that pair was not run. None: view_hidden has all pairs.
         bias: [V] of the head, or None.
         cu_seqlens: [B+1] int32: the packed form, in which [N, …] stands wherever [B, T, …] stands
             above.
@@ -110,7 +131,8 @@ def roma_loss(
         vocab_group: as in `linear_logprob`: the ranks that hold the head between them.
         workspace: as in `linear_logprob`: bytes for the backward's tiles of logits. Back end
             "triton" keeps a chunk of logits in it, and recomputes none, where worst_over is "token"
-            or "mean", or K ≤ 1, or lambda_inv = 0, and 4096 rows (or all of them) fit.
+            or "mean", or K ≤ 1, or lambda_inv = 0, and 4096 rows (or all of them) fit; but not with
+            view_rows. Those cost a copy of hidden and view_hidden instead.
         backend: "auto", "triton", "native", "torch" or "reference".
 
     Returns:
@@ -143,7 +165,14 @@ def roma_loss(
         backend=backend,
     )
     layout = layout_for(head.backend, layout)
-    views = check_views("view_hidden", view_hidden, hidden, layout, config)
+    pairs = None
+    if view_rows is None:
+        views = check_views("view_hidden", view_hidden, hidden, layout, config)
+        count = len(views)
+    else:
+        views = check_pair_states(view_hidden, hidden, layout)
+        pairs = check_pairs(view_rows, views, layout, cu_seqlens, config)
+        count = len(view_rows)
     check_tensor("tokens", tokens, like=hidden)
     check_dtype("tokens", tokens, (torch.int64,))
     check_shape("tokens", tokens, (layout.letters, layout.shape))
@@ -151,7 +180,7 @@ def roma_loss(
     head.check_tokens(labels, layout.valid)
     constants = check_constants(
         layout,
-        len(views),
+        count,
         torch.promote_types(hidden.dtype, torch.float32),
         config,
         advantages=advantages,
@@ -165,6 +194,11 @@ def roma_loss(
         total_correct=total_correct,
     )
 
+    if pairs is not None:
+        check_needed(pairs, layout, constants, config)
+        logp = score_pairs(head, hidden, views, tokens, mask, layout, pairs, config)
+        combined = combine(logp[0], logp[1:], constants, config, head.backend)
+        return _unpacked(layout, combined, logp, config)
     states = hidden.reshape(-1, hidden.shape[-1])
     view_states = views.reshape(len(views), *states.shape) if len(views) else None
     if token_local_pays(head, states, view_states, config):
@@ -266,7 +300,12 @@ def roma_loss_from_logp(
 
 
 def view_divergence(
-    logp: Tensor, view_logp: Tensor, mask: Tensor, *, config: RomaConfig = RomaConfig()
+    logp: Tensor,
+    view_logp: Tensor,
+    mask: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    config: RomaConfig = RomaConfig(),
 ) -> Tensor:
     """Divergence of each view from the clean image; no gradient.
 
@@ -278,6 +317,7 @@ def view_divergence(
         logp: [B, T] fp32 nats, clean image.
         view_logp: [K, B, T] fp32 nats.
         mask: [B, T] bool, True = counts.
+        cu_seqlens: [B+1] int32: the packed form, in which [N] stands for [B, T].
         config: gives penalty_ratio and log_ratio_clamp.
 
     Returns:
@@ -293,15 +333,20 @@ def view_divergence(
         torch.Size([3, 1])
     """
     check_config(config)
-    layout = check_layout("logp", logp, mask, None, features=0)
+    layout = check_layout("logp", logp, mask, cu_seqlens, features=0)
     check_tensor("view_logp", view_logp, like=logp)
     views = (len(view_logp), *layout.shape) if view_logp.ndim else layout.shape
-    check_shape("view_logp", view_logp, ("[K, B, T]", views))
+    check_shape("view_logp", view_logp, (f"[K, {layout.letters[1:]}", views))
     # Before the exponential: masked positions may hold anything.
     gap = torch.where(mask, view_logp.detach() - logp.detach(), 0)
     gap = gap if config.penalty_ratio == "view/clean" else -gap
     d = k3(gap.clamp(-config.log_ratio_clamp, config.log_ratio_clamp))
-    return d.sum(-1) / mask.sum(-1).clamp(min=1)
+    if cu_seqlens is None:
+        return d.sum(-1) / layout.lengths.clamp(min=1)
+    spans = cu_seqlens.diff().long()
+    # unsafe: without a check of the spans, which would wait for a device; check_layout made it.
+    sums = torch.segment_reduce(d.T.contiguous(), "sum", lengths=spans, axis=0, unsafe=True)
+    return sums.T / layout.lengths.clamp(min=1)
 
 
 def _unpacked(layout: Layout, combined: Combined, logp: Tensor, config: RomaConfig) -> RomaLoss:

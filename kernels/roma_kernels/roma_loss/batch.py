@@ -15,7 +15,7 @@ METRICS = {
     "ppo_kl": "mean over counted tokens of old_logp − logp, nats",
     "ref_kl": "agg_t expm1(ref − logp) − (ref − logp), nats; 0 when ref_coef is 0",
     "roma_penalty_worst": "L_inv, the penalty as it enters the loss, before λ_inv, nats",
-    "roma_penalty_mean": "Σ_i mean_k D_i^k / total_sequences, right rollouts and wrong, nats",
+    "roma_penalty_mean": "Σ_i m_i mean_k D_i^k / total_sequences, right rollouts alone, nats",
     "roma_aux_loss": "L_aux, before λ_aux; 0 without aux_view",
     "roma_aux_clipfrac": "share of counted tokens whose auxiliary ratio is clipped, either side",
 }

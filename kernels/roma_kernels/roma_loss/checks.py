@@ -70,13 +70,17 @@ def check_layout(
 
 
 def layout_for(backend: str, layout: Layout) -> Layout:
-    """The layout as a back end takes it: trimmed where that costs no wait for a device.
+    """The layout as a back end takes it."""
+    return layout.trimmed() if trims(backend, layout.num_tokens) else layout
 
-    The reference cannot do without; Triton's kernels never ask for it.
+
+def trims(backend: str, count: Tensor) -> bool:
+    """Whether a back end is given as many rows as count, and not all with the count beside them.
+
+    Where that costs no wait for a device. The reference cannot do without; Triton's kernels never
+    ask for it.
     """
-    if backend == "reference" or (backend != "triton" and readable(layout.num_tokens)):
-        return layout.trimmed()
-    return layout
+    return backend == "reference" or (backend != "triton" and readable(count))
 
 
 def check_views(
@@ -92,11 +96,16 @@ def check_views(
     letters = f"[K, {layout.letters[1:-1]}{features}]"
     remedy = "every view needs the clean image's grid and the same completions"
     check_shape(name, value, (letters, (count, *clean.shape)), remedy=remedy)
-    if count == 0 and config.penalises:
+    check_count(name, count, config)
+    return value
+
+
+def check_count(name: str, views: int, config: RomaConfig) -> None:
+    """Checks that there are views, of which `name` gives the number, if they are penalised."""
+    if views == 0 and config.penalises:
         weight = "a tensor" if isinstance(config.lambda_inv, Tensor) else f"{config.lambda_inv:g}"
         expected = f"K ≥ 1 views, because lambda_inv = {weight}"
         fail(name, expected, "K = 0", "pass views, or RomaConfig(lambda_inv=0)")
-    return value
 
 
 def check_constants(

@@ -104,7 +104,8 @@ def roma_loss_reference(
         d_worst = d.gather(0, of_token[None])[0] if views else d.sum(0)
     terms["inv"] = (share / lengths)[sequence] * d_worst
 
-    terms["mean"] = d.sum(0) / max(views, 1) / (sequences * lengths)[sequence]
+    of_right = (batch.correct / (sequences * lengths))[sequence]
+    terms["mean"] = of_right * (d.sum(0) / max(views, 1))
     tokens = batch.total_tokens.clamp(min=1)
     terms["moved"] = (batch.old - batch.logp) / tokens
 

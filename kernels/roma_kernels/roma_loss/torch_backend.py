@@ -75,7 +75,7 @@ def _divergence(minuend: Tensor, subtrahend: Tensor, clamp: float) -> tuple[Tens
 def _penalty(
     batch: Batch, config: RomaConfig, divisor: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """L_inv, Σ_i mean_k D_i^k / total_sequences, the worst view, and ∂L_inv/∂view_logp [K, N]."""
+    """L_inv, Σ_i m_i mean_k D_i^k / total_sequences, the worst view, ∂L_inv/∂view_logp [K, N]."""
     if config.penalty_ratio == "view/clean":
         d, slope = _divergence(batch.view_logp, batch.logp, config.log_ratio_clamp)
     else:
@@ -103,7 +103,7 @@ def _penalty(
     coefficient = (
         torch.where(chosen != 0, chosen * slope, 0) * (right / lengths)[batch.sequence] / divisor
     )
-    mean = divergence.mean(0).sum() / batch.total_sequences.clamp(min=1)
+    mean = (right * divergence.mean(0)).sum() / batch.total_sequences.clamp(min=1)
     return (right * penalty).sum() / divisor, mean, worst, coefficient
 
 

@@ -164,7 +164,7 @@ def _total_kernel(
         if divergence_ptr is not None:
             right = tl.load(correct_ptr + i, inside, other=0).to(tl.float32)
             penalty += tl.sum(tl.load(sums_ptr + 7 * B + i, inside, other=0.0) * right)
-            mean += tl.sum(tl.load(sums_ptr + 8 * B + i, inside, other=0.0))
+            mean += tl.sum(tl.load(sums_ptr + 8 * B + i, inside, other=0.0) * right)
             if WORST_OVER == "batch":
                 places = k[:, None] * B + i[None, :]
                 both = (k < K)[:, None] & inside[None, :]
