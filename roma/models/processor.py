@@ -77,6 +77,10 @@ class Processor:
 
     def pixel_values(self, images: Sequence[Image]) -> tuple[Tensor, Tensor]:
         """Patches [Σ gh·gw, 3·2·p·p] fp32 and grids [n, 3] of images at model resolution."""
+        if not len(images):
+            size, channels = self.image_processor.patch_size, 3
+            width = channels * self.image_processor.temporal_patch_size * size**2
+            return torch.empty(0, width), torch.empty(0, 3, dtype=torch.int64)
         made = self.image_processor(images=list(images), do_resize=False, return_tensors="pt")
         return made["pixel_values"].to(torch.float32), made["image_grid_thw"]
 

@@ -2,12 +2,13 @@
 
 Unlike `model(**batch)`: the vision tower runs once per (image, view) and its features serve all
 rollouts; the text model returns hidden states of completion tokens, since the loss needs no logits;
-a degraded view is another set of `pixel_values` on the clean image's grid; and rows are (prompt,
-completion) pairs, any number in any order.
+a degraded view is another set of `pixel_values` on the clean image's grid. Rollouts are scored in
+packed groups, a prompt once for all of its rollouts, or as rows (prompt, completion), any number in
+any order.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,63 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from roma.models.device import resolve_device
+from roma.models.prefix import Group, Packed, pack, share_prompts, shares_prompts
 from roma.models.processor import Image, Processor
+from roma.models.prompts import ImageFeatures, PromptBatch
 from roma_kernels.errors import fail
-
-
-@dataclass(frozen=True)
-class PromptBatch:
-    """P prompts, padded on the left, with their images at model resolution."""
-
-    input_ids: Tensor  # [P, L] int64
-    attention_mask: Tensor  # [P, L] int64, 1 = a token
-    position_ids: Tensor  # [3, P, L] int64: time, height, width
-    next_position: Tensor  # [P] int64: position of the first completion token
-    images: list[list[Image]]  # per prompt, uint8 [H, W, 3]
-    pixel_values: Tensor  # [Σ gh·gw, C] fp32, the images of all prompts in order
-    grids: Tensor  # [n, 3] int64
-    first_image: list[int]  # [P + 1]: prompt p owns images first_image[p]..first_image[p + 1]
-    padded: bool
-
-    def select(self, prompts: slice) -> "PromptBatch":
-        """The prompts of a slice, for micro-batches; keeps the padding."""
-        low, high = self.first_image[prompts.start], self.first_image[prompts.stop]
-        return replace(
-            self,
-            input_ids=self.input_ids[prompts],
-            attention_mask=self.attention_mask[prompts],
-            position_ids=self.position_ids[:, prompts],
-            next_position=self.next_position[prompts],
-            images=self.images[prompts],
-            pixel_values=self.pixel_values[self.patches(prompts)],
-            grids=self.grids[low:high],
-            first_image=[i - low for i in self.first_image[prompts.start : prompts.stop + 1]],
-        )
-
-    def patches(self, prompts: slice) -> slice:
-        """The patches of a slice's images in `pixel_values`, and in those of a view."""
-        ends = [0, *self.grids.prod(-1).cumsum(0).tolist()]
-        low, high = self.first_image[prompts.start], self.first_image[prompts.stop]
-        return slice(ends[low], ends[high])
-
-
-@dataclass(frozen=True)
-class ImageFeatures:
-    """Outputs of the vision tower for n images, [tokens, D] each; `deepstack` by level."""
-
-    embeddings: list[Tensor]
-    deepstack: list[list[Tensor]]
-
-    def part(self, first: int, count: int) -> "ImageFeatures":
-        """The features of `count` images from number `first` on."""
-        return self.gather(range(first, first + count))
-
-    def gather(self, images: Sequence[int]) -> "ImageFeatures":
-        """The features of `images`, in that order; an image may stand there twice."""
-        return ImageFeatures(
-            [self.embeddings[i] for i in images],
-            [[level[i] for i in images] for level in self.deepstack],
-        )
 
 
 class Policy(nn.Module):
@@ -129,7 +77,19 @@ class Policy(nn.Module):
                 type(model).__name__,
                 "other families need a policy of their own",
             )
+        with suppress(ValueError):  # `shares_prompts` says so, and a trainer
+            share_prompts(model)
         return cls(model.to(device), processor)
+
+    @property
+    def vision_is_frozen(self) -> bool:
+        """Whether no weight of the vision tower is trained."""
+        return not any(weight.requires_grad for weight in self.model.model.visual.parameters())
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether `packed_hidden` can be used: the model asks for its attention by name."""
+        return shares_prompts(self.model)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes weights, config, tokenizer and image processor in Hugging Face form."""
@@ -237,12 +197,85 @@ class Policy(nn.Module):
 
     def image_features(self, pixel_values: Tensor, grids: Tensor) -> ImageFeatures:
         """One pass of the vision tower over n images; differentiable."""
+        if not len(grids):
+            return ImageFeatures([], [])
         made = self.model.model.get_image_features(
             pixel_values, grids.to(pixel_values.device), return_dict=True
         )
-        return ImageFeatures(
-            list(made.pooler_output), [list(level) for level in made.deepstack_features]
+        levels = getattr(made, "deepstack_features", [])  # Qwen2.5-VL has none
+        return ImageFeatures(list(made.pooler_output), [list(level) for level in levels])
+
+    def group_features(
+        self,
+        prompts: PromptBatch,
+        view_pixels: Sequence[Tensor],
+        groups: Sequence[Group],
+        *,
+        clean: ImageFeatures | None = None,
+    ) -> ImageFeatures:
+        """The features of the images of packed groups, in their order; one pass of the tower.
+
+        Args:
+            prompts: P prompts.
+            view_pixels: K views of their images, each [Σ gh·gw, C].
+            groups: variant 0 is the clean images, k + 1 view k.
+            clean: features of all clean images, if they are known and need no gradient; they are
+                not computed again.
+        """
+        sources = [prompts.pixel_values, *view_pixels]
+        run = [g for g in groups if g.variant or clean is None]
+        images = [i for g in run for i in prompts.images_of(g.prompt)]
+        pixels = [sources[g.variant][prompts.patches(g.prompt)] for g in run]
+        made = self.image_features(
+            torch.cat(pixels) if pixels else prompts.pixel_values[:0], prompts.grids[images]
         )
+        if clean is None or len(run) == len(groups):
+            return made
+        first = len(clean.embeddings)  # of those that were run, behind the known ones
+        both = clean.joined(made)
+        order = []
+        for g in groups:
+            own = prompts.images_of(g.prompt)
+            if g.variant:
+                order += range(first, first + len(own))
+                first += len(own)
+            else:
+                order += own
+        return both.gather(order)
+
+    def packed(
+        self, prompts: PromptBatch, groups: Sequence[Group], tokens: Tensor, lengths: Tensor
+    ) -> Packed:
+        """Groups in one row (`roma.models.prefix.pack`).
+
+        Args:
+            prompts: P prompts.
+            groups: of completions [R, T].
+            tokens: [R, T] int64, padded on the right.
+            lengths: [R] int64, at least 1.
+        """
+        width = prompts.input_ids.shape[1]
+        starts = [width - length for length in prompts.lengths]
+        return pack(
+            [row[start:] for row, start in zip(prompts.input_ids, starts, strict=True)],
+            tokens,
+            lengths,
+            groups,
+            positions=[prompts.position_ids[:, p, start:] for p, start in enumerate(starts)],
+            next_position=prompts.next_position,
+        )
+
+    def packed_hidden(self, packed: Packed, features: ImageFeatures) -> Tensor:
+        """Hidden states [S, D] of packed groups, after the last norm.
+
+        Args:
+            packed: of `packed`; `packed.reads` tells which state predicts what.
+            features: of the groups' images, in their order (`group_features`).
+        """
+        states: Tensor = self.model.model(
+            **packed.inputs(), mm_encoder_outputs=_encoder_outputs(features), use_cache=False
+        ).last_hidden_state
+        return states[0]
 
     def completion_hidden(
         self,
@@ -275,7 +308,7 @@ class Policy(nn.Module):
             input_ids=ids,
             position_ids=positions,
             attention_mask=self._attention_mask(prompts, rows, length - 1),
-            mm_encoder_outputs=self._encoder_outputs(prompts, features, rows),
+            mm_encoder_outputs=_encoder_outputs(_of_rows(prompts, features, rows)),
             use_cache=False,
         ).last_hidden_state
         hidden: Tensor = states[:, prompts.input_ids.shape[1] - 1 :]
@@ -287,18 +320,6 @@ class Policy(nn.Module):
             return None
         mask = prompts.attention_mask[rows]
         return torch.cat([mask, mask.new_ones(len(rows), extra)], dim=1)
-
-    def _encoder_outputs(
-        self, prompts: PromptBatch, features: ImageFeatures, rows: Tensor
-    ) -> dict[str, Any] | None:
-        first = prompts.first_image
-        chosen = features.gather([i for p in rows.tolist() for i in range(first[p], first[p + 1])])
-        if not chosen.embeddings:
-            return None
-        output = SimpleNamespace(
-            pooler_output=tuple(chosen.embeddings), deepstack_features=chosen.deepstack
-        )
-        return {"image": output}
 
     def prefill(self, prompts: PromptBatch, features: ImageFeatures) -> Any:
         """The key-value cache of the prompts without their last token, for sampling."""
@@ -312,8 +333,23 @@ class Policy(nn.Module):
             input_ids=prompts.input_ids[:, :-1],
             position_ids=prompts.position_ids[:, :, :-1],
             attention_mask=prompts.attention_mask[:, :-1] if prompts.padded else None,
-            mm_encoder_outputs=self._encoder_outputs(prompts, features, rows),
+            mm_encoder_outputs=_encoder_outputs(_of_rows(prompts, features, rows)),
             past_key_values=cache,
             use_cache=True,
         )
         return cache
+
+
+def _of_rows(prompts: PromptBatch, features: ImageFeatures, rows: Tensor) -> ImageFeatures:
+    """The features that rows [R] read, in their order, from those of all prompts' images."""
+    return features.gather([i for p in rows.tolist() for i in prompts.images_of(p)])
+
+
+def _encoder_outputs(features: ImageFeatures) -> dict[str, Any] | None:
+    """Features as a model of transformers takes them in the place of its vision tower's."""
+    if not features.embeddings:
+        return None
+    output = SimpleNamespace(
+        pooler_output=tuple(features.embeddings), deepstack_features=features.deepstack
+    )
+    return {"image": output}

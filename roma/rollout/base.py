@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from roma.models.qwen_vl import PromptBatch
+from roma.models.prompts import ImageFeatures, PromptBatch
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,8 @@ class Rollouts:
     finished: Tensor  # [P·G] bool: ended by an end token, not by the budget
     # [P·G, T] fp32, nats at the sampling temperature; None where the engine reports none.
     logp: Tensor | None = None
+    # Of the prompts' images, under the weights that sampled; None where the engine keeps none.
+    features: ImageFeatures | None = None
 
 
 class Sampler(Protocol):

@@ -2,7 +2,8 @@
 
 import torch
 
-from roma.models.qwen_vl import ImageFeatures, Policy, PromptBatch
+from roma.models.prompts import ImageFeatures, PromptBatch
+from roma.models.qwen_vl import Policy
 from roma.rollout.base import Rollouts
 
 
@@ -64,7 +65,7 @@ def generate(
         features: of the prompts' images, if they are known already.
 
     Returns:
-        Rollouts, without the sampler's log-probs.
+        Rollouts with the images' features, without the sampler's log-probs.
     """
     from transformers import GenerationConfig
 
@@ -102,4 +103,4 @@ def generate(
     tokens = made[:, prompts.input_ids.shape[1] :]
     ends = torch.isin(tokens, torch.as_tensor(given.eos_token_id, device=tokens.device).reshape(-1))
     mask = ends.cumsum(-1) - ends.long() == 0
-    return Rollouts(tokens, mask, ends.any(-1))
+    return Rollouts(tokens, mask, ends.any(-1), features=features)

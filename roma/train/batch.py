@@ -1,13 +1,13 @@
 """What the update learns from, cut into mini-batches and micro-batches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from roma.models.qwen_vl import PromptBatch
+from roma.models.prompts import ImageFeatures, PromptBatch
 from roma.rollout.base import Rollouts
 
 
@@ -30,11 +30,12 @@ class UpdateBatch:
     view_pixels: list[Tensor]  # K views of the prompts' images, each [Σ gh·gw, C]
     group: Tensor  # [B] int64: the prompt of each rollout, counted within this batch
     tokens: Tensor  # [B, T] int64
-    mask: Tensor  # [B, T] bool
+    mask: Tensor  # [B, T] bool, from the left
     advantages: Tensor  # [B] or [B, T]
     correct: Tensor  # [B] bool
     aux_view: Tensor | None  # [B] int64
     old_logp: Tensor | None  # [B, T]; None: the policy as it is now sampled the tokens
+    clean_features: ImageFeatures | None = None  # of the clean images, as they were sampled on
 
     @classmethod
     def to_score(cls, prompts: PromptBatch, rollouts: Rollouts, group: Tensor) -> "UpdateBatch":
@@ -49,6 +50,7 @@ class UpdateBatch:
             correct=torch.zeros_like(group, dtype=torch.bool),
             aux_view=None,
             old_logp=None,
+            clean_features=rollouts.features,
         )
 
     def without_views(self) -> "UpdateBatch":
@@ -63,21 +65,68 @@ class UpdateBatch:
         """Batches of `size` prompts each, the last one perhaps smaller."""
         prompts = len(self.prompts.images)
         for start in range(0, prompts, size):
-            yield self._select(slice(start, min(start + size, prompts)))
+            yield self.select(range(start, min(start + size, prompts)))
 
-    def _select(self, prompts: slice) -> "UpdateBatch":
-        group_size = len(self.group) // len(self.prompts.images)
-        rows = slice(prompts.start * group_size, prompts.stop * group_size)
-        patches = self.prompts.patches(prompts)
+    def select(self, prompts: Sequence[int]) -> "UpdateBatch":
+        """Some of the prompts, with all of their rollouts."""
+        own, count = list(prompts), len(self.prompts.images)
+        if own == list(range(count)):
+            return self
+        every = torch.arange(len(self.group)).view(count, -1)
+        rows = every[own].flatten().to(self.group.device)
+        images = [i for p in own for i in self.prompts.images_of(p)]
+        features = self.clean_features
         return replace(
             self,
-            prompts=self.prompts.select(prompts),
-            view_pixels=[pixels[patches] for pixels in self.view_pixels],
-            group=self.group[rows] - prompts.start,
+            prompts=self.prompts.select(own),
+            view_pixels=[self.prompts.gather(pixels, own) for pixels in self.view_pixels],
+            group=torch.arange(len(own), device=rows.device).repeat_interleave(every.shape[1]),
             tokens=self.tokens[rows],
             mask=self.mask[rows],
             advantages=self.advantages[rows],
             correct=self.correct[rows],
             aux_view=None if self.aux_view is None else self.aux_view[rows],
             old_logp=None if self.old_logp is None else self.old_logp[rows],
+            clean_features=None if features is None else features.gather(images),
         )
+
+
+def partition(sizes: Sequence[int], parts: int) -> list[list[int]]:
+    """Cuts items into parts of about equal size: the largest first, each to the smallest part.
+
+    Args:
+        sizes: of the items, tokens.
+        parts: at least 1; some stay empty if there are fewer items.
+
+    Returns:
+        The numbers of the items in each part, ascending.
+
+    Example:
+        >>> partition([5, 1, 1, 3], 2)
+        [[0], [1, 2, 3]]
+    """
+    made: list[list[int]] = [[] for _ in range(parts)]
+    filled = [0] * parts
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        smallest = filled.index(min(filled))
+        made[smallest].append(item)
+        filled[smallest] += sizes[item]
+    return sorted((sorted(own) for own in made), key=lambda own: own[:1] or [len(sizes)])
+
+
+def micro_batches(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """The fewest parts, about equal, that hold at most `limit` tokens; a larger item stands alone.
+
+    Example:
+        >>> micro_batches([5, 1, 1, 3, 9], 6)
+        [[0], [1, 2, 3], [4]]
+    """
+    alone = [[i] for i, size in enumerate(sizes) if size > limit]
+    rest = [i for i, size in enumerate(sizes) if size <= limit]
+    count = -(-sum(sizes[i] for i in rest) // limit) if rest else 0
+    while True:
+        made = partition([sizes[i] for i in rest], count) if count else []
+        parts = [[rest[i] for i in own] for own in made if own]
+        if all(sum(sizes[i] for i in own) <= limit for own in parts):
+            return sorted([*alone, *parts])
+        count += 1

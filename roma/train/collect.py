@@ -9,12 +9,14 @@ from torch import Tensor
 
 from roma.advantages import ESTIMATORS, AdvantageInputs
 from roma.data import Example
-from roma.models.qwen_vl import Policy, PromptBatch
+from roma.models.prompts import PromptBatch
+from roma.models.qwen_vl import Policy
 from roma.rewards import RewardFunction
 from roma.rollout.base import Rollouts, Sampler
 from roma.train.batch import UpdateBatch
 from roma.train.config import Config
-from roma.train.update import PolicyLoss, distinct_rows
+from roma.train.states import distinct_rows
+from roma.train.update import PolicyLoss
 from roma.train.views import ViewMaker, Views
 from roma.views import seed_for
 
@@ -48,6 +50,7 @@ class Experience:
             correct=self.correct,
             aux_view=aux_view,
             old_logp=None,
+            clean_features=self.rollouts.features,
         )
 
 
@@ -141,11 +144,9 @@ class Collector:
         if needs:
             batch = UpdateBatch.to_score(prompts, rollouts, group)
             with self.policy.autocast(self.config.trainer.dtype):
-                scores = [
-                    self.policy_loss.score(part, entropy="entropy" in needs)._asdict()
-                    for part in batch.split(self.config.micro_batch_prompts)
-                ]
-            scored = {name: torch.cat([part[name] for part in scores]) for name in needs}
+                limit = self.config.worker.actor.micro_batch_tokens
+                scores = self.policy_loss.score(batch, entropy="entropy" in needs, limit=limit)
+            scored = {name: getattr(scores, name) for name in needs}
         return self.estimator(AdvantageInputs(rewards["overall"], group, rollouts.mask, **scored))
 
 

@@ -89,6 +89,9 @@ class AlgorithmConfig:
     "rollout": naive augmentation, rollouts and loss on one degraded image. The last two ignore
     lambda_inv and lambda_aux."""
     views: ViewsConfig = field(default_factory=ViewsConfig)
+    aux_view: Literal["rollout", "prompt"] = "rollout"
+    """Who draws the view of the auxiliary loss: each rollout, or each prompt for all its rollouts,
+    which is cheaper."""
     roma: RomaConfig = field(default_factory=RomaConfig)
     """Options of the loss. `temperature` defaults to the rollout's, `max_length` of "dr_grpo" to
     data.max_response_length."""
@@ -116,8 +119,15 @@ class ActorConfig:
     """Gradients of a larger norm, L2 over all parameters, are scaled down to it."""
     mini_batch_size: PositiveInt = 512
     """Prompts per optimizer step, a divisor of `data.rollout_batch_size`, which is the default."""
-    micro_batch_size: PositiveInt = 8
-    """Completions per forward and backward. Affects memory; the loss does not depend on it."""
+    micro_batch_tokens: PositiveInt = 16384
+    """Most tokens of the text model per forward and backward, on clean images and views together; a
+    prompt with all its rollouts stays whole. Affects memory; the loss does not depend on it."""
+    update: Literal["auto", "joint", "lean", "two_pass"] = "auto"
+    """Form of the update, all with equal gradients. "joint": every rollout on every view. "lean":
+    only the pairs that can matter. "two_pass": lean, and views are scored first, without a graph.
+    "auto": lean or two_pass, by their predicted cost."""
+    share_prompt: bool = True
+    """Run a prompt once for all its rollouts; false: a row per rollout."""
     ppo_epochs: PositiveInt = 1
     """Passes over the rollouts of a step."""
 
@@ -205,11 +215,6 @@ class Config:
         """Optimizer steps per training step."""
         actor = self.worker.actor
         return actor.ppo_epochs * (self.data.rollout_batch_size // actor.mini_batch_size)
-
-    @property
-    def micro_batch_prompts(self) -> int:
-        """Prompts per micro-batch, at least 1: a prompt's rollouts share features."""
-        return max(self.worker.actor.micro_batch_size // self.worker.rollout.n, 1)
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -326,6 +331,10 @@ def _check_together(config: Config) -> None:
     if reward.function != "builtin" and alone != RewardConfig():
         remedy = "format_weight and strict_end are options of the builtin; remove them"
         fail("worker.reward.function", "builtin beside its options", reward.function, remedy)
+    if config.worker.actor.update == "two_pass" and roma.worst_over not in ("sequence", "batch"):
+        expected = "sequence or batch with worker.actor.update=two_pass"
+        remedy = "every view of a token needs a gradient; take update=lean"
+        fail("algorithm.roma.worst_over", expected, roma.worst_over, remedy)
     if config.trainer.val_freq and config.data.val_files is None:
         got = str(config.trainer.val_freq)
         fail("trainer.val_freq", "0 without data.val_files", got, "name a validation set")

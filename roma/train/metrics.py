@@ -25,8 +25,9 @@ from roma_kernels.errors import fail
 
 LOGGED: dict[str, str] = {
     **{f"actor/{name}": meaning for name, meaning in LOSS_METRICS.items()},
-    "actor/roma_penalty/{corruption}": "mean of D_i^k over sequences with such a view, nats",
-    "actor/roma_worst_view/{corruption}": "share of sequences with this worst view, 0..1",
+    "actor/ppo_kl": "mean of old_logp − logp over the tokens of the rollouts that were run, nats",
+    "actor/roma_penalty/{corruption}": "mean of D_i^k over right rollouts with such a view, nats",
+    "actor/roma_worst_view/{corruption}": "share of right rollouts with this worst view, 0..1",
     "actor/grad_norm": "L2 norm of the gradient over all parameters, before clipping",
     "actor/grad_norm/{term}": "the same of one term (main, aux, inv), its λ included",
     "actor/lr": "learning rate of the step's last update",

@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 
-from roma import view_divergence
 from roma.data import Columns, Example, RomaDataset, load_dataset_rows
 from roma.models.device import resolve_device
 from roma.models.qwen_vl import Policy
@@ -89,7 +88,15 @@ class Trainer:
         self.policy = Policy.load(actor.model_path, device=device)
         if actor.freeze_vision:
             self.policy.model.model.visual.requires_grad_(False)
-        self.policy_loss = PolicyLoss(self.policy, config.algorithm.roma)
+        self.policy_loss = PolicyLoss(
+            self.policy,
+            config.algorithm.roma,
+            update=actor.update,
+            share_prompt=actor.share_prompt,
+        )
+        if actor.share_prompt and not self.policy_loss.share_prompt:
+            kind = type(self.policy.model).__name__
+            print(f"{kind} cannot share prompts: a row per rollout instead", file=sys.stderr)
         sampler = HfSampler(self.policy)
         self.collector = Collector(config, self.policy_loss, sampler, score, self.view_maker)
         trained = [weight for weight in self.policy.parameters() if weight.requires_grad]
@@ -183,9 +190,9 @@ class Trainer:
 
     def choose(self, experience: Experience, candidates: Views) -> Views:
         """The K candidates of each prompt on which the policy diverges most."""
-        parts = experience.batch(candidates).split(self.config.micro_batch_prompts)
+        limit = self.config.worker.actor.micro_batch_tokens
         with self.policy.autocast(self.config.trainer.dtype):
-            divergence = torch.cat([self.policy_loss.divergence(part) for part in parts], dim=1)
+            divergence = self.policy_loss.divergence(experience.batch(candidates), limit=limit)
         right = experience.correct.view(len(experience.examples), -1)
         kept = hardest(divergence, right, self.config.algorithm.views.k)
         return candidates.keep(experience.prompts, kept)
@@ -194,15 +201,20 @@ class Trainer:
         """All optimizer steps on one experience; returns the mean of their metrics."""
         config, size = self.config, self.config.worker.actor.mini_batch_size
         batch = experience.batch(views, aux_view=self._aux_view(experience, views))
-        if config.updates_per_step > 1:  # after the first one the policy is not the sampler's
-            batch = replace(batch, old_logp=self._old_logp(batch))
-        sums: dict[str, float] = defaultdict(float)
-        for _ in range(config.worker.actor.ppo_epochs):
-            for number, mini in enumerate(batch.split(size)):
+        minis = list(batch.split(size))
+        # The first one's log-probs are the sampler's; after it the policy is another.
+        minis[1:] = [self._with_old_logp(mini) for mini in minis[1:]]
+        found = defaultdict(list)
+        for epoch in range(config.worker.actor.ppo_epochs):
+            for number, mini in enumerate(minis):
                 specs = [column[number * size : (number + 1) * size] for column in views.specs]
-                for name, value in self._optimizer_step(mini, specs).items():
-                    sums[name] += value
-        mean = {f"actor/{name}": value / config.updates_per_step for name, value in sums.items()}
+                metrics, logp = self._optimizer_step(mini, specs)
+                if not epoch and not number and config.worker.actor.ppo_epochs > 1:
+                    minis[0] = replace(mini, old_logp=logp)
+                for name, value in metrics.items():
+                    found[f"actor/{name}"].append(value)
+        # A corruption that an update has not seen has no value there.
+        mean = {name: sum(values) / len(values) for name, values in found.items()}
         return mean | {"actor/lr": float(self.scheduler.get_last_lr()[0])}
 
     def _aux_view(self, experience: Experience, views: Views) -> Tensor | None:
@@ -211,39 +223,45 @@ class Trainer:
             return None
         seed = seed_for(self.config.trainer.seed, "aux_view", self.step)
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randint(len(views.pixels), experience.group.shape, generator=generator)
-        return drawn.to(self.policy.device)
+        if self.config.algorithm.aux_view == "rollout":
+            drawn = torch.randint(len(views.pixels), experience.group.shape, generator=generator)
+            return drawn.to(self.policy.device)
+        prompts = (len(experience.examples),)
+        drawn = torch.randint(len(views.pixels), prompts, generator=generator)
+        return drawn.to(self.policy.device)[experience.group]
 
-    def _old_logp(self, batch: UpdateBatch) -> Tensor:
-        parts = batch.split(self.config.micro_batch_prompts)
+    def _with_old_logp(self, batch: UpdateBatch) -> UpdateBatch:
+        limit = self.config.worker.actor.micro_batch_tokens
         with self.policy.autocast(self.config.trainer.dtype):
-            return torch.cat([self.policy_loss.score(part).logp for part in parts])
+            return replace(batch, old_logp=self.policy_loss.score(batch, limit=limit).logp)
 
     def _optimizer_step(
         self, batch: UpdateBatch, specs: Sequence[Sequence[ViewSpec]]
-    ) -> Mapping[str, float]:
-        """One optimizer step on a mini-batch, by micro-batches, and its metrics."""
-        totals, divergences = batch.totals(), []
+    ) -> tuple[dict[str, float], Tensor]:
+        """One optimizer step on a mini-batch, by micro-batches: metrics, and log-probs [B, T]."""
+        totals, scored = batch.totals(), 0
         metrics: dict[str, float] = defaultdict(float)
+        logp = torch.zeros_like(batch.mask, dtype=torch.float32)
+        divergence = logp.new_full((len(batch.view_pixels), len(batch.group)), torch.nan)
         self.optimizer.zero_grad()
-        for part in batch.split(self.config.micro_batch_prompts):
+        limit = self.config.worker.actor.micro_batch_tokens
+        for rows, part in self.policy_loss.parts(batch, limit):
             with self.policy.autocast(self.config.trainer.dtype):
                 out = self.policy_loss(part, totals)
             out.loss.backward()
             for name, value in out.metrics.items():
                 if specs or not name.startswith("roma_"):
                     metrics[name] += float(value)
-            loss_config = self.policy_loss.config
-            divergences.append(
-                view_divergence(out.logp, out.view_logp, part.mask, config=loss_config)
-            )
+            logp[rows], divergence[:, rows] = out.logp, out.divergence
+            scored += out.scored
+        metrics["ppo_kl"] *= totals.tokens / max(scored, 1)  # a mean over what was run
         limit = self.config.worker.actor.max_grad_norm
         metrics["grad_norm"] = float(clip_grad_norm_(self.policy_loss.parameters(), limit))
         self.optimizer.step()
         self.scheduler.step()
         if specs:
-            metrics.update(by_corruption(torch.cat(divergences, dim=1), specs))
-        return metrics
+            metrics.update(by_corruption(divergence, specs))
+        return dict(metrics), logp
 
     def _rate(self, update: int) -> float:
         """The learning rate of an optimizer step, as a share of the peak."""

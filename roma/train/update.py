@@ -1,27 +1,50 @@
 """The module whose forward uses every weight: policy, views and loss.
 
 Everything that reads a weight happens in `PolicyLoss.forward`, the head included, so that whatever
-wraps the module (DDP, FSDP, ZeRO-3) sees each use of each parameter.
+wraps the module (DDP, FSDP, ZeRO-3) sees each use of each parameter. Forms of the update, all with
+the same gradients:
+
+    joint      every rollout on its clean images and on every view, one graph
+    lean       only the pairs that can matter (`roma.train.plan`)
+    two_pass   lean, and of a right rollout's views the worst alone has a graph: they are scored
+               without one first
+
+each with a row per completion, or with a prompt once for all its rollouts (docs/COST.md).
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from roma import RomaConfig, RomaLoss, TokenLogprobs, linear_logprob, roma_loss, view_divergence
+from roma import RomaConfig, linear_logprob, roma_loss, view_divergence
 from roma.models.qwen_vl import Policy
-from roma.train.batch import Totals, UpdateBatch
+from roma.train.batch import Totals, UpdateBatch, micro_batches
+from roma.train.plan import Flags, Plan, check_update, passes_can_be_two
+from roma.train.states import Integers, States
 
 
 class Scores(NamedTuple):
     """Rollouts under the policy on their prompts' images, without a graph."""
 
-    hidden: Tensor  # [B, T, D]
+    hidden: Tensor  # [B, T, D], 0 on masked positions
     logp: Tensor  # [B, T] nats, 0 on masked positions
     entropy: Tensor | None  # [B, T] nats, 0 on masked positions
+
+
+class Update(NamedTuple):
+    """The loss of a micro-batch, and what is logged of it."""
+
+    loss: Tensor  # 0-dim, differentiable
+    metrics: dict[str, Tensor]  # those of `roma_loss`
+    logp: Tensor  # [B, T] nats, clean images, detached; 0 where masked or not run
+    divergence: Tensor  # [K, B] nats, of right rollouts; NaN for all others
+    scored: int  # tokens of the rollouts that were run
 
 
 class PolicyLoss(nn.Module):
@@ -30,23 +53,181 @@ class PolicyLoss(nn.Module):
     Args:
         policy: the model.
         config: of the loss. A batch without views has no view terms, whatever the lambdas are.
+        update: the form; "auto" takes lean or two_pass, whichever is predicted to be cheaper.
+        share_prompt: a prompt once for all its rollouts, where the policy can.
+
+    Raises:
+        ValueError: no such form, or two passes where the worst view is not one of a sequence.
     """
 
-    def __init__(self, policy: Policy, config: RomaConfig) -> None:
-        """Keeps both."""
+    def __init__(
+        self,
+        policy: Policy,
+        config: RomaConfig,
+        *,
+        update: str = "auto",
+        share_prompt: bool = True,
+    ) -> None:
+        """Keeps all."""
         super().__init__()
+        check_update(update, config)
         self.policy = policy
         self.config = config
+        self.update = update
+        self.share_prompt = share_prompt and policy.shares_prompts
         self._clean = replace(config, lambda_inv=0.0, lambda_aux=0.0)
 
-    def forward(self, batch: UpdateBatch, totals: Totals) -> RomaLoss:
+    def forward(self, batch: UpdateBatch, totals: Totals) -> Update:
         """The loss of a micro-batch; over those that share `totals` the losses add up.
 
-        Equal completions of a prompt (short answers often repeat) are computed once: their hidden
-        states go to every such row, and the rows' gradients add up. This is exact.
+        On several ranks the number of calls of the model depends on `update` and K alone, and each
+        has at least one row: a rank that skipped one would leave the others waiting.
         """
-        hidden, *view_hidden = self._hidden(batch)
-        return roma_loss(
+        if self.update == "joint" and not self.share_prompt:
+            return self._joint_rows(batch, totals)
+        plan = self.plan(batch)
+        states = self._states(batch)
+        divergence = None
+        if self._two_passes(plan, states):
+            plan, divergence = self._choose(plan, states)
+        plan = self._run(plan, states)
+        return self._loss(batch, totals, plan, states, divergence)
+
+    def plan(self, batch: UpdateBatch) -> Plan:
+        """What is run of a batch; of one pass, or before the worst views are known."""
+        return Plan.of(batch, self.config, lean=self.update != "joint")
+
+    def parts(self, batch: UpdateBatch, limit: int) -> Iterator[tuple[Tensor, UpdateBatch]]:
+        """What an update runs of a batch, as micro-batches of at most `limit` tokens.
+
+        Yields the numbers of their rollouts [b] int64 beside them.
+
+        Tokens are the text model's, those of all images together. A prompt stays whole, even one
+        that is larger; a prompt of which nothing is run is left out, unless there is no other.
+        """
+        sizes = self._states(batch).tokens_by_prompt(self.plan(batch).wanted()).tolist()
+        run = [prompt for prompt, size in enumerate(sizes) if size] or [0]
+        rows = torch.arange(len(batch.group), device=batch.group.device).view(len(sizes), -1)
+        for part in micro_batches([sizes[prompt] for prompt in run], limit):
+            own = [run[i] for i in part]
+            yield rows[own].flatten(), batch.select(own)
+
+    def _scored(self, batch: UpdateBatch, limit: int | None) -> Iterator[UpdateBatch]:
+        """All of a batch by micro-batches, prompt after prompt."""
+        start, held = 0, 0
+        sizes = self._states(batch).tokens_by_prompt(_every(batch)).tolist()
+        for prompt, size in enumerate(sizes):
+            if limit is not None and held and held + size > limit:
+                yield batch.select(range(start, prompt))
+                start, held = prompt, 0
+            held += size
+        yield batch.select(range(start, len(sizes)))
+
+    def _states(self, batch: UpdateBatch) -> States:
+        return States(self.policy, batch, share=self.share_prompt)
+
+    def _two_passes(self, plan: Plan, states: States) -> bool:
+        if self.update != "auto" or not passes_can_be_two(self.config):
+            return self.update == "two_pass"
+        return len(plan.views) >= 5
+
+    @torch.no_grad()
+    def _choose(self, plan: Plan, states: States) -> tuple[Plan, Tensor]:
+        """The first of two passes: of every right rollout the worst view, and all divergences."""
+        views, count = len(plan.views), len(plan.clean)
+        first = np.broadcast_to(plan.penalised, (views + 1, count)).copy()
+        rollouts = np.flatnonzero(plan.penalised & (states.lengths > 0))
+        empty = {"dtype": torch.promote_types(self.policy.head_weight.dtype, torch.float32)}
+        divergence = torch.full((views, count), torch.nan, device=self.policy.device, **empty)
+        if not len(rollouts):
+            if _ranks() > 1:
+                states.run(_one(first))
+            return plan, divergence
+        states.run(first)
+        rows = [self._logp_of(states, np.full_like(rollouts, v), rollouts) for v in range(views + 1)]
+        found = self._divergence(torch.stack(rows), states.lengths[rollouts])
+        divergence[:, torch.from_numpy(rollouts)] = found
+        worst = np.zeros(count, dtype=np.int64)
+        by = found.sum(1, keepdim=True) if self.config.worst_over == "batch" else found
+        worst[rollouts] = by.argmax(0).numpy(force=True)
+        return plan.with_worst(worst), divergence
+
+    def _run(self, plan: Plan, states: States) -> Plan:
+        """The pass with a graph, and before it one without, of clean rollouts that need none."""
+        wanted, prompt = plan.wanted(), states.batch.group.numpy(force=True)
+        # A prompt with a gain among its rollouts has a graph: there the others cost next to nothing.
+        frozen = plan.clean & ~np.isin(prompt, prompt[plan.gain])
+        if _ranks() == 1:
+            without = np.zeros_like(wanted)
+            without[0] = frozen & ~states.has(0)
+            with torch.no_grad():
+                states.run(without)
+        wanted[0] &= ~(frozen & states.has(0))
+        if not wanted.any():
+            wanted = _one(wanted)
+            plan = replace(plan, clean=plan.clean | wanted[0])
+        states.run(wanted)
+        return plan
+
+    def _loss(
+        self,
+        batch: UpdateBatch,
+        totals: Totals,
+        plan: Plan,
+        states: States,
+        divergence: Tensor | None,
+    ) -> Update:
+        kept = np.flatnonzero(plan.clean)
+        lengths = states.lengths[kept]
+        views, rollouts = np.nonzero(plan.views[:, kept])
+        device = batch.tokens.device
+        rows = torch.from_numpy(kept).to(device)
+        mask = batch.mask[rows]
+        hidden = states.read(np.zeros_like(kept), kept)
+        view_hidden = view_rows = None
+        if len(plan.views):
+            view_hidden = states.read(views + 1, kept[rollouts])
+            long = lengths[rollouts]
+            at = np.full((len(plan.views), len(kept)), -1, dtype=np.int64)
+            at[views, rollouts] = np.cumsum(long) - long
+            view_rows = torch.from_numpy(at).to(device)
+        advantages, old = batch.advantages[rows], batch.old_logp
+        cu_seqlens = _ends(lengths).to(device)
+        out = roma_loss(
+            hidden,
+            view_hidden,
+            self.policy.head_weight,
+            batch.tokens[rows][mask],
+            mask=torch.ones(len(hidden), dtype=torch.bool, device=device),
+            advantages=advantages if advantages.ndim == 1 else advantages[mask],
+            correct=batch.correct[rows],
+            old_logp=None if old is None else old[rows][mask],
+            aux_view=None if batch.aux_view is None else batch.aux_view[rows],
+            view_rows=view_rows,
+            cu_seqlens=cu_seqlens,
+            total_sequences=totals.sequences,
+            total_tokens=totals.tokens,
+            total_correct=totals.correct,
+            config=self.config if len(plan.views) else self._clean,
+        )
+        metrics, penalised = dict(out.metrics), plan.penalised
+        if divergence is None:
+            divergence = out.logp.new_full(plan.views.shape, torch.nan)
+            found = self._divergence(torch.cat([out.logp[None], out.view_logp]), lengths)
+            divergence[:, rows] = found.masked_fill(
+                ~torch.from_numpy(penalised[kept]).to(device), torch.nan
+            )
+        else:
+            mean = divergence.mean(0).nansum()  # NaN: not right
+            metrics["roma_penalty_mean"] = mean / totals.sequences
+        logp = torch.zeros_like(batch.mask, dtype=out.logp.dtype)
+        logp[rows] = logp[rows].masked_scatter(mask, out.logp.detach())
+        return Update(out.loss, metrics, logp, divergence, int(lengths.sum()))
+
+    def _joint_rows(self, batch: UpdateBatch, totals: Totals) -> Update:
+        """Every rollout on every image, a row per completion: what the other forms are held to."""
+        hidden, *view_hidden = self._padded(batch)
+        out = roma_loss(
             hidden,
             torch.stack(view_hidden) if view_hidden else None,
             self.policy.head_weight,
@@ -61,37 +242,41 @@ class PolicyLoss(nn.Module):
             total_correct=totals.correct,
             config=self.config if view_hidden else self._clean,
         )
+        found = view_divergence(out.logp, out.view_logp, batch.mask, config=self.config)
+        divergence = found.masked_fill(~batch.correct, torch.nan)
+        scored = int(batch.mask.sum())
+        return Update(out.loss, out.metrics, out.logp.detach(), divergence, scored)
 
-    @torch.no_grad()
-    def score(self, batch: UpdateBatch, *, entropy: bool = False) -> Scores:
-        """Hidden states and log-probs of a batch on its clean images, and entropies if asked."""
-        hidden = next(self._hidden(batch.without_views()))
-        found = self._head(hidden, batch, entropy=entropy)
-        h = None if found.entropy is None else _unpack(found.entropy, batch.mask)
-        return Scores(hidden, _unpack(found.logp, batch.mask), h)
-
-    @torch.no_grad()
-    def divergence(self, batch: UpdateBatch) -> Tensor:
-        """Divergence [K, B] of each view from the clean image, nats (`roma.view_divergence`)."""
-        logp, *view_logp = (self._logp(hidden, batch) for hidden in self._hidden(batch))
-        return view_divergence(logp, torch.stack(view_logp), batch.mask, config=self.config)
-
-    def _hidden(self, batch: UpdateBatch) -> Iterator[Tensor]:
+    def _padded(self, batch: UpdateBatch) -> list[Tensor]:
         """Hidden states [B, T, D] on the clean images, then on each view."""
-        group, tokens, mask, inverse = distinct_rows(batch.group, batch.tokens, batch.mask)
-        images, views = len(batch.prompts.grids), len(batch.view_pixels)
-        pixels = torch.cat([batch.prompts.pixel_values, *batch.view_pixels])
-        features = self.policy.image_features(pixels, batch.prompts.grids.repeat(views + 1, 1))
-        for variant in range(views + 1):
-            own = features.part(variant * images, images)
-            yield self.policy.completion_hidden(batch.prompts, own, group, tokens, mask)[inverse]
+        states, every = self._states(batch), np.arange(len(batch.group))
+        states.run(_every(batch))
+        made = []
+        for variant in range(len(batch.view_pixels) + 1):
+            found = states.read(np.full_like(every, variant), every)
+            hidden = found.new_zeros(*batch.mask.shape, found.shape[-1])
+            hidden[batch.mask] = found
+            made.append(hidden)
+        return made
 
     @torch.no_grad()
-    def _logp(self, hidden: Tensor, batch: UpdateBatch) -> Tensor:
-        return _unpack(self._head(hidden, batch).logp, batch.mask)
+    def score(
+        self, batch: UpdateBatch, *, entropy: bool = False, limit: int | None = None
+    ) -> Scores:
+        """Hidden states and log-probs of a batch on its clean images, and entropies if asked.
 
-    def _head(self, hidden: Tensor, batch: UpdateBatch, *, entropy: bool = False) -> TokenLogprobs:
-        return linear_logprob(
+        Args:
+            batch: any.
+            entropy: whether to return entropies.
+            limit: tokens that a call of the model takes at most; None: all at once.
+        """
+        parts = [self._score(part, entropy) for part in self._scored(batch.without_views(), limit)]
+        hidden, logp, found = zip(*parts, strict=True)
+        return Scores(torch.cat(hidden), torch.cat(logp), torch.cat(found) if entropy else None)
+
+    def _score(self, batch: UpdateBatch, entropy: bool) -> Scores:
+        (hidden,) = self._padded(batch)
+        found = linear_logprob(
             hidden[batch.mask],
             self.policy.head_weight,
             batch.tokens[batch.mask],
@@ -99,29 +284,64 @@ class PolicyLoss(nn.Module):
             softcap=self.config.softcap,
             entropy=entropy,
         )
+        h = None if found.entropy is None else _unpack(found.entropy, batch.mask)
+        return Scores(hidden, _unpack(found.logp, batch.mask), h)
+
+    @torch.no_grad()
+    def divergence(self, batch: UpdateBatch, *, limit: int | None = None) -> Tensor:
+        """Divergence [K, B] of each view from the clean image, nats (`roma.view_divergence`)."""
+        found = []
+        for part in self._scored(batch, limit):
+            states, every = self._states(part), np.arange(len(part.group))
+            states.run(_every(part))
+            variants = range(len(part.view_pixels) + 1)
+            rows = [self._logp_of(states, np.full_like(every, v), every) for v in variants]
+            found.append(self._divergence(torch.stack(rows), states.lengths))
+        return torch.cat(found, dim=1)
+
+    def _logp_of(self, states: States, variants: Integers, rollouts: Integers) -> Tensor:
+        """[N] nats: the tokens of pairs, pair after pair."""
+        rows = torch.from_numpy(rollouts).to(states.batch.tokens.device)
+        tokens = states.batch.tokens[rows][states.batch.mask[rows]]
+        return linear_logprob(
+            states.read(variants, rollouts),
+            self.policy.head_weight,
+            tokens,
+            temperature=self.config.temperature,
+            softcap=self.config.softcap,
+        ).logp
+
+    def _divergence(self, logp: Tensor, lengths: NDArray[np.int64]) -> Tensor:
+        """[K, B] from log-probs [K + 1, N] of whole rollouts, laid end to end."""
+        return view_divergence(
+            logp[0],
+            logp[1:],
+            torch.ones_like(logp[0], dtype=torch.bool),
+            cu_seqlens=_ends(lengths).to(logp.device),
+            config=self.config,
+        )
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _every(batch: UpdateBatch) -> Flags:
+    """[K + 1, B]: every rollout on every image."""
+    return np.ones((len(batch.view_pixels) + 1, len(batch.group)), dtype=bool)
+
+
+def _one(wanted: Flags) -> Flags:
+    """The first rollout on its clean image, so that a call has a row."""
+    alone = np.zeros_like(wanted)
+    alone[0, 0] = True
+    return alone
+
+
+def _ends(lengths: NDArray[np.int64]) -> Tensor:
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)])).to(torch.int32)
 
 
 def _unpack(values: Tensor, mask: Tensor) -> Tensor:
     """Values of the counted positions [N] as [B, T], 0 elsewhere."""
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
-
-
-def distinct_rows(
-    group: Tensor, tokens: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The distinct (prompt, completion) pairs of [B] rollouts.
-
-    Returns:
-        Prompt [U], tokens [U, T] and mask [U, T] of each, and for every rollout [B] which one it
-        is.
-
-    Example:
-        >>> tokens = torch.tensor([[5, 1], [5, 9], [5, 1]])
-        >>> mask = torch.tensor([[True, True], [True, False], [True, True]])
-        >>> distinct_rows(torch.tensor([0, 0, 0]), tokens, mask)[3]
-        tensor([1, 0, 1])
-    """
-    keys = torch.cat([group[:, None], tokens.masked_fill(~mask, -1)], dim=1)
-    unique, inverse = torch.unique(keys, dim=0, return_inverse=True)
-    on = unique[:, 1:] >= 0
-    return unique[:, 0], unique[:, 1:].clamp(min=0), on, inverse

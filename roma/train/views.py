@@ -16,7 +16,8 @@ from torch import Tensor
 
 from roma.data import Example
 from roma.models.processor import Image
-from roma.models.qwen_vl import Policy, PromptBatch
+from roma.models.prompts import PromptBatch
+from roma.models.qwen_vl import Policy
 from roma.train.config import AlgorithmConfig
 from roma.views import (
     CORRUPTIONS,
@@ -46,7 +47,7 @@ class Views:
 
     def keep(self, prompts: PromptBatch, kept: Sequence[Sequence[int]]) -> "Views":
         """The views kept[p] of each prompt p, the same number for all prompts."""
-        patches = [prompts.patches(slice(p, p + 1)) for p in range(len(kept))]
+        patches = [prompts.patches(p) for p in range(len(kept))]
         columns = list(zip(*kept, strict=True))
         return Views(
             [[self.specs[view][p] for p, view in enumerate(column)] for column in columns],
@@ -189,16 +190,20 @@ def by_corruption(divergence: Tensor, specs: Sequence[Sequence[ViewSpec]]) -> Ma
     """Mean divergence of each corruption, and its share of the sequences' worst views.
 
     Args:
-        divergence: [K, B] nats, B = P·G rollouts, prompt after prompt.
+        divergence: [K, B] nats, B = P·G rollouts, prompt after prompt; NaN for those that do not
+            count.
         specs: [K][P].
 
     Returns:
-        Metrics under `roma_penalty/<corruption>` and `roma_worst_view/<corruption>`.
+        Metrics under `roma_penalty/<corruption>` and `roma_worst_view/<corruption>`, of the
+        corruptions that a counted rollout has.
     """
     values = divergence.numpy(force=True)
     group_size = values.shape[1] // len(specs[0])
     names = np.array([[spec.corruption for spec in column] for column in specs])
     names = names.repeat(group_size, axis=1)
+    counted = ~np.isnan(values).any(0)
+    values, names = values[:, counted], names[:, counted]
     worst = names[values.argmax(0), np.arange(values.shape[1])]
     metrics = {}
     for name in np.unique(names):

@@ -7,7 +7,8 @@ from tempfile import TemporaryDirectory
 import torch
 
 from roma.data import DIGIT_WORDS, write_digits
-from roma.models.qwen_vl import Policy, PromptBatch
+from roma.models.prompts import PromptBatch
+from roma.models.qwen_vl import Policy
 from roma.models.small import build_small_vlm
 
 _KEPT = TemporaryDirectory()  # removed when the process ends

@@ -21,7 +21,7 @@ def config(out: Path, *overrides: str) -> Config:
             "data.rollout_batch_size=4",
             f"worker.actor.model_path={root / 'model'}",
             "worker.actor.lr=1e-3",
-            "worker.actor.micro_batch_size=8",
+            "worker.actor.micro_batch_tokens=200",
             "worker.rollout.n=4",
             f"worker.reward.function={REWARD}:compute_score",
             "trainer.total_steps=2",

@@ -10,7 +10,7 @@ from support.small_run import config
 from torch import Tensor
 
 from roma.advantages import AdvantageInputs, Estimator, grpo
-from roma.models.qwen_vl import PromptBatch
+from roma.models.prompts import PromptBatch
 from roma.rollout.base import Rollouts
 from roma.train.trainer import Trainer
 

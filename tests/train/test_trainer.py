@@ -18,9 +18,9 @@ from roma.data import load_dataset_rows
 from roma.rollout.hf import HfSampler
 from roma.train.config import load_config
 from roma.train.trainer import Trainer, train
+from roma.train.update import PolicyLoss
 from roma.train.views import ViewMaker, by_corruption, hardest
 from roma.views import ViewSpec, degrade_batch, sample, seed_for
-from roma_kernels.roma_loss.api import view_divergence
 
 CPU = torch.device("cpu")
 
@@ -220,23 +220,19 @@ def test_the_hardest_by_hand() -> None:
 
 def test_the_hardest_candidates_are_kept(tmp_path: Path) -> None:
     """Of four, each prompt's two of largest mean divergence; pixels and specs go together."""
-    options = ("algorithm.views.candidates=4", "worker.actor.micro_batch_size=4")
+    options = ("algorithm.views.candidates=4", "worker.actor.micro_batch_tokens=100")
     trainer = Trainer(config(tmp_path, *options))
     trainer.step = 1
     experience, _ = trainer.collector.collect(trainer.draw(), trainer.step)
     drawn = experience.views.result()
     chosen = trainer.choose(experience, drawn)
     assert len(drawn.specs) == 4 and len(chosen.specs) == len(chosen.pixels) == 2
-    batch = experience.batch(drawn)
-    with torch.no_grad():
-        whole = trainer.policy_loss(batch, batch.totals())
-    config_of = trainer.policy_loss.config
-    mask = experience.rollouts.mask
-    divergence = view_divergence(whole.logp, whole.view_logp, mask, config=config_of)
+    rows = PolicyLoss(trainer.policy, trainer.policy_loss.config, share_prompt=False)
+    divergence = rows.divergence(experience.batch(drawn))
     kept = hardest(divergence, experience.rewards["accuracy"].view(4, 4) >= 0.5, 2)
     assert any(places != [0, 1] for places in kept)
     for p, places in enumerate(kept):
-        patches = experience.prompts.patches(slice(p, p + 1))
+        patches = experience.prompts.patches(p)
         for view, place in enumerate(places):
             assert chosen.specs[view][p] == drawn.specs[place][p]
             assert torch.equal(chosen.pixels[view][patches], drawn.pixels[place][patches])
