@@ -21,6 +21,7 @@ BUDGET = {
     "paper": Budget(9, 6.0),
     "card": Budget(9, 6.0),
     "views": Budget(15, 15.0),
+    "update": Budget(9, 60.0),
 }
 """By preset."""
 LIMIT = 180.0

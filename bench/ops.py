@@ -25,6 +25,7 @@ from bench.loss_case import chunked_gradients, loss_case, plain_coefficients, pl
 from bench.measure import Check, Run
 from bench.own import OTHERS, OWN
 from bench.providers import OURS, PROVIDERS, Provider, Score
+from bench.update_step import step
 from bench.variants import HEAD, Variant
 
 AMONG = {
@@ -36,6 +37,8 @@ NOT_ON_A_CARD = ("compile", "cce exact", "liger", "verl chunked")
 ACTIVE = " active"
 LIGER_GRPO = "liger grpo"  # a whole loss, of the clean image alone
 COMPLETION = "roma_loss_from_logp"
+BASE = {"update_step": "grpo"}
+"""Whose time ratios are over, by op, where it is not ours."""
 Tell = Callable[[str], None]
 
 
@@ -59,6 +62,9 @@ class Bench(Protocol):
 
     def describe(self) -> dict[str, float]:
         """Statistics of the data."""
+
+    def columns(self, name: str) -> dict[str, str]:
+        """What else stands in a candidate's row."""
 
 
 class HeadBench:
@@ -121,6 +127,10 @@ class HeadBench:
     def describe(self) -> dict[str, float]:
         """Entropies and sizes of the logits."""
         return data.describe(self.case)
+
+    def columns(self, name: str) -> dict[str, str]:
+        """Nothing else."""
+        return {}
 
     def _held(self, name: str) -> Score:
         provider = provider_of(name)
@@ -307,7 +317,11 @@ def bench_of(
         return (HeadBench if variant.op == "linear_logprob" else LossBench)(
             variant, device, hold, tell
         )
-    made: Bench = _other(variant.op)(variant, device)
+    made: Bench = (
+        step.UpdateStepBench(variant, device, hold)
+        if variant.op == "update_step"
+        else _other(variant.op)(variant, device)
+    )
     return made
 
 
@@ -317,10 +331,6 @@ def _other(op: str) -> Any:
         from bench.views import ViewsBench
 
         return ViewsBench
-    if op == "update_step":
-        from bench.update_step import UpdateStepBench
-
-        return UpdateStepBench
     from bench.view_loss import ViewLossBench
 
     return ViewLossBench
@@ -332,6 +342,8 @@ def names_of(variant: Variant) -> list[str]:
     Each peer of the whole loss stands there dense and active; our back ends skip inactive rows
     themselves.
     """
+    if variant.op == "update_step":
+        return step.names_of(variant)
     if variant.op not in HEAD:
         return list(_other(variant.op).names)
     every = [p.name for p in PROVIDERS]

@@ -7,12 +7,13 @@ from pathlib import Path
 from bench.ops import ACTIVE
 from bench.providers import OURS, PROVIDERS
 from bench.results import FOLDER, Row, read
+from bench.update_step.predicted import table as predicted
+from bench.update_step.table import measured
 from roma_kernels.errors import fail
 
 ROOT = Path(__file__).parents[1]
 HEAD = ("linear_logprob", "roma_loss")
-BEGIN, END = "<!-- bench:begin, written by python -m bench --report -->", "<!-- bench:end -->"
-BETWEEN = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+BEGIN, END = "<!-- {}:begin, written by python -m bench --report -->", "<!-- {}:end -->"
 
 
 def write(path: Path) -> None:
@@ -25,30 +26,38 @@ def write(path: Path) -> None:
     for plot in plots(rows, path):
         print(f"written: {plot}")
     ops = {row["op"] for row in rows if row.get("ms_p50")}
-    tables = {}
+    tables: dict[tuple[str, str], Callable[[list[Row], Path], str]] = {}
     if set(HEAD) <= ops:
-        tables = {"docs/BENCHMARKS.md": table, "docs/COST.md": costs}
+        tables = {("docs/BENCHMARKS.md", "bench"): table, ("docs/COST.md", "bench"): costs}
     elif ops == {"views"}:
-        tables = {"docs/VIEWS.md": views}
+        tables = {("docs/VIEWS.md", "bench"): views}
+    elif ops == {"update_step"}:
+        tables = {
+            ("docs/COST.md", "update"): measured,
+            ("docs/COST.md", "predicted"): lambda rows, path: predicted(),
+        }
     if not tables:
-        print(f"no tables: they need {' and '.join(HEAD)}, or views alone")
+        print(f"no tables: they need {' and '.join(HEAD)}, or views or update_step alone")
         return
     if path.resolve().parent != FOLDER:
         print(f"no tables: they link to CSVs in {FOLDER.relative_to(ROOT)}")
         return
-    for name, make in tables.items():
+    for (name, mark), make in tables.items():
         text = (ROOT / name).read_text()
-        new = between_markers(text, make(rows, path), name)
+        new = between_markers(text, make(rows, path), name, mark)
         if new != text:
             (ROOT / name).write_text(new)
-            print(f"written: the table in {name}")
+            print(f"written: the table {mark} in {name}")
 
 
-def between_markers(text: str, made: str, name: str) -> str:
-    """The text of document `name` with `made` between its markers."""
-    if len(BETWEEN.findall(text)) != 1:
-        fail(name, f"one {BEGIN} … {END}", str(len(BETWEEN.findall(text))), "put the markers back")
-    return BETWEEN.sub(lambda _: f"{BEGIN}\n{made}\n{END}", text)
+def between_markers(text: str, made: str, name: str, mark: str = "bench") -> str:
+    """The text of document `name` with `made` between the markers of that name."""
+    begin, end = BEGIN.format(mark), END.format(mark)
+    between = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    found = len(between.findall(text))
+    if found != 1:
+        fail(name, f"one {begin} … {end}", str(found), "put the markers back")
+    return between.sub(lambda _: f"{begin}\n{made}\n{end}", text)
 
 
 def views(rows: list[Row], path: Path) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from bench.gate import Errors
 from bench.measure import Clock, Times
-from bench.ops import Bench
+from bench.ops import BASE, Bench
 from bench.providers import OURS, version_of
 from bench.variants import Variant
 
@@ -86,7 +86,7 @@ def measured(
     extra: float | None,
     needs: float,
 ) -> Row:
-    """The columns of a candidate that was timed; its ratios are empty where ours has no time.
+    """The columns of a candidate that was timed; ratios are empty where their base has no time.
 
     Args:
         bench: of the variant.
@@ -103,7 +103,7 @@ def measured(
         "version": version_of(bench.package(name)),
         "rounds": str(len(mine.ms)),
         **{f"ms_p{p}": f"{mine.quantile(p / 100):.4g}" for p in (20, 50, 80)},
-        **_over("ratio", mine, times.get(OURS)),
+        **_over("ratio", mine, times.get(BASE.get(bench.variant.op, OURS))),
         **_over("yardsticks", mine, units),
         "useful_gflop": f"{bench.flop / 1e9:.4g}",
         "executed_gflop": "" if executed is None else f"{executed / 1e9:.4g}",

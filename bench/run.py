@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench import results
 from bench.job import Job, Options
-from bench.ops import ACTIVE
+from bench.ops import ACTIVE, BASE
 from bench.providers import OURS
 from bench.results import Row
 from bench.supervise import Cut, Event, Fault, Worker
@@ -130,7 +130,7 @@ class Supervisor:
         elif event["event"] == "rows":
             self._live.line(HEADER)
             for row in event["rows"]:
-                self._live.line(_line(row))
+                self._live.line(_line(results.variant_columns(variant) | row))
             self._add(event["rows"])
         elif event["event"] == "memory":
             self._remember(event["name"], event["extra_mib"])
@@ -253,14 +253,14 @@ def _faulty(variant: Variant, rows: list[Row]) -> bool:
 
 
 HEADER = (
-    f"  {'provider':22} {'ms p50':>9} {'p20–p80':>17} {'× ours':>22} {'TFLOP/s':>8} {'MiB':>7} "
+    f"  {'provider':22} {'ms p50':>9} {'p20–p80':>17} {'ratio':>22} {'TFLOP/s':>8} {'MiB':>7} "
     f"{'logp rms':>9} {'worst view':>10}"
 )
 
 
 def verdict(row: Row) -> str:
-    """The ratio to ours with its interval; “level” if it contains 1; “–” if ours has no time."""
-    if row["provider"] == OURS:
+    """The ratio with its interval; “level” if it contains 1; “–” if the base has no time."""
+    if row["provider"] == BASE.get(row.get("op", ""), OURS):
         return "1"
     if not row.get("ratio"):
         return "–"

@@ -7,12 +7,17 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from bench.data import Shape
+from bench.layout import Layout
 
 VIEWS = (
     *("gaussian_noise", "gaussian_blur", "jpeg", "downscale", "mix"),
     *("motion_blur", "salt_and_pepper", "speckle", "posterize", "pixelate"),
 )
 HEAD = ("linear_logprob", "roma_loss")  # ops with a large head
+# Batches of the update step: two prompts, eight rollouts each, and for smoke less.
+HEADLINE = Layout(prompts=2, rollouts=8, completion=128, prompt=384, image=256)
+QUICK = Layout(prompts=2, rollouts=8, completion=32, prompt=96, image=64)
+SMALL = Layout(prompts=2, rollouts=2, completion=4, prompt=16, image=8, layers=2)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -35,17 +40,19 @@ class Variant:
     """The loss: share of right rollouts."""
     worst_over: str = "sequence"
     what: str = ""
-    """views: a corruption, or "mix"; there tokens are images, and depth their side in pixels."""
+    """views: a corruption, or "mix"; there tokens are images, and depth their side in pixels.
+    update_step: the batch (update_step.Layout); there depth is the model's width."""
     states: str = ""
     """A file of states and a head (`data.load`), or "": they are drawn."""
     among: str = "all"
-    """"all" providers; "few" or the "core" of them (ops.AMONG); "card": all and our plans."""
+    """"all" providers; "few" or the "core" of them (ops.AMONG); "card": all and our plans.
+    update_step: "all", "few" or "packed" (update_step.names_of)."""
 
     @property
     def memory(self) -> bool:
         """Whether memory is measured where each candidate takes a process for it, on a CPU."""
         dense = self.phase == "both" and self.active == 1
-        return self.among == "all" and self.op in HEAD and dense
+        return self.among == "all" and self.op in (*HEAD, "update_step") and dense
 
     @property
     def shape(self) -> Shape:
@@ -62,7 +69,8 @@ class Variant:
         if self.op == "views":
             return f"views, {self.what}, {self.tokens} images of {self.depth}×{self.depth}"
         if self.op == "update_step":
-            return f"update_step of a small Qwen3-VL, {self.tokens} tokens, K={self.views}"
+            half = f"{self.right:.0%} right, K={self.views}"
+            return f"update_step of a Qwen3-VL of width {self.depth}, {self.what}, {half}"
         what = {"forward": "forward", "both": "forward + backward"}[self.phase]
         if self.op == "linear_logprob" and self.phase == "both":
             what += f", {self.active:.0%} of the rows active"
@@ -91,11 +99,13 @@ def plan(preset: str, device: str) -> list[Variant]:
             Variant("linear_logprob", "both", **size),
             Variant("view_loss", "both", **size),
             Variant("roma_loss", "both", **size),
-            Variant("update_step", "both", **size),
+            _update(SMALL, 2, width=64, vocab=1000, among="few"),
             Variant("views", "both", 4, 1, 64, 0, what="mix"),
         ]
     if preset == "card":
         return _on_a_card(device)
+    if preset == "update":
+        return _updates()
     if preset == "views":
         return [
             Variant("views", "both", images, 1, side, 0, what=what)
@@ -111,7 +121,7 @@ def plan(preset: str, device: str) -> list[Variant]:
         Variant("view_loss", "both", **base | {"tokens": 16_384}),
         Variant("roma_loss", "both", **base),
         *_around(base),
-        Variant("update_step", "both", **base | {"tokens": 256}),
+        _update(QUICK, 4, width=96, among="few"),
         Variant("views", "both", 16, 1, 448, 0, what="mix"),
         Variant("views", "both", 4, 1, 1024, 0, what="mix"),
     ]
@@ -179,6 +189,44 @@ def _on_a_card(device: str) -> list[Variant]:
         head("forward", few),
         head("forward", few // 16),
         loss(most, "token"),
+    ]
+
+
+def _update(
+    layout: Layout,
+    views: int,
+    *,
+    width: int = 192,
+    vocab: int = 1024,
+    right: float = 0.5,
+    among: str = "all",
+) -> Variant:
+    return Variant(
+        "update_step", "both", layout.tokens, views, width, vocab, "fp32", right=right,
+        what=str(layout), among=among,
+    )  # fmt: skip
+
+
+def _updates() -> list[Variant]:
+    """The headline with its K, one option changed at a time, prompts, and packed tokens."""
+    proportions = [(64, 32, 256), (128, 64, 128), (256, 192, 64), (512, 256, 64)]
+    packed = Layout(prompts=1, rollouts=8, completion=32, prompt=64, image=32, layers=2)
+    return [
+        *(_update(HEADLINE, k) for k in (4, 0, 1, 2, 8)),
+        *(_update(HEADLINE, 4, right=r, among="few") for r in (0.0, 1.0)),
+        *(
+            _update(replace(HEADLINE, **{option: True}), k, among="few")
+            for option in ("ragged", "checkpointed")
+            for k in (2, 4)
+        ),
+        *(
+            _update(replace(HEADLINE, prompt=p, image=i, completion=t), 4, among="few")
+            for p, i, t in proportions
+        ),
+        *(
+            _update(replace(packed, prompts=p), 4, width=96, vocab=256, among="packed")
+            for p in (1, 3, 8, 27, 84)
+        ),
     ]
 
 

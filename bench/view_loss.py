@@ -70,3 +70,7 @@ class ViewLossBench:
     def describe(self) -> dict[str, float]:
         """There is no head to describe."""
         return {}
+
+    def columns(self, name: str) -> dict[str, str]:
+        """Nothing else."""
+        return {}

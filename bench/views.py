@@ -66,6 +66,10 @@ class ViewsBench:
         """There are no statistics of these images."""
         return {}
 
+    def columns(self, name: str) -> dict[str, str]:
+        """Nothing else."""
+        return {}
+
     def _hold(self, got: list[Pixels], ours: list[Pixels]) -> None:
         for corruption in dict.fromkeys(self.corruptions):
             moved = []

@@ -297,7 +297,7 @@ class Session:
                 extra=extra[name] if self.device == "cuda" else None,
                 needs=needs[name],
             )
-            rows.append(row | common)
+            rows.append(row | common | bench.columns(name))
         self.say("rows", rows=rows)
         if self.device == "cpu" and self.options.with_memory and bench.variant.memory:
             for name in ordered:

@@ -1,0 +1,1 @@
+"""The update step: ROMA's forms, GRPO, and TRL's own step, on a small Qwen3-VL."""
