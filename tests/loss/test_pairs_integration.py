@@ -13,15 +13,21 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from roma import RomaConfig
-from roma.testing import compare_whole, tolerance
+from roma.testing import compare_whole, count_products, tolerance
 from roma.testing.strategies import LossSpec
 
 LEAVES = compare_whole.LEAVES
 
 
 def pair_case(*, seed: int = 0, **changes: Any) -> dict[str, Any]:
-    """The pairs that matter, their states as leaves."""
+    """The pairs that matter, their states as leaves; the first token of all does not count.
+
+    To its position points whatever has no meaning, and what stands there is no token.
+    """
     case = LossSpec(**({"b": 4, "t": 6, "k": 3, "bias": True, "seed": seed} | changes)).make()
+    case["mask"].view(-1)[:2] = torch.tensor([False, True])
+    case["correct"][0] = True  # so that its pairs are there
+    case["tokens"] = case["tokens"].masked_fill(~case["mask"], -100)
     laid = laid_out(case, needed(case), seed=seed)
     return compare_whole.on_leaves(laid | {"view_hidden": laid["view_hidden"].nan_to_num(7.0)})
 
@@ -98,6 +104,21 @@ def test_a_missing_pair_stops_a_compiled_loss(kernel: str) -> None:
     case["view_rows"] = torch.full_like(case["view_rows"], -1)
     with pytest.raises(RuntimeError, match=r"outside torch\.compile"):
         compiled(**case)
+
+
+def test_a_compiled_loss_computes_no_more_rows() -> None:
+    """Of torch's tiles, which nothing fills up."""
+    torch._dynamo.reset()
+    case = pair_case()
+    compiled = torch.compile(
+        lambda **x: compare_whole.call(x, "torch").loss, fullgraph=True, backend="aot_eager"
+    )
+    compiled(**case)
+    rows = int((case["mask"].sum(1) * (1 + (case["view_rows"] >= 0).sum(0))).sum())
+    for loss in (compiled, lambda **x: compare_whole.call(x, "torch").loss):
+        with count_products() as count:
+            loss(**case)
+        assert count.rows("forward", 33) == rows
 
 
 def test_two_runs_are_bitwise_equal(backend: str) -> None:

@@ -80,21 +80,23 @@ def roma_loss(
     our own.) Masked positions cost nothing and may hold anything; the backward computes only rows
     that have a gradient.
 
-    Pairs. Most views of most rollouts change neither the loss nor its gradient. A trainer runs
-    these pairs (view, rollout) through its model and says by view_rows where they stand:
+    Pairs. Most views of most rollouts change neither the loss nor its gradient. A trainer may run
+    through its model only
 
-        the clean image: every rollout
-        view k: rollouts that are right, if λ_inv > 0
-        view k: rollouts with aux_view = k and an advantage that is not 0, if λ_aux > 0
+        the clean image: every rollout,
+        view k: the rollouts that are right, if λ_inv > 0,
+        view k: the rollouts with aux_view = k whose advantage is not 0, if λ_aux > 0,
 
-    Loss, gradients and metrics are those of all K·B pairs. A pair that was not run costs nothing
-    here either. It counts as equal to the clean image: divergence 0, no gradient, and the clean
-    log-probs, detached, in view_logp. So a maximum is exact over the pairs that are there. If a
-    first pass without a graph has found the worst view ("sequence": of each right rollout; "batch":
-    the one, for all right rollouts), it is enough to run that one with a graph, and the sampled
-    one; roma_penalty_mean is then that of the first pass alone (`view_divergence`), because here
-    the mean counts zeros. "token" and "mean" have more than one such view and need all of a right
-    rollout. worst_view says nothing of rollouts that have no view.
+    and say by view_rows where each pair (view, rollout) stands in view_hidden. Loss, gradients and
+    metrics are those of all K·B pairs. A pair that was not run costs nothing here either. It counts
+    as equal to the clean image: divergence 0, no gradient, and in view_logp the clean log-probs,
+    detached.
+
+    Two passes. So the maximum is exact over the views that are there. If a first pass without a
+    graph has found the worst view, of each right rollout ("sequence") or of the call ("batch"), it
+    is enough to run that one with a graph, and the sampled one. roma_penalty_mean would count zeros
+    then: take it from the first pass (`view_divergence`). "token" and "mean" need every view of a
+    right rollout. worst_view means nothing where a rollout has no view.
 
     Several micro-batches or ranks: pass the totals over all of them. Their losses, gradients and
     metrics then add up to those of one call. A wrapper that averages gradients over ranks (DDP,
