@@ -233,7 +233,7 @@ class Policy(nn.Module):
             return made
         first = len(clean.embeddings)  # of those that were run, behind the known ones
         both = clean.joined(made)
-        order = []
+        order: list[int] = []
         for g in groups:
             own = prompts.images_of(g.prompt)
             if g.variant:

@@ -123,9 +123,9 @@ def micro_batches(sizes: Sequence[int], limit: int) -> list[list[int]]:
     """
     alone = [[i] for i, size in enumerate(sizes) if size > limit]
     rest = [i for i, size in enumerate(sizes) if size <= limit]
-    count = -(-sum(sizes[i] for i in rest) // limit) if rest else 0
+    count = max(-(-sum(sizes[i] for i in rest) // limit), 1)
     while True:
-        made = partition([sizes[i] for i in rest], count) if count else []
+        made = partition([sizes[i] for i in rest], count)
         parts = [[rest[i] for i in own] for own in made if own]
         if all(sum(sizes[i] for i in own) <= limit for own in parts):
             return sorted([*alone, *parts])

@@ -255,8 +255,8 @@ class Trainer:
             logp[rows], divergence[:, rows] = out.logp, out.divergence
             scored += out.scored
         metrics["ppo_kl"] *= totals.tokens / max(scored, 1)  # a mean over what was run
-        limit = self.config.worker.actor.max_grad_norm
-        metrics["grad_norm"] = float(clip_grad_norm_(self.policy_loss.parameters(), limit))
+        largest = self.config.worker.actor.max_grad_norm
+        metrics["grad_norm"] = float(clip_grad_norm_(self.policy_loss.parameters(), largest))
         self.optimizer.step()
         self.scheduler.step()
         if specs:

@@ -137,15 +137,15 @@ class PolicyLoss(nn.Module):
         views, count = len(plan.views), len(plan.clean)
         first = np.broadcast_to(plan.penalised, (views + 1, count)).copy()
         rollouts = np.flatnonzero(plan.penalised & (states.lengths > 0))
-        empty = {"dtype": torch.promote_types(self.policy.head_weight.dtype, torch.float32)}
-        divergence = torch.full((views, count), torch.nan, device=self.policy.device, **empty)
+        weight = self.policy.head_weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        divergence = weight.new_full((views, count), torch.nan, dtype=dtype)
         if not len(rollouts):
             if _ranks() > 1:
                 states.run(_one(first))
             return plan, divergence
         states.run(first)
-        rows = [self._logp_of(states, np.full_like(rollouts, v), rollouts) for v in range(views + 1)]
-        found = self._divergence(torch.stack(rows), states.lengths[rollouts])
+        found = self._divergences(states, rollouts)
         divergence[:, torch.from_numpy(rollouts)] = found
         worst = np.zeros(count, dtype=np.int64)
         by = found.sum(1, keepdim=True) if self.config.worst_over == "batch" else found
@@ -155,7 +155,7 @@ class PolicyLoss(nn.Module):
     def _run(self, plan: Plan, states: States) -> Plan:
         """The pass with a graph, and before it one without, of clean rollouts that need none."""
         wanted, prompt = plan.wanted(), states.batch.group.numpy(force=True)
-        # A prompt with a gain among its rollouts has a graph: there the others cost next to nothing.
+        # A prompt with a gain among its rollouts has a graph; there the others cost little.
         frozen = plan.clean & ~np.isin(prompt, prompt[plan.gain])
         if _ranks() == 1:
             without = np.zeros_like(wanted)
@@ -294,22 +294,24 @@ class PolicyLoss(nn.Module):
         for part in self._scored(batch, limit):
             states, every = self._states(part), np.arange(len(part.group))
             states.run(_every(part))
-            variants = range(len(part.view_pixels) + 1)
-            rows = [self._logp_of(states, np.full_like(every, v), every) for v in variants]
-            found.append(self._divergence(torch.stack(rows), states.lengths))
+            found.append(self._divergences(states, every))
         return torch.cat(found, dim=1)
 
-    def _logp_of(self, states: States, variants: Integers, rollouts: Integers) -> Tensor:
-        """[N] nats: the tokens of pairs, pair after pair."""
-        rows = torch.from_numpy(rollouts).to(states.batch.tokens.device)
-        tokens = states.batch.tokens[rows][states.batch.mask[rows]]
-        return linear_logprob(
-            states.read(variants, rollouts),
+    def _divergences(self, states: States, rollouts: Integers) -> Tensor:
+        """[K, n] nats of n rollouts, each run on its clean images and on every view."""
+        batch = states.batch
+        variants = len(batch.view_pixels) + 1
+        rows = torch.from_numpy(rollouts).to(batch.tokens.device)
+        tokens = batch.tokens[rows][batch.mask[rows]]
+        which = np.repeat(np.arange(variants), len(rollouts))
+        found = linear_logprob(  # one sweep of the head for all images
+            states.read(which, np.tile(rollouts, variants)),
             self.policy.head_weight,
-            tokens,
+            tokens.repeat(variants),
             temperature=self.config.temperature,
             softcap=self.config.softcap,
-        ).logp
+        )
+        return self._divergence(found.logp.view(variants, -1), states.lengths[rollouts])
 
     def _divergence(self, logp: Tensor, lengths: NDArray[np.int64]) -> Tensor:
         """[K, B] from log-probs [K + 1, N] of whole rollouts, laid end to end."""

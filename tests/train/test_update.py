@@ -8,9 +8,12 @@ import pytest
 import torch
 from support import small_model
 
+from roma.models.prefix import Packed
+from roma.models.prompts import ImageFeatures
 from roma.models.qwen_vl import Policy
+from roma.train import states as states_module
 from roma.train import update as update_module
-from roma.train.batch import Totals, UpdateBatch
+from roma.train.batch import Totals, UpdateBatch, micro_batches, partition
 from roma.train.update import PolicyLoss
 from roma_kernels.roma_loss.config import RomaConfig
 
@@ -50,7 +53,8 @@ def gradients(policy: Policy, config: RomaConfig, batches: list[UpdateBatch]) ->
     policy.zero_grad()
     for batch in batches:
         PolicyLoss(policy, config)(batch, TOTALS).loss.backward()
-    return {name: weight.grad.clone() for name, weight in policy.named_parameters()}
+    weights = policy.named_parameters()
+    return {name: weight.grad.clone() for name, weight in weights if weight.grad is not None}
 
 
 def assert_equal_gradients(one: dict, other: dict) -> None:
@@ -74,10 +78,10 @@ def test_distinct_rows_change_nothing(
     policy: Policy, config: RomaConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = batch_of(policy)
-    assert len(update_module.distinct_rows(batch.group, batch.tokens, batch.mask)[0]) == 10
+    assert len(states_module.distinct_rows(batch.group, batch.tokens, batch.mask)[0]) == 10
     shared = gradients(policy, config, [batch])
     every = torch.arange(12)
-    monkeypatch.setattr(update_module, "distinct_rows", lambda *rows: (*rows, every))
+    monkeypatch.setattr(states_module, "distinct_rows", lambda *rows: (*rows, every))
     assert_equal_gradients(shared, gradients(policy, config, [batch]))
     for part in ("lm_head.weight", "visual.patch_embed.proj.weight", "deepstack_merger_list.0"):
         reached = [gradient for name, gradient in shared.items() if part in name]
@@ -92,6 +96,99 @@ def test_micro_batches_change_nothing(policy: Policy, config: RomaConfig) -> Non
     assert [len(part.group) for part in parts] == [4, 4, 4]
     assert [part.totals() for part in parts] == [(4, 17, 3), (4, 15, 2), (4, 14, 3)]
     assert_equal_gradients(gradients(policy, config, [whole]), gradients(policy, config, parts))
+    limit = 150
+    cut = list(PolicyLoss(policy, config).parts(whole, limit))
+    assert len(cut) > 1 and sorted(torch.cat([rows for rows, _ in cut]).tolist()) == [*range(12)]
+    parts = [part for _, part in cut]
+    assert_equal_gradients(gradients(policy, config, [whole]), gradients(policy, config, parts))
+
+
+def test_micro_batches_are_few_and_balanced() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for count in (1, 2, 7, 64):
+        sizes = torch.randint(1, 400, (count,), generator=generator).tolist()
+        parts = micro_batches(sizes, 400)
+        assert sorted(i for part in parts for i in part) == list(range(count))
+        filled = [sum(sizes[i] for i in part) for part in parts]
+        # The largest first fills bins to within a third of the best packing.
+        assert max(filled) <= 400 and len(parts) <= 4 / 3 * -(-sum(sizes) // 400) + 1
+        ranks = [sum(sizes[i] for i in part) for part in partition(sizes, 4)]
+        assert max(ranks) - min(ranks) <= max(sizes)
+    assert micro_batches([500, 3, 900], 400) == [[0], [1], [2]]  # a prompt is not cut
+    assert partition([1], 3) == [[0], [], []]
+
+
+def test_what_has_no_part_in_the_loss_is_not_run(policy: Policy) -> None:
+    """Prompt 0: all wrong, no advantage. Prompt 1: right, no advantage. Prompt 2: an advantage."""
+    batch = batch_of(policy)
+    advantages = batch.advantages * (batch.group == 2)
+    right = (batch.group == 1) | (torch.arange(12) == 9)
+    batch = replace(batch, advantages=advantages, correct=right, old_logp=None)
+    lean = PolicyLoss(policy, RomaConfig(), update="lean")
+    ((rows, part),) = lean.parts(batch, 10**6)
+    assert rows.tolist() == list(range(4, 12)) and len(part.prompts.images) == 2
+    plan = lean.plan(part)
+    assert plan.clean.all() and not plan.gain[:4].any() and plan.gain[4:].all()
+    drawn = part.aux_view[4:].tolist()
+    for k in range(2):
+        wanted = [True] * 4 + [i == 1 or view == k for i, view in enumerate(drawn)]
+        assert plan.views[k].tolist() == wanted
+    nothing = replace(batch, advantages=torch.zeros(12), correct=torch.zeros(12, dtype=torch.bool))
+    ((rows, part),) = lean.parts(nothing, 10**6)  # a prompt all the same: ranks stay in step
+    assert rows.tolist() == [0, 1, 2, 3]
+    out = lean(part, TOTALS)
+    assert float(out.loss.detach()) == 0 and out.loss.requires_grad and out.scored == 5
+
+
+def test_right_rollouts_without_advantage_have_no_clean_graph(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = replace(batch_of(policy), advantages=torch.zeros(12), old_logp=None)
+    calls = []
+    packed_hidden = Policy.packed_hidden
+
+    def seen(self: Policy, packed: Packed, features: ImageFeatures) -> torch.Tensor:
+        variants = sorted({group.variant for group in packed.groups})
+        calls.append((torch.is_grad_enabled(), variants))
+        return packed_hidden(self, packed, features)
+
+    monkeypatch.setattr(Policy, "packed_hidden", seen)
+    PolicyLoss(policy, RomaConfig(), update="lean")(batch, TOTALS)
+    assert calls == [(False, [0]), (True, [1, 2])]
+
+
+def test_known_features_are_not_computed_again(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a frozen tower those that sampling computed serve every update."""
+    batch, config = batch_of(policy), RomaConfig()
+    images = len(batch.prompts.grids)
+    known = policy.image_features(batch.prompts.pixel_values, batch.prompts.grids)
+    run: list[int] = []
+    image_features = Policy.image_features
+
+    def counted(self: Policy, pixels: torch.Tensor, grids: torch.Tensor) -> ImageFeatures:
+        run.append(len(grids))
+        return image_features(self, pixels, grids)
+
+    monkeypatch.setattr(Policy, "image_features", counted)
+    known = ImageFeatures(
+        [x.detach() for x in known.embeddings],
+        [[x.detach() for x in level] for level in known.deepstack],
+    )
+    policy.model.model.visual.requires_grad_(False)
+    try:
+        found = [
+            gradients(policy, config, [replace(batch, clean_features=features)])
+            for features in (None, known)
+        ]
+    finally:
+        policy.model.model.visual.requires_grad_(True)
+    assert run == [3 * images, 2 * images]
+    assert_equal_gradients(*found)
+    run.clear()  # a tower that is trained needs a graph: nothing is known
+    PolicyLoss(policy, config)(replace(batch, clean_features=known), TOTALS)
+    assert run == [3 * images]
 
 
 def test_own_log_probs_are_the_old_ones_of_a_first_update(policy: Policy) -> None:
