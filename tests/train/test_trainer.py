@@ -15,6 +15,7 @@ from support.small_run import config
 
 from experiments.digits.warm_start import warm_start
 from roma.data import load_dataset_rows
+from roma.models.qwen_vl import Policy
 from roma.rollout.hf import HfSampler
 from roma.train.config import load_config
 from roma.train.trainer import Trainer, train
@@ -274,3 +275,57 @@ def test_warm_start_learns() -> None:
     assert losses[0] > 3 and losses[-1] < losses[0] / 2
     with pytest.raises(ValueError, match="examples: expected at least one"):
         warm_start(policy, [], steps=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("worker.actor.update=lean", "worker.actor.micro_batch_tokens=60"),
+        ("worker.actor.update=two_pass", "algorithm.aux_view=prompt"),
+        ("worker.actor.mini_batch_size=2", "worker.actor.ppo_epochs=2"),
+        ("worker.actor.freeze_vision=true",),
+    ],
+)
+def test_every_form_trains_the_same_policy(options: tuple[str, ...], tmp_path: Path) -> None:
+    """Two steps, with AdamW: against every rollout on every view, a row each."""
+    trained = []
+    rows = ("worker.actor.update=joint", "worker.actor.share_prompt=false")
+    for name, form in (("form", ()), ("rows", rows)):
+        trainer = Trainer(config(tmp_path / name, *options, *form))
+        trainer.fit()
+        trained.append((weights(trainer), logged(tmp_path / name)))
+    (found, lines), (expected, by_rows) = trained
+    # AdamW's first steps are lr = 1e-3 in size whatever the gradient's; its sign is decided by
+    # rounding where a gradient is next to nothing.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    assert float((found - expected).abs().mean()) < 1e-5
+    for line, other in zip(lines, by_rows, strict=True):
+        assert line.keys() == other.keys()
+        for name in line.keys() - {"actor/ppo_kl"}:
+            if name.startswith(("actor/", "reward/")):
+                assert line[name] == pytest.approx(other[name], rel=2e-3, abs=1e-5), name
+
+
+def test_a_prompt_draws_one_auxiliary_view(tmp_path: Path) -> None:
+    drawn = {}
+    for who in ("rollout", "prompt"):
+        trainer = Trainer(config(tmp_path / who, f"algorithm.aux_view={who}"))
+        trainer.step = 1
+        experience, _ = trainer.collector.collect(trainer.draw(), 1)
+        found = trainer._aux_view(experience, experience.views.result())
+        assert found is not None
+        drawn[who] = found.view(4, 4)
+    assert (drawn["prompt"] == drawn["prompt"][:, :1]).all()
+    assert not (drawn["rollout"] == drawn["rollout"][:, :1]).all()
+
+
+def test_a_model_that_cannot_share_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Policy, "shares_prompts", property(lambda self: False))
+    trainer = Trainer(config(tmp_path))
+    assert not trainer.policy_loss.share_prompt
+    told = capsys.readouterr().err.splitlines()
+    kind = "Qwen3VLForConditionalGeneration"
+    assert told == [f"{kind} cannot share prompts: a row per rollout instead"]
+    assert trainer.fit().is_dir()
