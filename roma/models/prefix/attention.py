@@ -4,15 +4,20 @@
     completion   attends to its group's prompt, and causally to itself
 
 Rows without groups (sampling, evaluation, a row per rollout) go to transformers' sdpa as before.
-Groups go, on a GPU in half precision, to one call of PyTorch's variable-length flash attention;
-else, in fp32 and on a CPU, to sdpa, prompts and completions of equal shape together. Neither forms a
-mask over the row: cost and memory are linear in the number of groups. Keys and values of a prompt
-are gathered for each of its completions, so that the backward sums the prompt's gradient over them.
+Groups go to one call of PyTorch's variable-length flash attention where it computes them: on an
+NVIDIA GPU from Ampere on, in bf16 or fp16, heads of 8, 16, …, 256 numbers. Else (fp32, a CPU, an
+AMD GPU, whose flash attention would let a completion see the wrong part of its prompt) they go to
+sdpa, prompts and completions of equal shape together. Neither forms a mask over the row: cost and
+memory are linear in the number of groups. Keys and values of a prompt are gathered for each of its
+completions, so that the backward sums the prompt's gradient over them.
+
+Under `torch.autocast` it computes and returns what sdpa does, the autocast dtype. On a GPU the
+gradient of the gather adds up in any order, unless `torch.use_deterministic_algorithms` is set.
 """
 
 import inspect
 from collections import defaultdict
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +31,17 @@ from roma_kernels.errors import fail
 ATTENTION = "roma_shared"
 """The name under which the attention is registered with transformers."""
 
-_REFUSED = ("sliding_window", "softcap", "s_aux", "position_bias")  # change what a token sees
+# Change what a token sees: windows, soft caps, sinks, biases, chosen keys.
+_REFUSED = (
+    "sliding_window",
+    "softcap",
+    "s_aux",
+    "sinks",
+    "position_bias",
+    "indices",
+    "block_indices",
+)
+_ROWS = "give each rollout a row of its own (worker.actor.share_prompt=false)"
 
 
 class _Kind(NamedTuple):
@@ -137,8 +152,9 @@ class Segments:
                     keys += [prompt, np.arange(self.starts[own], self.starts[own] + count)]
                     q.append(count)
                     k.append(length + count)
-        ends = (torch.tensor([0, *x]).cumsum(0).to(device, torch.int32) for x in (q, k))
-        return _Varlen(torch.from_numpy(np.concatenate(keys)).to(device), *ends, max(q), max(k))
+        cu_q, cu_k = (torch.tensor([0, *x]).cumsum(0).to(device, torch.int32) for x in (q, k))
+        where = torch.from_numpy(np.concatenate(keys)).to(device)
+        return _Varlen(where, cu_q, cu_k, max(q), max(k))
 
 
 def _kind(
@@ -147,9 +163,9 @@ def _kind(
     mask: Tensor | None,
     device: torch.device,
 ) -> _Kind:
-    flat = [torch.from_numpy(x.reshape(-1)).to(device) for x in (queries, keys)]
+    own, seen = (torch.from_numpy(x.reshape(-1)).to(device) for x in (queries, keys))
     shape = (len(queries), queries.shape[1], keys.shape[1])
-    return _Kind(*flat, shape, None if mask is None else mask.to(device))
+    return _Kind(own, seen, shape, None if mask is None else mask.to(device))
 
 
 def attention(
@@ -167,7 +183,8 @@ def attention(
     """An attention function as transformers calls it, [1, H, S, d] to [1, S, H, d].
 
     Raises:
-        ValueError: groups together with dropout, or with a window, a soft cap or a sink.
+        ValueError: groups together with dropout, or with a window, a soft cap or a sink; or with
+            other inputs than `Packed.inputs()`.
     """
     if shared is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -175,17 +192,53 @@ def attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options
         )
-    for name in _REFUSED:
-        if options.get(name) is not None:
-            remedy = "set worker.actor.share_prompt=false, or give a row to each rollout"
-            fail(name, "none, because prompts are shared", repr(options[name]), remedy)
     if dropout:
         remedy = "call model.eval(): old and new log-probs would differ too"
         fail("attention dropout", "0, because prompts are shared", f"{dropout:g}", remedy)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [S, H, d]
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    run = _by_varlen if query.is_cuda and half else _by_shape
+    _check(module, options)
+    sizes = (len(query), query.shape[2], key.shape[2])
+    entries = 0 if attention_mask is None else attention_mask.numel()
+    if sizes != (1, shared.size, shared.size) or entries:
+        expected = f"one row of {shared.size} tokens and a mask without entries"
+        got = f"{sizes[0]} of {sizes[1]} queries and {sizes[2]} keys, a mask of {entries} entries"
+        fail("packed groups", expected, got, "pass Packed.inputs() as they are, and no cache")
+    q, k, v = (x[0].transpose(0, 1) for x in _as_sdpa(query, key, value))  # [S, H, d]
+    run = _by_varlen if _varlen_takes(q, v) else _by_shape
     return run(q, k, v, shared, scaling)[None], None
+
+
+def _check(module: nn.Module, options: dict[str, Any]) -> None:
+    for name in _REFUSED:
+        if options.get(name) is not None:
+            fail(name, "none, because prompts are shared", repr(options[name]), _ROWS)
+    causal = options.get("is_causal")
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
+        fail("is_causal", "True, because prompts are shared", "False", _ROWS)
+
+
+def _as_sdpa(*tensors: Tensor) -> list[Tensor]:
+    """In the dtype to which autocast has sdpa cast its inputs."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+        return list(tensors)
+    return [x.to(torch.get_autocast_dtype(device)) for x in tensors]
+
+
+def _varlen_takes(q: Tensor, v: Tensor) -> bool:
+    """Whether PyTorch's variable-length attention computes this, causal from the bottom right.
+
+    The compiled flash attention of ROCm aligns a causal mask at the top left.
+    """
+    size = q.shape[-1]
+    return (
+        q.is_cuda
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and size == v.shape[-1]
+        and size % 8 == 0
+        and size <= 256
+    )
 
 
 def _by_shape(q: Tensor, k: Tensor, v: Tensor, shared: Segments, scaling: float | None) -> Tensor:
@@ -195,14 +248,15 @@ def _by_shape(q: Tensor, k: Tensor, v: Tensor, shared: Segments, scaling: float 
     for kind in kinds:
         n, queries, keys = kind.shape
         own = _heads(q, kind.queries, n, queries)
-        seen = [_heads(x, kind.keys, n, keys) for x in (k, v)]
+        keyed, valued = (_heads(x, kind.keys, n, keys) for x in (k, v))
         if repeats > 1:
-            seen = [x.repeat_interleave(repeats, dim=1) for x in seen]
+            keyed, valued = (x.repeat_interleave(repeats, dim=1) for x in (keyed, valued))
+        causal = kind.mask is None
         out = scaled_dot_product_attention(
-            own, *seen, attn_mask=kind.mask, is_causal=kind.mask is None, scale=scaling
+            own, keyed, valued, attn_mask=kind.mask, is_causal=causal, scale=scaling
         )
         made.append(out.transpose(1, 2).reshape(n * queries, -1))
-    return torch.cat(made).index_select(0, at).view(q.shape)
+    return torch.cat(made).index_select(0, at).unflatten(-1, (q.shape[1], -1))
 
 
 def _heads(x: Tensor, where: Tensor, n: int, length: int) -> Tensor:
@@ -214,19 +268,29 @@ def _by_varlen(q: Tensor, k: Tensor, v: Tensor, shared: Segments, scaling: float
     from torch.nn.attention.varlen import varlen_attn
 
     where = shared.varlen(q.device)
-    # Fewer queries than keys: causal from the bottom right, as a completion behind its prompt is.
-    options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}
-    if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-            options["enable_gqa"] = True
-        else:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     k, v = (x.index_select(0, where.keys) for x in (k, v))
+    # Torch 2.11 takes fewer heads of keys than of queries unasked.
+    grouped: dict[str, Any] = {"enable_gqa": True} if _has_gqa(varlen_attn) else {}
     out = varlen_attn(
-        q.contiguous(), k, v, where.cu_q, where.cu_k, where.max_q, where.max_k, **options
+        q.contiguous(),
+        k,
+        v,
+        where.cu_q,
+        where.cu_k,
+        where.max_q,
+        where.max_k,
+        scale=scaling,
+        # Fewer queries than keys: causal from the bottom right, as a completion behind its prompt.
+        window_size=(-1, 0),
+        **grouped,
     )
     assert isinstance(out, Tensor)  # without return_aux
     return out
+
+
+@cache
+def _has_gqa(function: Any) -> bool:
+    return "enable_gqa" in inspect.signature(function).parameters
 
 
 def share_prompts(model: Any) -> None:
@@ -234,10 +298,13 @@ def share_prompts(model: Any) -> None:
 
     Args:
         model: a causal language model, or a vision-language model (its vision tower keeps its own
-            attention), whose layers ask transformers' registry for their attention.
+            attention), whose layers ask transformers' registry for their attention. Nothing but
+            attention may carry from token to token, and image tokens may not see later ones, as
+            they do in PaliGemma: that is not noticed.
 
     Raises:
-        ValueError: the model does not; give such a model a row per rollout.
+        ValueError: the layers do not ask, or some are no causal attention over all tokens
+            (windows, chunks, recurrences); give such a model a row per rollout.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -250,10 +317,14 @@ def share_prompts(model: Any) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
+    text = model.config.get_text_config()
+    others = {*(getattr(text, "layer_types", None) or ())} - {"full_attention", "attention"}
+    if others or model._is_stateful:
+        got = f"{type(model).__name__} with {', '.join(sorted(others)) or 'recurrent'} layers"
+        fail("model", "one of full attention in every layer", got, _ROWS)
     AttentionInterface.register(ATTENTION, attention)
     # Without a mask function of this name padding would be ignored in silence.
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    text = model.config.get_text_config()
     if text is model.config:
         model.set_attn_implementation(ATTENTION)
     else:
@@ -261,8 +332,7 @@ def share_prompts(model: Any) -> None:
         model.set_attn_implementation({name: ATTENTION for name in names})
     if not shares_prompts(model):
         got = f"{type(model).__name__} with {text._attn_implementation}"
-        remedy = "give each rollout a row of its own (worker.actor.share_prompt=false)"
-        fail("model", "one that asks transformers' registry for its attention", got, remedy)
+        fail("model", "one that asks transformers' registry for its attention", got, _ROWS)
 
 
 def shares_prompts(model: Any) -> bool:
