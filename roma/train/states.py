@@ -2,12 +2,18 @@
 
 Equal completions of a prompt (short answers often repeat) are run once: their states go to every
 such rollout, and the rollouts' gradients add up. This is exact.
+
+Where weights are sharded, a call of a module is a collective, and where gradients are averaged, a
+weight without one leaves the other ranks waiting. So on several ranks the modules that a run calls
+depend on K and the form alone: a completion or an image that nothing reads stands in for what a
+rank does not have. Its gradients are exactly 0.
 """
 
 from itertools import groupby
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -46,10 +52,18 @@ class States:
         self._size = 0
 
     def run(self, wanted: Flags) -> None:
-        """One call of the model, for the pairs [K + 1, B] that are wanted; a later call counts."""
+        """One call of the model, for the pairs [K + 1, B] that are wanted; a later call counts.
+
+        On several ranks a row for each completion takes a call on every variant, each of one row at
+        least; a shared prompt takes one call.
+        """
         run = np.zeros_like(self._before, dtype=bool)
         for variant, rollouts in enumerate(wanted & (self.lengths > 0)):
             run[variant, self._inverse[rollouts]] = True
+        if ranks() > 1 and not self.share:
+            run[~run.any(1), 0] = True
+        elif ranks() > 1 and not run.any():
+            run[0, 0] = True
         if run.any():
             (self._run_groups if self.share else self._run_rows)(run)
 
@@ -88,11 +102,21 @@ class States:
         # old_logp is None: no update has come since.
         same = batch.old_logp is None and not torch.is_grad_enabled()
         known = batch.clean_features if same or policy.vision_is_frozen else None
+        # Ranks agree about K, and whether features are known.
+        needed = ranks() > 1 and (known is None or len(batch.view_pixels) > 0)
+        run = (group.prompt for group in groups if group.variant or known is None)
+        if needed and not any(batch.prompts.images_of(prompt) for prompt in run):
+            blank = policy.blank_features()
+            levels = (features for level in blank.deepstack for features in level)
+            self._calls.append(torch.cat([*blank.embeddings, *levels]))
+            self._size += len(self._calls[-1])
         return policy.group_features(batch.prompts, batch.view_pixels, groups, clean=known)
 
     def _run_groups(self, run: Flags) -> None:
         policy, batch, groups = self.policy, self.batch, self.groups(run)
-        packed = policy.packed(batch.prompts, groups, self._tokens, self._mask.sum(-1))
+        # A completion without a token stands in as one of one token: that adds none to the row.
+        lengths = self._mask.sum(-1).clamp(min=1)
+        packed = policy.packed(batch.prompts, groups, self._tokens, lengths)
         features = self._features(groups)
         states = policy.packed_hidden(packed, features)
         pairs = [(group.variant, i) for group in groups for i in group.rollouts]
@@ -143,6 +167,11 @@ class States:
             self._calls = [torch.cat([self.policy.head_weight[:0], *self._calls])]
         states = self._calls[0]
         return states.index_select(0, torch.from_numpy(where).to(states.device))
+
+
+def ranks() -> int:
+    """How many processes learn together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def distinct_rows(

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -26,7 +25,7 @@ from roma import RomaConfig, linear_logprob, roma_loss, view_divergence
 from roma.models.qwen_vl import Policy
 from roma.train.batch import Totals, UpdateBatch, micro_batches
 from roma.train.plan import Flags, Plan, check_update, passes_can_be_two
-from roma.train.states import Integers, States
+from roma.train.states import Integers, States, ranks
 
 
 class Scores(NamedTuple):
@@ -80,8 +79,8 @@ class PolicyLoss(nn.Module):
     def forward(self, batch: UpdateBatch, totals: Totals) -> Update:
         """The loss of a micro-batch; over those that share `totals` the losses add up.
 
-        On several ranks the number of calls of the model depends on `update` and K alone, and each
-        has at least one row: a rank that skipped one would leave the others waiting.
+        On several ranks the calls of the model depend on `update`, `share_prompt` and K alone: a
+        rank that skipped one would leave the others waiting (`roma.train.states`).
         """
         if self.update == "joint" and not self.share_prompt:
             return self._joint_rows(batch, totals)
@@ -140,11 +139,10 @@ class PolicyLoss(nn.Module):
         weight = self.policy.head_weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         divergence = weight.new_full((views, count), torch.nan, dtype=dtype)
+        if views:
+            states.run(first)
         if not len(rollouts):
-            if _ranks() > 1:
-                states.run(_one(first))
             return plan, divergence
-        states.run(first)
         found = self._divergences(states, rollouts)
         divergence[:, torch.from_numpy(rollouts)] = found
         worst = np.zeros(count, dtype=np.int64)
@@ -157,7 +155,7 @@ class PolicyLoss(nn.Module):
         wanted, prompt = plan.wanted(), states.batch.group.numpy(force=True)
         # A prompt with a gain among its rollouts has a graph; there the others cost little.
         frozen = plan.clean & ~np.isin(prompt, prompt[plan.gain])
-        if _ranks() == 1:
+        if ranks() == 1:
             without = np.zeros_like(wanted)
             without[0] = frozen & ~states.has(0)
             with torch.no_grad():
@@ -322,10 +320,6 @@ class PolicyLoss(nn.Module):
             cu_seqlens=_ends(lengths).to(logp.device),
             config=self.config,
         )
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _every(batch: UpdateBatch) -> Flags:
