@@ -14,12 +14,14 @@ import torch
 from numpy.typing import NDArray
 
 from roma import RomaConfig
+from roma.models.flops import Prompt, TextShape, VisionShape, cheaper
 from roma.train.batch import UpdateBatch
 from roma_kernels.errors import fail
 
 Flags = NDArray[np.bool_]
 
 UPDATES = ("auto", "joint", "lean", "two_pass")
+PAYS_FROM = 5  # K, for prompts longer than their answers, half of these right (docs/COST.md)
 
 
 @dataclass(frozen=True)
@@ -88,3 +90,45 @@ def check_update(update: str, config: RomaConfig) -> None:
 def passes_can_be_two(config: RomaConfig) -> bool:
     """Whether one view of a right rollout has all of its penalty's gradient."""
     return config.worst_over in ("sequence", "batch")
+
+
+def two_passes_pay(
+    batch: UpdateBatch,
+    plan: Plan,
+    text: TextShape,
+    vision: VisionShape,
+    *,
+    share_prompt: bool,
+    vision_trained: bool,
+) -> bool:
+    """Whether two passes are predicted to cost less than one, for this very batch."""
+    prompts, count = batch.prompts, len(batch.prompts.images)
+    patches = prompts.grids.prod(-1).tolist()
+    by_prompt = [
+        x.reshape(count, -1).tolist()
+        for x in (batch.mask.sum(-1).numpy(force=True), plan.penalised, plan.gain)
+    ]
+    drawn = None
+    if batch.aux_view is not None:
+        drawn = batch.aux_view.numpy(force=True).reshape(count, -1).tolist()
+    described = [
+        Prompt(
+            tokens=prompts.lengths[p],
+            frames=[patches[i] for i in prompts.images_of(p)],
+            completions=lengths,
+            right=right,
+            learns=gain,
+            aux=None if drawn is None else drawn[p],
+        )
+        for p, (lengths, right, gain) in enumerate(zip(*by_prompt, strict=True))
+    ]
+    form = cheaper(
+        text,
+        vision,
+        described,
+        views=len(plan.views),
+        share_prompt=share_prompt,
+        auxiliary=bool(plan.auxiliary.any()),
+        vision_trained=vision_trained,
+    )
+    return form == "two_pass"

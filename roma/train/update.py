@@ -13,6 +13,7 @@ each with a row per completion, or with a prompt once for all its rollouts (docs
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -22,9 +23,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from roma import RomaConfig, linear_logprob, roma_loss, view_divergence
+from roma.models.flops import TextShape, VisionShape
 from roma.models.qwen_vl import Policy
 from roma.train.batch import Totals, UpdateBatch, micro_batches
-from roma.train.plan import Flags, Plan, check_update, passes_can_be_two
+from roma.train.plan import (
+    PAYS_FROM,
+    Flags,
+    Plan,
+    check_update,
+    passes_can_be_two,
+    two_passes_pay,
+)
 from roma.train.states import Integers, States, ranks
 
 
@@ -52,7 +61,9 @@ class PolicyLoss(nn.Module):
     Args:
         policy: the model.
         config: of the loss. A batch without views has no view terms, whatever the lambdas are.
-        update: the form; "auto" takes lean or two_pass, whichever is predicted to be cheaper.
+        update: the form. "auto" takes lean or two_pass, whichever `roma.models.flops` predicts to
+            be cheaper; lean for a model that it does not know; on several ranks, which must do the
+            same, two_pass from K = 5 on.
         share_prompt: a prompt once for all its rollouts, where the policy can.
 
     Raises:
@@ -75,6 +86,10 @@ class PolicyLoss(nn.Module):
         self.update = update
         self.share_prompt = share_prompt and policy.shares_prompts
         self._clean = replace(config, lambda_inv=0.0, lambda_aux=0.0)
+        self._shapes: tuple[TextShape, VisionShape] | None = None
+        with suppress(ValueError):  # a model whose cost is not predicted
+            model = policy.model.config
+            self._shapes = TextShape.of(model), VisionShape.of(model)
 
     def forward(self, batch: UpdateBatch, totals: Totals) -> Update:
         """The loss of a micro-batch; over those that share `totals` the losses add up.
@@ -87,7 +102,7 @@ class PolicyLoss(nn.Module):
         plan = self.plan(batch)
         states = self._states(batch)
         divergence = None
-        if self._two_passes(plan, states):
+        if self._two_passes(batch, plan):
             plan, divergence = self._choose(plan, states)
         plan = self._run(plan, states)
         return self._loss(batch, totals, plan, states, divergence)
@@ -125,10 +140,18 @@ class PolicyLoss(nn.Module):
     def _states(self, batch: UpdateBatch) -> States:
         return States(self.policy, batch, share=self.share_prompt)
 
-    def _two_passes(self, plan: Plan, states: States) -> bool:
+    def _two_passes(self, batch: UpdateBatch, plan: Plan) -> bool:
         if self.update != "auto" or not passes_can_be_two(self.config):
             return self.update == "two_pass"
-        return len(plan.views) >= 5
+        if ranks() > 1:  # which must agree, and have different batches
+            return len(plan.views) >= PAYS_FROM
+        return self._shapes is not None and two_passes_pay(
+            batch,
+            plan,
+            *self._shapes,
+            share_prompt=self.share_prompt,
+            vision_trained=not self.policy.vision_is_frozen,
+        )
 
     @torch.no_grad()
     def _choose(self, plan: Plan, states: States) -> tuple[Plan, Tensor]:

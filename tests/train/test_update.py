@@ -157,6 +157,32 @@ def test_right_rollouts_without_advantage_have_no_clean_graph(
     assert calls == [(False, [0]), (True, [1, 2])]
 
 
+@pytest.mark.parametrize(("views", "passes"), [(1, 1), (2, 1), (12, 2)])
+def test_auto_takes_the_cheaper_form(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, views: int, passes: int
+) -> None:
+    batch = batch_of(policy)
+    batch = replace(
+        batch,
+        view_pixels=[batch.prompts.pixel_values / (2 + k) for k in range(views)],
+        aux_view=batch.aux_view % views,
+        correct=torch.arange(12) % 4 == 0,
+    )
+    calls = []
+    packed_hidden = Policy.packed_hidden
+
+    def seen(self: Policy, packed: Packed, features: ImageFeatures) -> torch.Tensor:
+        calls.append(torch.is_grad_enabled())
+        return packed_hidden(self, packed, features)
+
+    monkeypatch.setattr(Policy, "packed_hidden", seen)
+    PolicyLoss(policy, RomaConfig())(batch, TOTALS)
+    assert calls == [False, True][-passes:]
+    calls.clear()  # a token's worst view may be any
+    PolicyLoss(policy, RomaConfig(worst_over="token"))(batch, TOTALS)
+    assert calls == [True]
+
+
 def test_known_features_are_not_computed_again(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
