@@ -26,6 +26,7 @@ from bench.gate import Errors, Wrong
 from bench.measure import Check, Run
 from bench.providers import OURS
 from bench.variants import Variant
+from roma_kernels import DISTRIBUTION
 
 if TYPE_CHECKING:
     from bench.update_step.count import Counted
@@ -101,7 +102,7 @@ class UpdateStepBench:
 
     def package(self, name: str) -> str:
         """TRL's is TRL."""
-        return "trl" if name == TRL else OURS
+        return "trl" if name == TRL else DISTRIBUTION
 
     def run(self, name: str) -> Run:
         """One update's gradients; raises Wrong, and Unavailable without TRL."""

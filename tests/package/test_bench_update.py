@@ -38,7 +38,7 @@ def test_all_forms_and_trl_have_one_gradient(tmp_path: Path) -> None:
         assert float(row["dweight"]) <= step.APART, name
         assert float(row["executed_gflop"]) > 0 and float(row["saved_mib"]) > 0
         assert float(row["ms_p20"]) <= float(row["ms_p50"]) <= float(row["ms_p80"])
-    assert rows["trl"]["version"] not in ("", "-")
+    assert "-" not in {rows[name]["version"] for name in ("trl", "roma")}
     assert float(rows["grpo"]["ratio"]) == 1.0
     # TRL runs a completion's last token, too, and counts its head with the model.
     work = {name: float(row["executed_gflop"]) for name, row in rows.items()}
