@@ -52,16 +52,25 @@ def drawn_loss(draw: random.Random) -> None:
     if not packed:
         mask = torch.arange(tokens) < torch.tensor(lengths)[:, None]
     over = draw.choice(("sequence", "token", "batch", "mean"))
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    view_states = torch.ones(views, *shape, depth, dtype=torch.bfloat16)
+    rows = None
+    if draw.random() < 0.5:  # all pairs, one view after another
+        size, starts = (
+            (len(mask), ends[:-1]) if packed else (len(lengths), torch.arange(len(lengths)))
+        )
+        view_states, rows = view_states.flatten(0, 1), torch.arange(views)[:, None] * size + starts
     roma.roma_loss(
         torch.ones(*shape, depth, dtype=torch.bfloat16).requires_grad_(),
-        torch.ones(views, *shape, depth, dtype=torch.bfloat16).requires_grad_(),
+        view_states.requires_grad_(),
         torch.ones(vocab, depth, dtype=torch.bfloat16).requires_grad_(),
         torch.zeros(shape, dtype=torch.int64),
         mask=mask,
         advantages=torch.ones(len(lengths)),
         correct=torch.ones(len(lengths), dtype=torch.bool),
         aux_view=torch.zeros(len(lengths), dtype=torch.int64) if views else None,
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int() if packed else None,
+        cu_seqlens=ends.int() if packed else None,
+        view_rows=rows,
         config=roma.RomaConfig(worst_over=over, lambda_inv=float(views > 0)),
         backend="triton",
     ).loss.backward()

@@ -168,11 +168,11 @@ def score_pairs(
     states, view_states = (x.reshape(-1, x.shape[-1]) for x in (hidden, views))
     size, positions = len(states), len(view_states)
     sequence = layout.sequence
-    present = pairs.there[:, sequence] & layout.valid  # [K, M]
+    present = pairs.there.T[sequence] & layout.valid[:, None]  # [M, K]
     # One position more, for what has no meaning.
-    place = pairs.first[:, sequence] + (layout.index - pairs.begin[sequence])
+    place = pairs.first.T[sequence] + (layout.index - pairs.begin[sequence])[:, None]
     place = place.where(present, positions).flatten()
-    labels = layout.pack(tokens).expand(present.shape).flatten()
+    labels = layout.pack(tokens)[:, None].expand(present.shape).flatten()
     view_tokens = labels.new_zeros(positions + 1).scatter(0, place, labels)[:positions]
     of_views = mask.new_zeros(positions + 1).scatter(0, place, present.flatten())[:positions]
 
@@ -189,9 +189,9 @@ def score_pairs(
         num_tokens=num_rows,
     )
     # The clean tokens are the first rows, in order; so an absent pair may name them for its own.
-    own = torch.arange(len(layout.index), device=index.device)
+    own = torch.arange(len(layout.index), device=index.device)[:, None]
     row = (counted.cumsum(0) - 1)[(size + place).where(present.flatten(), 0)]
-    row = row.view(present.shape).where(present, own)
-    found = logp[0].index_select(0, torch.cat([own[None], row]).flatten())
-    clean, view_logp = found.view(1 + len(present), len(own)).tensor_split([1])
-    return torch.cat([clean, view_logp.where(present, clean.detach())])
+    row = torch.cat([own, row.view(present.shape).where(present, own)], 1)
+    clean, view_logp = logp[0].index_select(0, row.flatten()).view(row.shape).tensor_split([1], 1)
+    # The K+1 numbers of a token side by side, as the dense sweep leaves them.
+    return torch.cat([clean, view_logp.where(present, clean.detach())], 1).T
