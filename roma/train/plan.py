@@ -21,7 +21,7 @@ from roma_kernels.errors import fail
 Flags = NDArray[np.bool_]
 
 UPDATES = ("auto", "joint", "lean", "two_pass")
-PAYS_FROM = 5  # K, for prompts longer than their answers, half of these right (docs/COST.md)
+PAYS_FROM = 6  # K, for prompts longer than their answers, half of these right (docs/COST.md)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class PolicyLoss(nn.Module):
         config: of the loss. A batch without views has no view terms, whatever the lambdas are.
         update: the form. "auto" takes lean or two_pass, whichever `roma.models.flops` predicts to
             be cheaper; lean for a model that it does not know; on several ranks, which must do the
-            same, two_pass from K = 5 on.
+            same, two_pass from K = 6 on.
         share_prompt: a prompt once for all its rollouts, where the policy can.
 
     Raises:
