@@ -110,7 +110,7 @@ def _penalty_panel(panel: Axes, *, metrics: Metrics) -> None:
     colour = ARMS["roma"].colour
     _curve(panel, metrics, "actor/roma_penalty_worst", "worst, right rollouts", colour=colour)
     _curve(
-        panel, metrics, "actor/roma_penalty_mean", "mean, all rollouts", colour=colour, line="--"
+        panel, metrics, "actor/roma_penalty_mean", "mean, right rollouts", colour=colour, line="--"
     )
     panel.set(title="ROMA: invariance penalty", xlabel="step", ylabel="k3, nats per token")
     panel.legend(fontsize=9)

@@ -204,10 +204,11 @@ class PolicyLoss(nn.Module):
         device = batch.tokens.device
         rows = torch.from_numpy(kept).to(device)
         mask = batch.mask[rows]
-        hidden = states.read(np.zeros_like(kept), kept)
-        view_hidden = view_rows = None
+        variants = np.concatenate([np.zeros_like(kept), views + 1])
+        picked = states.read(variants, np.concatenate([kept, kept[rollouts]]))
+        hidden, view_hidden = picked.tensor_split([int(lengths.sum())])
+        view_rows = None
         if len(plan.views):
-            view_hidden = states.read(views + 1, kept[rollouts])
             long = lengths[rollouts]
             at = np.full((len(plan.views), len(kept)), -1, dtype=np.int64)
             at[views, rollouts] = np.cumsum(long) - long
@@ -216,7 +217,7 @@ class PolicyLoss(nn.Module):
         cu_seqlens = _ends(lengths).to(device)
         out = roma_loss(
             hidden,
-            view_hidden,
+            None if view_rows is None else view_hidden,
             self.policy.head_weight,
             batch.tokens[rows][mask],
             mask=torch.ones(len(hidden), dtype=torch.bool, device=device),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import card
+from support import card, pairs
 from torch import Tensor
 
 import roma
@@ -100,10 +100,14 @@ def test_a_captured_loss(plan: str, dtype: torch.dtype) -> None:
             assert torch.equal(getattr(again, name), getattr(out, name)), name
 
 
-def test_the_forward_does_not_wait() -> None:
+@pytest.mark.parametrize("on_pairs", [False, True], ids=["dense", "pairs"])
+def test_the_forward_does_not_wait(on_pairs: bool) -> None:
     """In 16 bits: fp32 is the vendor's product, which is sized by the host."""
     spec = LossSpec(b=4, t=9, k=3, d=64, v=257, bias=True, dtype=torch.bfloat16)
-    case = card.moved(spec.make(), "cuda")
+    case = spec.make()
+    if on_pairs:
+        case = pairs.laid_out(case, pairs.needed(case))
+    case = card.moved(case, "cuda")
     card.run(case)
     torch.cuda.set_sync_debug_mode("error")
     try:
