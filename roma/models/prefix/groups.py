@@ -68,6 +68,9 @@ class Packed:
         Returns:
             [N] int64, pair after pair, a position for each token of the rollout.
 
+        Raises:
+            ValueError: a pair is in no group.
+
         Example:
             >>> tokens = torch.tensor([[7, 8, 9], [7, 5, 5]])
             >>> row = pack(
@@ -76,13 +79,50 @@ class Packed:
             >>> row.input_ids.tolist(), row.reads([(0, 1)]).tolist()
             ([[1, 2, 7, 8, 7]], [1, 4])
         """
-        members = ((g.variant, r) for g in self.groups for r in g.rollouts)
-        number = {pair: i for i, pair in enumerate(members)}
-        own = np.array([number[pair] for pair in pairs], dtype=np.int64)
+        own = self._numbers(pairs)
         lengths = self.lengths[own]
         where = ranges(self.starts[own] - 1, lengths)
         where[np.cumsum(lengths) - lengths] = self.before[own]
         return torch.from_numpy(where).to(self.input_ids.device)
+
+    def view_rows(self, pairs: Sequence[tuple[int, int]], views: int, rollouts: int) -> Tensor:
+        """What `roma_loss` takes as `view_rows`, where `reads(pairs)` are its `view_hidden`.
+
+        Args:
+            pairs: (k + 1, i) of view k and rollout i, each once.
+            views: K.
+            rollouts: B.
+
+        Returns:
+            [K, B] int64: where in the states a view of a rollout begins; −1 where it is no pair.
+
+        Raises:
+            ValueError: a pair is in no group, or it is one of the clean images.
+
+        Example:
+            >>> tokens = torch.tensor([[7, 8, 9], [7, 5, 5]])
+            >>> row = pack(
+            ...     [torch.tensor([1, 2])], tokens, torch.tensor([3, 2]), [Group(1, 0, (0, 1))]
+            ... )
+            >>> row.view_rows([(1, 0), (1, 1)], views=1, rollouts=2).tolist()
+            [[0, 3]]
+        """
+        lengths = self.lengths[self._numbers(pairs)]
+        at = np.full((views, rollouts), -1, dtype=np.int64)
+        variants, own = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+        if (variants < 1).any():
+            fail("pairs", "those of views, variants 1 to K", "variant 0", "leave these out")
+        at[variants - 1, own] = np.cumsum(lengths) - lengths
+        return torch.from_numpy(at).to(self.input_ids.device)
+
+    def _numbers(self, pairs: Sequence[tuple[int, int]]) -> Integers:
+        members = ((g.variant, r) for g in self.groups for r in g.rollouts)
+        number = {pair: i for i, pair in enumerate(members)}
+        for pair in pairs:
+            if pair not in number:
+                got = f"variant {pair[0]}, rollout {pair[1]}"
+                fail("pairs", "pairs of the groups that were packed", got, "add it to a group")
+        return np.array([number[pair] for pair in pairs], dtype=np.int64)
 
 
 def pack(
@@ -109,8 +149,9 @@ def pack(
         Packed. `model(**packed.inputs(), use_cache=False).last_hidden_state[0][packed.reads(…)]`.
 
     Raises:
-        ValueError: no group, an empty prompt, a completion without a token, a rollout twice in a
-            variant, or positions without next_position.
+        ValueError: no group, an empty prompt, a completion without a token or longer than T, a
+            prompt or rollout that is not there, a rollout twice in a variant, positions without
+            next_position or not as many as the prompt has tokens.
 
     Example:
         >>> tokens = torch.tensor([[7, 8, 9], [7, 5, 5]])
@@ -125,7 +166,11 @@ def pack(
         fail("next_position", "P numbers, because positions is given", "None", remedy)
     size = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     count = lengths.numpy(force=True).astype(np.int64)
-    _check(size, count, groups)
+    _check(size, count, tokens.shape, groups)
+    for prompt, own in enumerate(positions or ()):
+        if own.shape[-1] != size[prompt]:
+            got = f"{own.shape[-1]} for {size[prompt]} tokens"
+            fail(f"positions[{prompt}]", "one for each token", got, "leave padding out of both")
     prompt_of = np.array([g.prompt for g in groups], dtype=np.int64)
     members = np.array([len(g.rollouts) for g in groups], dtype=np.int64)
     rollouts = np.array([r for g in groups for r in g.rollouts], dtype=np.int64)
@@ -188,16 +233,24 @@ def _numbers(values: Sequence[int] | Tensor) -> Integers:
     return array.astype(np.int64)
 
 
-def _check(size: Integers, count: Integers, groups: Sequence[Group]) -> None:
+def _check(size: Integers, count: Integers, shape: Sequence[int], groups: Sequence[Group]) -> None:
+    rollouts, width = shape
+    if len(count) != rollouts:
+        fail("lengths", f"[B] = [{rollouts}]", str([len(count)]), "one for each row of tokens")
     seen = set()
     for number, group in enumerate(groups):
+        name = f"groups[{number}]"
+        if not 0 <= group.prompt < len(size):
+            fail(name, f"a prompt from 0 to {len(size) - 1}", str(group.prompt), "number them so")
         if not size[group.prompt]:
             fail(f"prompts[{group.prompt}]", "at least one token", "none", "its last one predicts")
         for rollout in group.rollouts:
-            if count[rollout] < 1:
+            if not 0 <= rollout < rollouts:
+                fail(name, f"rollouts from 0 to {rollouts - 1}", str(rollout), "number them so")
+            if not 1 <= count[rollout] <= width:
                 got = f"{count[rollout]} for rollout {rollout}"
-                fail("lengths", "at least 1", got, "leave a rollout without tokens out")
+                fail("lengths", f"1 to {width}", got, "leave a rollout without tokens out")
             if (group.variant, rollout) in seen:
-                got = f"rollout {rollout} twice on variant {group.variant}, in group {number} again"
+                got = f"rollout {rollout} twice on variant {group.variant}, in {name} again"
                 fail("groups", "a rollout once on each variant", got, "merge the groups")
             seen.add((group.variant, rollout))
