@@ -205,15 +205,14 @@ class Policy(nn.Module):
         levels = getattr(made, "deepstack_features", [])  # Qwen2.5-VL has none
         return ImageFeatures(list(made.pooler_output), [list(level) for level in levels])
 
-    def blank_features(self) -> ImageFeatures:
-        """The features of one black image, the smallest there is.
+    def blank_features(self, prompts: PromptBatch) -> ImageFeatures:
+        """The features of one grey image, the smallest there is, where the prompts are.
 
         Nothing reads them. They let the vision tower take part on a rank without an image, where
         its weights are sharded or their gradients averaged.
         """
         merge = int(self.model.model.visual.spatial_merge_size)
-        none, _ = self.processor.pixel_values([])
-        pixels = none.new_zeros(merge**2, none.shape[1], device=self.device)
+        pixels = prompts.pixel_values.new_zeros(merge**2, prompts.pixel_values.shape[1])
         return self.image_features(pixels, torch.tensor([[1, merge, merge]]))
 
     def group_features(

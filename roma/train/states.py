@@ -106,7 +106,7 @@ class States:
         needed = ranks() > 1 and (known is None or len(batch.view_pixels) > 0)
         run = (group.prompt for group in groups if group.variant or known is None)
         if needed and not any(batch.prompts.images_of(prompt) for prompt in run):
-            blank = policy.blank_features()
+            blank = policy.blank_features(batch.prompts)
             levels = (features for level in blank.deepstack for features in level)
             self._calls.append(torch.cat([*blank.embeddings, *levels]))
             self._size += len(self._calls[-1])

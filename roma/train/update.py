@@ -97,6 +97,8 @@ class PolicyLoss(nn.Module):
         On several ranks the calls of the model depend on `update`, `share_prompt` and K alone: a
         rank that skipped one would leave the others waiting (`roma.train.states`).
         """
+        # ZeRO-3 gathers the head when it is read first: at the same place on every rank.
+        _ = self.policy.head_weight
         if self.update == "joint" and not self.share_prompt:
             return self._joint_rows(batch, totals)
         plan = self.plan(batch)
