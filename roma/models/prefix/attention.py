@@ -13,11 +13,13 @@ completions, so that the backward sums the prompt's gradient over them.
 
 Under `torch.autocast` it computes and returns what sdpa does, the autocast dtype. On a GPU the
 gradient of the gather adds up in any order, unless `torch.use_deterministic_algorithms` is set.
+`torch.compile` of a model gives the same, in pieces, but compiles it for each layout of groups
+anew: not worth it where layouts change with each batch.
 """
 
 import inspect
 from collections import defaultdict
-from functools import cache, cached_property
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,13 +87,9 @@ class Segments:
         """Keeps all; index tensors are made for the first device that asks."""
         self.prompt_starts, self.prompt_lengths = prompt_starts, prompt_lengths
         self.starts, self.lengths, self.group = starts, lengths, group
+        self.size = int(prompt_lengths.sum() + lengths.sum())  # tokens of the row
         self._on: dict[torch.device, tuple[list[_Kind], Tensor]] = {}
         self._varlen: dict[torch.device, _Varlen] = {}
-
-    @cached_property
-    def size(self) -> int:
-        """Tokens of the row."""
-        return int(self.prompt_lengths.sum() + self.lengths.sum())
 
     def kinds(self, device: torch.device) -> tuple[list[_Kind], Tensor]:
         """Sequences by shape, and [S]: where each token's output stands among all of theirs."""
