@@ -14,17 +14,14 @@ from itertools import groupby
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
 from roma.models.prefix import Group
-from roma.models.prefix.groups import ranges
+from roma.models.prefix.groups import Integers, ranges
 from roma.models.prompts import ImageFeatures
 from roma.models.qwen_vl import Policy
 from roma.train.batch import UpdateBatch
-
-Flags = NDArray[np.bool_]
-Integers = NDArray[np.int64]
+from roma.train.plan import Flags
 
 
 class States:

@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from roma import RomaConfig, linear_logprob, roma_loss, view_divergence
 from roma.models.flops import TextShape, VisionShape
+from roma.models.prefix.groups import Integers
 from roma.models.qwen_vl import Policy
 from roma.train.batch import Totals, UpdateBatch, micro_batches
 from roma.train.plan import (
@@ -34,7 +34,7 @@ from roma.train.plan import (
     passes_can_be_two,
     two_passes_pay,
 )
-from roma.train.states import Integers, States, ranks
+from roma.train.states import States, ranks
 
 
 class Scores(NamedTuple):
@@ -116,10 +116,11 @@ class PolicyLoss(nn.Module):
     def parts(self, batch: UpdateBatch, limit: int) -> Iterator[tuple[Tensor, UpdateBatch]]:
         """What an update runs of a batch, as micro-batches of at most `limit` tokens.
 
-        Yields the numbers of their rollouts [b] int64 beside them.
-
         Tokens are the text model's, those of all images together. A prompt stays whole, even one
         that is larger; a prompt of which nothing is run is left out, unless there is no other.
+
+        Yields:
+            The numbers of a micro-batch's rollouts [b] int64 in `batch`, and the micro-batch.
         """
         sizes = self._states(batch).tokens_by_prompt(self.plan(batch).wanted()).tolist()
         run = [prompt for prompt, size in enumerate(sizes) if size] or [0]
@@ -337,7 +338,7 @@ class PolicyLoss(nn.Module):
         )
         return self._divergence(found.logp.view(variants, -1), states.lengths[rollouts])
 
-    def _divergence(self, logp: Tensor, lengths: NDArray[np.int64]) -> Tensor:
+    def _divergence(self, logp: Tensor, lengths: Integers) -> Tensor:
         """[K, B] from log-probs [K + 1, N] of whole rollouts, laid end to end."""
         return view_divergence(
             logp[0],
@@ -360,7 +361,7 @@ def _one(wanted: Flags) -> Flags:
     return alone
 
 
-def _ends(lengths: NDArray[np.int64]) -> Tensor:
+def _ends(lengths: Integers) -> Tensor:
     return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)])).to(torch.int32)
 
 
