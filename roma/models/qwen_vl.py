@@ -7,6 +7,7 @@ packed groups, a prompt once for all of its rollouts, or as rows (prompt, comple
 any order.
 """
 
+import inspect
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import pairwise
@@ -52,9 +53,10 @@ class Policy(nn.Module):
         The model is in eval mode: without dropout, old and new log-probs agree.
 
         Raises:
-            ValueError: no such device, not such a folder, or a model without image features and 3-D
-                positions.
+            ValueError: no such device, not such a folder, a model without image features and 3-D
+                positions, or a transformers that cannot take features already computed.
         """
+        import transformers
         from transformers import AutoModelForImageTextToText
         from transformers.utils import logging
 
@@ -77,6 +79,9 @@ class Policy(nn.Module):
                 type(model).__name__,
                 "other families need a policy of their own",
             )
+        if "mm_encoder_outputs" not in inspect.signature(model.model.forward).parameters:
+            got = f"{transformers.__version__}, which would train without the images in silence"
+            fail("transformers", "5.18 or newer", got, "pip install -U transformers")
         with suppress(ValueError):  # `shares_prompts` says so, and a trainer
             share_prompts(model)
         return cls(model.to(device), processor)

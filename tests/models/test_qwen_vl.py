@@ -167,3 +167,14 @@ def test_what_a_wrong_folder_or_problem_gets(policy: Policy, tmp_path: Path) -> 
         Policy.load(tmp_path)
     with pytest.raises(ValueError, match="problem: expected one `<image>` per image, got 2 marks"):
         policy.encode_prompts(["<image> <image> ?"], [[np.zeros((32, 32, 3), np.uint8)]])
+
+
+def test_a_transformers_that_drops_the_images_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """5.17 takes any keyword, and reads no features from one."""
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
+
+    monkeypatch.setattr(Qwen3VLModel, "forward", lambda self, input_ids=None, **rest: None)
+    with pytest.raises(
+        ValueError, match=r"transformers: expected 5.18 or newer, got .* in silence"
+    ):
+        Policy.load(small_model.folder() / "model")
