@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -24,9 +25,14 @@ def _serve(rank: int, tasks: Connection) -> None:
 
 
 class Ranks:
-    """Runs functions of a rank on both, as torch.multiprocessing.spawn does."""
+    """Runs functions of a rank on both, as torch.multiprocessing.spawn does.
 
-    def __init__(self) -> None:
+    Args:
+        limit: seconds that a function may take; ranks that wait for each other fail then.
+    """
+
+    def __init__(self, limit: float = 300.0) -> None:
+        self.limit = limit
         self._running: list[tuple[Any, Connection]] = []
 
     def run(self, function: Callable[..., None], *args: Any) -> None:
@@ -36,8 +42,13 @@ class Ranks:
         for _, tasks in self._running:
             tasks.send((function, args))
         waiting = [tasks for _, tasks in self._running]
+        end = time.monotonic() + self.limit
         while waiting:
-            for tasks in wait(waiting):
+            ready = wait(waiting, timeout=max(end - time.monotonic(), 0.0))
+            if not ready:
+                self.stop()
+                raise AssertionError(f"{len(waiting)} ranks were not done after {self.limit:g} s")
+            for tasks in ready:
                 try:
                     said = tasks.recv()
                 except EOFError:
