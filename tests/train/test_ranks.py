@@ -31,7 +31,7 @@ from roma_kernels.roma_loss.config import RomaConfig
 CLOSE = 1e-6
 SAME_LOGP = 5e-6  # nats, ten of eps32 · 4; the same rows were bitwise equal
 SCORED = "text_on_one"
-LIMIT = 240.0  # seconds, for all cases of an engine
+LIMIT = 300.0  # seconds, for all cases of an engine; DeepSpeed compiles for a minute, once
 
 FORMS = [(update, share) for update in ("joint", "lean", "two_pass") for share in (False, True)]
 SOME = [("joint", False), ("lean", True), ("two_pass", False)]
@@ -211,7 +211,7 @@ def _one_skips(rank: int, store: Path, data: Path, engine: str) -> None:
     _join_for_seconds(rank, store)
     own = Rank(rank, data, engine)
     if rank == 0:
-        with pytest.raises(RuntimeError, match="Timed out"):
+        with pytest.raises(RuntimeError, match=r"Timed out|Connection closed"):
             own.distance(Case("right_on_one", "lean", True))
     dist.destroy_process_group()
 
@@ -238,15 +238,12 @@ def test_two_ranks_are_one_process(ranks: Ranks, tmp_path: Path, data: Path, eng
 
 
 @pytest.mark.slow
-def test_a_rank_that_skips_its_call_is_a_failure(ranks: Ranks, tmp_path: Path, data: Path) -> None:
-    ranks.run(_one_skips, tmp_path / "store", data, "fsdp2")
-
-
-def test_without_stand_ins_ranks_do_not_agree(ranks: Ranks, tmp_path: Path, data: Path) -> None:
-    """Gloo ends the process, or says what it waits for; rank 1 alone may go through."""
-    found = "a rank ended without a word|Timed out|Connection closed|rank 1 went through"
+def test_ranks_that_do_not_agree_fail(ranks: Ranks, tmp_path: Path, data: Path) -> None:
+    """Without stand-ins gloo ends a process, or says for what it waited; rank 1 may go through."""
+    ranks.run(_one_skips, tmp_path / "one_skips", data, "fsdp2")
+    found = r"a rank ended without a word|Timed out|Connection closed|rank 1 went through"
     with pytest.raises(AssertionError, match=found):
-        ranks.run(_no_stand_ins, tmp_path / "store", data, "fsdp2")
+        ranks.run(_no_stand_ins, tmp_path / "no_stand_ins", data, "fsdp2")
 
 
 def test_ranks_have_a_time_limit() -> None:
