@@ -174,7 +174,5 @@ def test_a_transformers_that_drops_the_images_is_refused(monkeypatch: pytest.Mon
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
     monkeypatch.setattr(Qwen3VLModel, "forward", lambda self, input_ids=None, **rest: None)
-    with pytest.raises(
-        ValueError, match=r"transformers: expected 5.18 or newer, got .* silence"
-    ):
+    with pytest.raises(ValueError, match=r"transformers: expected 5.18 or newer, got .* silence"):
         Policy.load(small_model.folder() / "model")
