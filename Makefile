@@ -1,5 +1,5 @@
 # make setup | demo | test | check | bench | wheels | kernels. Each first installs what it needs into .venv, once; after
-# that wheels and kernels-all alone use a network. Another interpreter: make PYTHON=python3.12 setup.
+# that wheels, kernels-all and test-deepspeed alone use a network. Another interpreter: make PYTHON=python3.12 setup.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,12 +9,13 @@ PEERS := $(VENV)/.peers-done
 NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench gpu wheels kernels kernels-all
+.PHONY: help setup demo test test-deepspeed check bench gpu wheels kernels kernels-all
 
 help:
 	@echo "make setup   .venv with everything the tests and the demo need"
 	@echo "make demo    train GRPO and ROMA on real digits, evaluate on bad images: runs/demo"
 	@echo "make test    every test"
+	@echo "make test-deepspeed   the update under ZeRO-3, with DeepSpeed in a folder of its own"
 	@echo "make check   ruff, mypy, imports, links, README, doctests, every kernel compiled for every chip"
 	@echo "make bench   the loss against its peers, held to float64 first: bench/results, docs/BENCHMARKS.md"
 	@echo "make wheels  the peers' wheels for a machine with a GPU and without a network: .wheels"
@@ -37,11 +38,18 @@ demo: $(STAMP)
 	@$(BIN)/python -m experiments.digits --out runs/demo
 
 # Two test processes on two cores: more threads in each would only wait for one another.
-test check: export OMP_NUM_THREADS ?= 1
+test test-deepspeed check: export OMP_NUM_THREADS ?= 1
 
 test: $(STAMP)
 	@echo "test: every test, two at a time"
 	@$(BIN)/pytest -q -n 2 --dist worksteal
+
+# Not in .venv's own packages: transformers and accelerate import it wherever they find it.
+test-deepspeed: $(STAMP)
+	@test -d $(VENV)/deepspeed || $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation \
+		--constraint constraints.txt --target $(VENV)/deepspeed deepspeed einops hjson msgpack py-cpuinfo
+	@PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=$(VENV)/deepspeed \
+		$(BIN)/pytest -q -n 0 tests/train/test_ranks.py
 
 check: $(STAMP)
 	@echo "check: ruff"

@@ -1,8 +1,6 @@
 """The update: distinct rows, micro-batches and ranks change nothing but the cost."""
 
 from dataclasses import replace
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -256,38 +254,3 @@ def test_scores_are_those_of_the_loss(policy: Policy) -> None:
     expected = entropy.where(batch.mask, 0.0)
     torch.testing.assert_close(scored.entropy, expected, rtol=0, atol=5e-6)
     assert policy_loss.score(batch).entropy is None
-
-
-def _rank(rank: int, store: str, path: str) -> None:
-    """One of two ranks: its half of the rollout batch, wrapped; compares with the whole."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(minutes=2),
-    )
-    policy = Policy.load(path)
-    whole = batch_of(policy)
-    config = RomaConfig()
-    expected = gradients(policy, config, [whole])
-    rows = whole.group % 3 == 0 if rank == 0 else whole.group % 3 != 0  # 4 rollouts and 8
-    mine = {
-        name: getattr(whole, name)[rows]
-        for name in ("group", "tokens", "mask", "advantages", "correct", "aux_view", "old_logp")
-    }
-    wrapped = torch.nn.parallel.DistributedDataParallel(PolicyLoss(policy, config))
-    policy.zero_grad()
-    out = wrapped(replace(whole, **mine), TOTALS)  # of both ranks
-    (2 * out.loss).backward()  # DDP averages
-    found = {name: weight.grad for name, weight in policy.named_parameters()}
-    assert_equal_gradients(found, expected)
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_ranks_add_up_to_one_process(tmp_path: Path) -> None:
-    """Data parallel: the loss runs inside the wrapped module, so every gradient is synchronised."""
-    path = str(small_model.folder() / "model")
-    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"), path), nprocs=2)
