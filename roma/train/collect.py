@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -102,6 +102,9 @@ class Collector:
         group = group.repeat_interleave(config.worker.rollout.n)
         rewards = self.reward(examples, group, rollouts)
         advantages = self._advantages(prompts, rollouts, group, rewards)
+        if not self.policy.vision_is_frozen:
+            # Megabytes an image, through the whole update, and soon those of older weights.
+            rollouts = replace(rollouts, features=None)
         found = Experience(examples, prompts, rollouts, group, rewards, advantages, views)
         return found, _metrics(found)
 
