@@ -87,6 +87,13 @@ class Policy(nn.Module):
         return cls(model.to(device), processor)
 
     @property
+    def is_checkpointed(self) -> bool:
+        """Whether layers are run again in the backward pass."""
+        name = "is_activation_checkpointing"  # before transformers 5.23: gradient
+        older = not hasattr(type(self.model), name)
+        return bool(getattr(self.model, "is_gradient_checkpointing" if older else name))
+
+    @property
     def vision_is_frozen(self) -> bool:
         """Whether no weight of the vision tower is trained."""
         return not any(weight.requires_grad for weight in self.model.model.visual.parameters())

@@ -148,7 +148,8 @@ class Collector:
             batch = UpdateBatch.to_score(prompts, rollouts, group)
             with self.policy.autocast(self.config.trainer.dtype):
                 limit = self.config.worker.actor.micro_batch_tokens
-                scores = self.policy_loss.score(batch, entropy="entropy" in needs, limit=limit)
+                asked = {name: name in needs for name in ("hidden", "entropy")}
+                scores = self.policy_loss.score(batch, limit=limit, **asked)
             scored = {name: getattr(scores, name) for name in needs}
         return self.estimator(AdvantageInputs(rewards["overall"], group, rollouts.mask, **scored))
 

@@ -120,12 +120,14 @@ class ActorConfig:
     mini_batch_size: PositiveInt = 512
     """Prompts per optimizer step, a divisor of `data.rollout_batch_size`, which is the default."""
     micro_batch_tokens: PositiveInt = 16384
-    """Most tokens of the text model per forward and backward, on clean images and views together; a
-    prompt with all its rollouts stays whole. Affects memory; the loss does not depend on it."""
+    """Most tokens of the text model per forward and backward, on clean images and views together. A
+    prompt with all its rollouts stays whole, however large. Affects memory; the loss does not
+    depend on it (but for roma.worst_over=batch, a maximum over a micro-batch)."""
     update: Literal["auto", "joint", "lean", "two_pass"] = "auto"
     """Form of the update, all with equal gradients. "joint": every rollout on every view. "lean":
-    only the pairs that can matter. "two_pass": lean, and views are scored first, without a graph.
-    "auto": lean or two_pass, by their predicted cost."""
+    only the pairs that can matter. "two_pass": lean, but views are scored first, without a graph,
+    and of a right rollout's views the worst alone is run again with one. "auto": lean or two_pass,
+    by their predicted cost."""
     share_prompt: bool = True
     """Run a prompt once for all its rollouts; false: a row per rollout."""
     ppo_epochs: PositiveInt = 1
@@ -331,6 +333,10 @@ def _check_together(config: Config) -> None:
     if reward.function != "builtin" and alone != RewardConfig():
         remedy = "format_weight and strict_end are options of the builtin; remove them"
         fail("worker.reward.function", "builtin beside its options", reward.function, remedy)
+    for key, only in {"ref_coef": 0.0, "aux_old": "clean"}.items():
+        if (value := getattr(roma, key)) != only:
+            remedy = "roma.roma_loss takes the log-probs that it needs; the trainer has none yet"
+            fail(f"algorithm.roma.{key}", str(only), str(value), remedy)
     if config.worker.actor.update == "two_pass" and roma.worst_over not in ("sequence", "batch"):
         expected = "sequence or batch with worker.actor.update=two_pass"
         remedy = "every view of a token needs a gradient; take update=lean"

@@ -5,6 +5,7 @@
     view k    right rollouts, if λ_inv > 0; rollouts with a gain that drew k, if λ_aux > 0
 
 No other pair has a gradient, takes part in a maximum or changes a metric (docs/MATH.md section 6).
+Without a penalty (λ_inv = 0) its metrics are not logged: the right rollouts have no views then.
 """
 
 from dataclasses import dataclass, replace
@@ -100,6 +101,7 @@ def two_passes_pay(
     *,
     share_prompt: bool,
     vision_trained: bool,
+    checkpointed: bool,
 ) -> bool:
     """Whether two passes are predicted to cost less than one, for this very batch."""
     prompts, count = batch.prompts, len(batch.prompts.images)
@@ -130,5 +132,6 @@ def two_passes_pay(
         share_prompt=share_prompt,
         auxiliary=bool(plan.auxiliary.any()),
         vision_trained=vision_trained,
+        checkpointed=checkpointed,
     )
     return form == "two_pass"

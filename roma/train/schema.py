@@ -146,6 +146,12 @@ def check_keys(section: type, tree: Any, key: str = "", *, root: type | None = N
             check_keys(hints[name], value, prefix + name, root=root or section)
 
 
+RENAMED = {
+    "worker.actor.micro_batch_size": "it is worker.actor.micro_batch_tokens now, in tokens",
+}
+"""Keys of older versions, whose nearest neighbour today is another thing."""
+
+
 def _unknown(name: str, siblings: list[str], section: str, everywhere: list[str]) -> NoReturn:
     prefix = f"{section}." if section else ""
     near = [prefix + other for other in difflib.get_close_matches(name, siblings, n=1)]
@@ -153,6 +159,9 @@ def _unknown(name: str, siblings: list[str], section: str, everywhere: list[str]
     others = [full for full in everywhere if full != section]
     near = near or difflib.get_close_matches(prefix + name, others, n=1)
     where = section or "the configuration"
+    if prefix + name in RENAMED:
+        remedy = RENAMED[prefix + name]
+        fail(prefix + name, f"a key of {where}", "one of an older version", remedy)
     remedy = f"did you mean {near[0]}?" if near else f"it has {', '.join(siblings)}"
     fail(prefix + name, f"a key of {where}", "an unknown one", remedy)
 

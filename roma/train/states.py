@@ -22,6 +22,7 @@ from roma.models.prompts import ImageFeatures
 from roma.models.qwen_vl import Policy
 from roma.train.batch import UpdateBatch
 from roma.train.plan import Flags
+from roma_kernels.errors import fail
 
 
 class States:
@@ -36,6 +37,9 @@ class States:
     def __init__(self, policy: Policy, batch: UpdateBatch, *, share: bool) -> None:
         """Nothing is run yet."""
         self.policy, self.batch, self.share = policy, batch, share
+        if bool((batch.mask[:, 1:] & ~batch.mask[:, :-1]).any()):
+            remedy = "tokens in between that do not count are not supported here"
+            fail("mask", "each row True up to the rollout's end", "a row with a hole", remedy)
         prompt, self._tokens, self._mask, inverse = distinct_rows(
             batch.group, batch.tokens, batch.mask
         )
@@ -122,20 +126,21 @@ class States:
 
     def _run_rows(self, run: Flags) -> None:
         policy, batch = self.policy, self.batch
-        used = np.flatnonzero(run.any(1)).tolist()
-        groups = [Group(v, p, ()) for v in used for p in range(len(batch.prompts.images))]
-        features = self._features(groups)
-        images = len(batch.prompts.grids)
-        for number, variant in enumerate(used):
+        groups = self.groups(run)
+        features, first_image = self._features(groups), 0
+        for variant in np.flatnonzero(run.any(1)).tolist():
+            own = [group.prompt for group in groups if group.variant == variant]
+            images = sum(len(batch.prompts.images_of(prompt)) for prompt in own)
             members = np.flatnonzero(run[variant])
-            own = torch.from_numpy(members).to(batch.group.device)
+            rows = torch.from_numpy(members).to(batch.group.device)
             states = policy.completion_hidden(
-                batch.prompts,
-                features.part(number * images, images),
-                torch.from_numpy(self._prompt[members]).to(batch.group.device),
-                self._tokens[own],
-                self._mask[own],
+                batch.prompts.select(own),
+                features.part(first_image, images),
+                torch.from_numpy(np.searchsorted(own, self._prompt[members])).to(rows.device),
+                self._tokens[rows],
+                self._mask[rows],
             )
+            first_image += images
             first = np.arange(len(members)) * states.shape[1]
             variants = np.full(len(members), variant)
             self._keep(variants, members, states.flatten(0, 1), first, first + 1)
@@ -160,8 +165,10 @@ class States:
         where = ranges(self._starts[variants, own] - 1, lengths)
         some = lengths > 0
         where[(np.cumsum(lengths) - lengths)[some]] = self._before[variants, own][some]
-        if len(self._calls) != 1:  # none: no rollout has a token
-            self._calls = [torch.cat([self.policy.head_weight[:0], *self._calls])]
+        if not self._calls:  # no rollout has a token
+            return self.policy.head_weight.new_zeros(0, self.policy.head_weight.shape[1])
+        if len(self._calls) > 1:
+            self._calls = [torch.cat(self._calls)]
         states = self._calls[0]
         return states.index_select(0, torch.from_numpy(where).to(states.device))
 

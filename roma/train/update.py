@@ -36,11 +36,13 @@ from roma.train.plan import (
 )
 from roma.train.states import States, ranks
 
+PENALTY_METRICS = ("roma_penalty_worst", "roma_penalty_mean")
+
 
 class Scores(NamedTuple):
     """Rollouts under the policy on their prompts' images, without a graph."""
 
-    hidden: Tensor  # [B, T, D], 0 on masked positions
+    hidden: Tensor | None  # [B, T, D], 0 on masked positions
     logp: Tensor  # [B, T] nats, 0 on masked positions
     entropy: Tensor | None  # [B, T] nats, 0 on masked positions
 
@@ -49,9 +51,9 @@ class Update(NamedTuple):
     """The loss of a micro-batch, and what is logged of it."""
 
     loss: Tensor  # 0-dim, differentiable
-    metrics: dict[str, Tensor]  # those of `roma_loss`
+    metrics: dict[str, Tensor]  # those of `roma_loss`; of the penalty only if λ_inv > 0
     logp: Tensor  # [B, T] nats, clean images, detached; 0 where masked or not run
-    divergence: Tensor  # [K, B] nats, of right rollouts; NaN for all others
+    divergence: Tensor  # [K, B] nats, of right rollouts if λ_inv > 0; NaN for all others
     scored: int  # tokens of the rollouts that were run
 
 
@@ -144,6 +146,8 @@ class PolicyLoss(nn.Module):
         return States(self.policy, batch, share=self.share_prompt)
 
     def _two_passes(self, batch: UpdateBatch, plan: Plan) -> bool:
+        if not self.config.penalises:  # no view is the worst
+            return False
         if self.update != "auto" or not passes_can_be_two(self.config):
             return self.update == "two_pass"
         if ranks() > 1:  # which must agree, and have different batches
@@ -154,6 +158,7 @@ class PolicyLoss(nn.Module):
             *self._shapes,
             share_prompt=self.share_prompt,
             vision_trained=not self.policy.vision_is_frozen,
+            checkpointed=self.policy.is_checkpointed,
         )
 
     @torch.no_grad()
@@ -165,6 +170,7 @@ class PolicyLoss(nn.Module):
         weight = self.policy.head_weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         divergence = weight.new_full((views, count), torch.nan, dtype=dtype)
+        divergence[:, torch.from_numpy(plan.penalised)] = 0  # of a rollout without a token
         if views:
             states.run(first)
         if not len(rollouts):
@@ -235,7 +241,7 @@ class PolicyLoss(nn.Module):
             total_correct=totals.correct,
             config=self.config if len(plan.views) else self._clean,
         )
-        metrics, penalised = dict(out.metrics), plan.penalised
+        metrics, penalised = self._logged(out.metrics), plan.penalised
         if divergence is None:
             divergence = out.logp.new_full(plan.views.shape, torch.nan)
             found = self._divergence(torch.cat([out.logp[None], out.view_logp]), lengths)
@@ -268,9 +274,15 @@ class PolicyLoss(nn.Module):
             config=self.config if view_hidden else self._clean,
         )
         found = view_divergence(out.logp, out.view_logp, batch.mask, config=self.config)
-        divergence = found.masked_fill(~batch.correct, torch.nan)
+        counted = batch.correct & self.config.penalises
+        divergence = found.masked_fill(~counted, torch.nan)
         scored = int(batch.mask.sum())
-        return Update(out.loss, out.metrics, out.logp.detach(), divergence, scored)
+        return Update(out.loss, self._logged(out.metrics), out.logp.detach(), divergence, scored)
+
+    def _logged(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those that mean the same in every form: without a penalty, none of it."""
+        penalty = () if self.config.penalises else PENALTY_METRICS
+        return {name: value for name, value in metrics.items() if name not in penalty}
 
     def _padded(self, batch: UpdateBatch) -> list[Tensor]:
         """Hidden states [B, T, D] on the clean images, then on each view."""
@@ -286,23 +298,37 @@ class PolicyLoss(nn.Module):
 
     @torch.no_grad()
     def score(
-        self, batch: UpdateBatch, *, entropy: bool = False, limit: int | None = None
+        self,
+        batch: UpdateBatch,
+        *,
+        hidden: bool = False,
+        entropy: bool = False,
+        limit: int | None = None,
     ) -> Scores:
-        """Hidden states and log-probs of a batch on its clean images, and entropies if asked.
+        """Log-probs of a batch on its clean images, and hidden states or entropies if asked.
 
         Args:
             batch: any.
+            hidden: whether to keep the hidden states, T·D numbers a rollout.
             entropy: whether to return entropies.
             limit: tokens that a call of the model takes at most; None: all at once.
         """
-        parts = [self._score(part, entropy) for part in self._scored(batch.without_views(), limit)]
-        hidden, logp, found = zip(*parts, strict=True)
-        return Scores(torch.cat(hidden), torch.cat(logp), torch.cat(found) if entropy else None)
+        found = [
+            self._score(part, hidden=hidden, entropy=entropy)
+            for part in self._scored(batch.without_views(), limit)
+        ]
+        states = [part.hidden for part in found if part.hidden is not None]
+        entropies = [part.entropy for part in found if part.entropy is not None]
+        return Scores(
+            hidden=torch.cat(states) if hidden else None,
+            logp=torch.cat([part.logp for part in found]),
+            entropy=torch.cat(entropies) if entropy else None,
+        )
 
-    def _score(self, batch: UpdateBatch, entropy: bool) -> Scores:
-        (hidden,) = self._padded(batch)
+    def _score(self, batch: UpdateBatch, *, hidden: bool, entropy: bool) -> Scores:
+        (states,) = self._padded(batch)
         found = linear_logprob(
-            hidden[batch.mask],
+            states[batch.mask],
             self.policy.head_weight,
             batch.tokens[batch.mask],
             temperature=self.config.temperature,
@@ -310,7 +336,7 @@ class PolicyLoss(nn.Module):
             entropy=entropy,
         )
         h = None if found.entropy is None else _unpack(found.entropy, batch.mask)
-        return Scores(hidden, _unpack(found.logp, batch.mask), h)
+        return Scores(states if hidden else None, _unpack(found.logp, batch.mask), h)
 
     @torch.no_grad()
     def divergence(self, batch: UpdateBatch, *, limit: int | None = None) -> Tensor:

@@ -36,7 +36,9 @@ def test_an_estimator_gets_what_it_asks_for(trainer: Trainer) -> None:
     trainer.collector.estimator = Estimator(by_entropy, needs)
     experience, metrics = trainer.collector.collect(trainer.draw(), 1)
     (given,) = seen
-    whole = trainer.policy_loss.score(experience.batch(experience.views.result()), entropy=True)
+    whole = trainer.policy_loss.score(
+        experience.batch(experience.views.result()), hidden=True, entropy=True
+    )
     close = {"rtol": 0, "atol": 5e-6}
     torch.testing.assert_close(given.logp, whole.logp, **close)
     torch.testing.assert_close(given.entropy, whole.entropy, **close)

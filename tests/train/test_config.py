@@ -112,6 +112,10 @@ SLIPS = {
     "algorithm.roma.temperature=2": "expected worker.rollout.temperature = 1, got 2; leave it out",
     "worker.actor.mini_batch_size=100": "expected a divisor of data.rollout_batch_size = 512, got 100",
     "algorithm.views.candidates=1": "expected at least algorithm.views.k = 2, got 1; draw",
+    "algorithm.roma.ref_coef=0.1": "algorithm.roma.ref_coef: expected 0.0, got 0.1; roma.roma_loss",
+    "algorithm.roma.aux_old=view": "algorithm.roma.aux_old: expected clean, got view; roma.roma_loss",
+    "worker.actor.micro_batch_size=8": "it is worker.actor.micro_batch_tokens now, in tokens",
+    "worker.actor.update=single": "worker.actor.update: expected one of auto, joint, lean, two_pass",
     "trainer.val_freq=5": "trainer.val_freq: expected 0 without data.val_files, got 5",
     "total_steps": "override 'total_steps': expected SECTION.KEY=VALUE",
     "data.limit={": "override 'data.limit={': expected YAML",
@@ -124,6 +128,12 @@ def test_a_slip_names_the_key_and_the_remedy(override: str) -> None:
     with pytest.raises(ValueError) as caught:
         load(override)
     assert SLIPS[override] in str(caught.value)
+
+
+def test_two_passes_need_a_worst_view_of_a_sequence() -> None:
+    load("worker.actor.update=two_pass", "algorithm.roma.worst_over=batch")
+    with pytest.raises(ValueError, match=r"algorithm.roma.worst_over: expected sequence or batch"):
+        load("worker.actor.update=two_pass", "algorithm.roma.worst_over=token")
 
 
 def test_a_mini_batch_left_out_is_the_whole_batch() -> None:

@@ -246,3 +246,38 @@ def test_forms_that_do_not_exist(policy: Policy) -> None:
         PolicyLoss(policy, RomaConfig(), update="single")
     with pytest.raises(ValueError, match="worst_over: expected 'sequence' or 'batch', because"):
         PolicyLoss(policy, RomaConfig(worst_over="token"), update="two_pass")
+
+
+def test_without_a_penalty_it_is_not_logged(policy64: Policy) -> None:
+    """Its views are not run then, but for the auxiliary loss."""
+    batch, config = batch_of(policy64, 2, "mixed"), RomaConfig(lambda_inv=0.0)
+    with exact_norms():
+        expected, gradients = joint(policy64, config, batch)
+        assert "roma_aux_loss" in expected.metrics and expected.divergence.isnan().all()
+        for name, form in FORMS.items():
+            out, found = run(policy64, config, batch, **form)
+            assert apart(found, gradients) <= EXACT, name
+            assert out.metrics.keys() == expected.metrics.keys()
+            assert "roma_penalty_mean" not in out.metrics
+            assert out.divergence.isnan().all()
+
+
+def test_rollouts_without_a_token(policy64: Policy) -> None:
+    batch = batch_of(policy64, 2, "mixed")
+    mask = batch.mask & (torch.arange(12) % 4 != 0)[:, None]  # three, two of them right
+    with exact_norms():
+        expected, gradients = joint(policy64, RomaConfig(), replace(batch, mask=mask))
+        for name, form in FORMS.items():
+            out, found = run(policy64, RomaConfig(), replace(batch, mask=mask), **form)
+            assert apart(found, gradients) <= EXACT, name
+            torch.testing.assert_close(
+                out.divergence, expected.divergence, rtol=0, atol=1e-12, equal_nan=True
+            )
+
+
+def test_a_mask_with_a_hole_is_refused(policy: Policy) -> None:
+    batch = batch_of(policy, 2, "mixed")
+    mask = batch.mask.clone()
+    mask[0, 1] = False
+    with pytest.raises(ValueError, match=r"mask: expected each row True up to .* end, got a row"):
+        run(policy, RomaConfig(), replace(batch, mask=mask), update="lean")

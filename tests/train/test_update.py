@@ -247,10 +247,13 @@ def test_scores_are_those_of_the_loss(policy: Policy) -> None:
     batch, policy_loss = batch_of(policy), PolicyLoss(policy, RomaConfig(temperature=0.7))
     with torch.no_grad():
         out = policy_loss(batch, TOTALS)
-        scored = policy_loss.score(batch, entropy=True)
+        scored = policy_loss.score(batch, hidden=True, entropy=True)
         logits = scored.hidden @ policy.head_weight.T / 0.7
     torch.testing.assert_close(scored.logp, out.logp, rtol=0, atol=5e-6)
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     expected = entropy.where(batch.mask, 0.0)
     torch.testing.assert_close(scored.entropy, expected, rtol=0, atol=5e-6)
-    assert policy_loss.score(batch).entropy is None
+    plain = policy_loss.score(batch)
+    assert plain.entropy is None and plain.hidden is None
+    by_parts = policy_loss.score(batch, limit=60)
+    torch.testing.assert_close(by_parts.logp, scored.logp, rtol=0, atol=5e-6)

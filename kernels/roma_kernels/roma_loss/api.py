@@ -88,9 +88,9 @@ def roma_loss(
         view k: the rollouts with aux_view = k whose advantage is not 0, if λ_aux > 0,
 
     and say by view_rows where each pair (view, rollout) stands in view_hidden. Loss, gradients and
-    metrics are those of all K·B pairs. A pair that was not run costs nothing here either. It counts
-    as equal to the clean image: divergence 0, no gradient, and in view_logp the clean log-probs,
-    detached.
+    metrics are those of all K·B pairs (with λ_inv = 0 but for roma_penalty_*, which then see the
+    auxiliary views alone). A pair that was not run costs nothing here either. It counts as equal to
+    the clean image: divergence 0, no gradient, and in view_logp the clean log-probs, detached.
 
     Two passes. So the maximum is exact over the views that are there. If a first pass without a
     graph has found the worst view, of each right rollout ("sequence") or of the call ("batch"), it

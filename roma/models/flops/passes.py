@@ -46,9 +46,9 @@ def packed(groups: Iterable[Group]) -> Packed:
     """
     tokens = pairs = 0.0
     for prompt, completions in groups:
-        tokens += prompt + sum(completions) - len(completions)
+        tokens += prompt + sum(max(t - 1, 0) for t in completions)
         pairs += prompt * (prompt + 1) / 2
-        pairs += sum((t - 1) * (prompt + t / 2) for t in completions)
+        pairs += sum(max(t - 1, 0) * (prompt + t / 2) for t in completions)
     return Packed(tokens, pairs)
 
 

@@ -183,8 +183,9 @@ def update(
             done[0] += (runs.clean + runs.views) * own.tokens
             done[1] += (runs.clean + runs.views) * own.pairs
             for t, times in zip(prompt.completions, runs.rollouts, strict=True):
-                done[0] += times * (t - 1)
-                done[1] += times * (t - 1) * (prompt.tokens + t / 2)
+                later = max(t - 1, 0)  # the first one is predicted by the prompt's last state
+                done[0] += times * later
+                done[1] += times * later * (prompt.tokens + t / 2)
         for number, t in enumerate(prompt.completions):
             rows += t * (both[0].rollouts[number] + both[1].rollouts[number])
             active += t * on[number]
