@@ -26,8 +26,9 @@ def measured(rows: list[Row], path: Path) -> str:
     first = headline[0]
     parts = [_by_views(headline), _in_full(headline), _changed(timed), _packed(timed)]
     version = next((r["version"] for r in timed if r["provider"] == "trl"), "not here")
+    commits = ", ".join(dict.fromkeys(r["commit"] for r in timed))
     source = (
-        f"{first['machine']}; torch {first['torch']}; TRL {version}; commit {first['commit']}; "
+        f"{first['machine']}; torch {first['torch']}; TRL {version}; commit {commits}; "
         f"source: [{path.name}](../bench/results/{path.name})."
     )
     absent = {r["provider"]: r["reason"] for r in rows if r.get("reason")}
