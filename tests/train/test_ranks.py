@@ -227,7 +227,8 @@ def _no_stand_ins(rank: int, store: Path, data: Path, engine: str) -> None:
 
 
 NO_DEEPSPEED = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: make test-deepspeed"
+    importlib.util.find_spec("deepspeed") is None,
+    reason="deepspeed is not installed: make test-deepspeed",
 )
 
 
