@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from support import without_values
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses import FakeTensorMode
 
 import roma
 from roma import RomaConfig
@@ -121,25 +121,11 @@ def test_the_reference_breaks_the_graph() -> None:
     assert torch.equal(compiled(**case), want)
 
 
-@pytest.mark.parametrize("device", ["meta", "fake"])
+@pytest.mark.parametrize("device", without_values.DEVICES)
 def test_shapes_without_values(device: str) -> None:
     """Meta tensors and FakeTensorMode: for memory planners and exporters."""
     case = LossSpec(k=2, bias=True).make()
-
-    def shapes(**tensors: Any) -> Any:
-        out = compare_whole.call(tensors, "auto")
-        return [x.shape for x in (out.loss, out.logp, out.view_logp, out.worst_view)]
-
-    want = shapes(**case)
-    if device == "meta":
-        there = {n: x.to("meta") if isinstance(x, Tensor) else x for n, x in case.items()}
-        assert shapes(**there) == want
-    else:
-        with FakeTensorMode() as mode:
-            there = {
-                n: mode.from_tensor(x) if isinstance(x, Tensor) else x for n, x in case.items()
-            }
-            assert shapes(**there) == want
+    assert without_values.shapes(case, device) == without_values.shapes(case)
 
 
 def test_bad_values_stop_a_compiled_loss(kernel: str) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support import without_values
 from support.pairs import laid_out, needed
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 
 from roma import RomaConfig
 from roma.testing import compare_whole, count_products, tolerance
@@ -72,26 +72,12 @@ def test_one_node_an_operator(worst_over: str, kernel: str) -> None:
     assert ours == ["roma.linear_logprob.default", "roma.combine.default"]
 
 
-@pytest.mark.parametrize("device", ["meta", "fake"])
+@pytest.mark.parametrize("device", without_values.DEVICES)
 @pytest.mark.parametrize("packed", [False, True])
 def test_shapes_without_values(packed: bool, device: str) -> None:
     """No shape depends on a value, so that on a GPU nothing waits for one."""
     case = pair_case(packed=packed)
-
-    def shapes(**tensors: Any) -> Any:
-        out = compare_whole.call(tensors, "auto")
-        return [x.shape for x in (out.loss, out.logp, out.view_logp, out.worst_view)]
-
-    want = shapes(**case)
-    if device == "meta":
-        there = {n: x.to("meta") if isinstance(x, Tensor) else x for n, x in case.items()}
-        assert shapes(**there) == want
-    else:
-        with FakeTensorMode() as mode:
-            there = {
-                n: mode.from_tensor(x) if isinstance(x, Tensor) else x for n, x in case.items()
-            }
-            assert shapes(**there) == want
+    assert without_values.shapes(case, device) == without_values.shapes(case)
 
 
 def test_a_missing_pair_stops_a_compiled_loss(kernel: str) -> None:

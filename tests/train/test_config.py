@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from roma.train.config import Config, changed_options, dump, from_dict, load_config, to_dict
-from roma.train.schema import explain
+from roma.train.schema import explain, keys
 from roma_kernels.roma_loss.config import RomaConfig
 
 REQUIRED = ["data.train_files=train.parquet", "worker.actor.model_path=model"]
@@ -242,3 +242,10 @@ def test_meanings_stand_in_the_docstring_or_below_the_field() -> None:
         "third": "After a blank line.",
         "fourth": "Below the field, on two lines.",
     }
+
+
+def test_config_type_is_the_trainers() -> None:
+    """What `--list-keys` explains is what `load_config` builds."""
+    leaves = {entry.key for entry in explain(Config)}
+    assert leaves <= set(keys(Config))
+    assert all(entry.meaning for entry in explain(Config))
