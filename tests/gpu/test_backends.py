@@ -101,6 +101,7 @@ def test_a_loss_of_many_tiles(plan: str, device: str) -> None:
     size = (
         {"b": 8, "t": 40, "v": 4003, "d": 256} if device == "cuda" else {"b": 3, "t": 9, "v": 643}
     )
-    spec = LossSpec(k=4, dtype=torch.bfloat16, bias=True, **size)
+    # Seed 3: no log-ratio lies as near to a kink as any matrix unit's rounding.
+    spec = LossSpec(k=4, dtype=torch.bfloat16, bias=True, seed=3, **size)
     there: Any = card.there("roma_loss", device)
     compare_whole.check_against_oracle(spec, there, unit=matrix_unit(device))

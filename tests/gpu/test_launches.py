@@ -221,7 +221,8 @@ def test_plans_change_what_is_launched(plan: str) -> None:
     named = {
         f"{name} {i}": kernel for name, pair in kernels.items() for i, kernel in enumerate(pair)
     }
-    spec = LossSpec(b=8, t=10, k=1, d=64, v=512, dtype=torch.bfloat16)
+    # Two views and the worst sequence: one view has its logits from the vendor's product, always.
+    spec = LossSpec(b=8, t=10, k=2, d=64, v=512, dtype=torch.bfloat16)
     with card.launched(**named) as seen:
         card.run(card.moved(spec.make(), "cuda"))
     assert seen == {f"{plan} 0", f"{plan} 1"}
