@@ -32,8 +32,9 @@ from roma.rollout.hf import HfSampler
 from roma.train import checkpoint
 from roma.train.batch import UpdateBatch
 from roma.train.collect import Collector, Experience
-from roma.train.config import Config, RewardConfig, changed_options, dump, to_dict
+from roma.train.config import Config, changed_options, dump, to_dict
 from roma.train.metrics import JsonLines, Stopwatch, open_log, peak_memory
+from roma.train.sections import RewardConfig
 from roma.train.update import PolicyLoss
 from roma.train.views import ViewMaker, Views, by_corruption, hardest
 from roma.views import ViewSpec, seed_for

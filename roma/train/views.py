@@ -18,7 +18,7 @@ from roma.data import Example
 from roma.models.processor import Image
 from roma.models.prompts import PromptBatch
 from roma.models.qwen_vl import Policy
-from roma.train.config import AlgorithmConfig
+from roma.train.sections import AlgorithmConfig
 from roma.views import (
     CORRUPTIONS,
     Corruption,
