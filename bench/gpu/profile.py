@@ -15,8 +15,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -70,6 +71,7 @@ STALLS = (
 """Why warps wait; the first form that there is."""
 _UNITS = {"nsecond": 1e-6, "ns": 1e-6, "usecond": 1e-3, "us": 1e-3, "msecond": 1.0, "ms": 1.0,
           "second": 1e3, "s": 1e3, "Kbyte": 1e-3, "byte": 1e-6, "Mbyte": 1.0, "Gbyte": 1e3,
+          "byte/block": 1e-3, "Kbyte/block": 1.0, "byte/s": 1e-9, "byte/second": 1e-9,
           "Ghz": 1.0, "Mhz": 1e-3, "hz": 1e-9, "Gbyte/s": 1.0, "Mbyte/s": 1e-3, "Tbyte/s": 1e3,
           "Gbyte/second": 1.0, "Mbyte/second": 1e-3, "Tbyte/second": 1e3}  # fmt: skip
 
@@ -99,13 +101,24 @@ def kernels(device: str) -> None:
         call()
         if device == "cuda":
             torch.cuda.synchronize()
-    name = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    events = [(e.key, e.count, getattr(e, name) / 1e3) for e in profile.key_averages()]
-    events = [event for event in events if event[2] > 0]
+    events = timed_once(profile.key_averages(), device)
     total = sum(ms for *_, ms in events)
     for key, count, ms in sorted(events, key=lambda event: -event[2])[:25]:
         tell(f"time: {key[:120]}", calls=count, ms=ms, percent=100 * ms / total)
     tell("time: all", calls=sum(count for _, count, _ in events), ms=total, percent=100.0)
+
+
+def timed_once(averages: Iterable[Any], device: str) -> list[tuple[str, int, float]]:
+    """Name, calls and ms of what took time on a device, each piece of work once.
+
+    On a GPU the profiler gives a kernel's time to the kernel and to the operator that launched it:
+    only the device's own events count there.
+    """
+    kind, name = torch.autograd.DeviceType.CPU, "self_cpu_time_total"
+    if device == "cuda":
+        kind, name = torch.autograd.DeviceType.CUDA, "self_device_time_total"
+    events = [(e.key, e.count, getattr(e, name) / 1e3) for e in averages if e.device_type == kind]
+    return [event for event in events if event[2] > 0]
 
 
 def profiled(plan: str) -> None:

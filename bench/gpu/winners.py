@@ -78,9 +78,10 @@ def _source(journal: Journal) -> str:
     """Chip, driver, date and commit."""
     machine = journal.rows("facts").get("machine", {})
     calls = [line for line in journal.lines if line["kind"] == "call"]
-    day = str(calls[-1].get("time", "?"))[:10] if calls else "?"
-    words = (machine.get("name", "?"), f"driver {machine.get('driver', '?')}", day,
-             f"commit {machine.get('commit', '?')}")  # fmt: skip
+    last = calls[-1] if calls else {}  # the facts may be those of an earlier commit
+    words = (machine.get("name", "?"), f"driver {machine.get('driver', '?')}",
+             str(last.get("time", "?"))[:10],
+             f"commit {last.get('commit') or machine.get('commit', '?')}")  # fmt: skip
     return ", ".join(words)
 
 

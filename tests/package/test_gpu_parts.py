@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -304,6 +305,29 @@ def test_counters_are_read() -> None:
         "stalled on wait", "stalled on long_scoreboard"
     ]  # fmt: skip
     assert "time ms" not in found["_dlogits_kernel #1"]
+
+
+def test_counters_have_the_units_of_their_names() -> None:
+    """As Nsight Compute gave them on an H200: bytes a second, and bytes a block."""
+    text = (
+        '"ID","Kernel Name","dram__bytes.sum.per_second","launch__shared_mem_per_block"\n'
+        '"","","byte/s","byte/block"\n"0","_dlogits_kernel","835875294931.89","197880"\n'
+    )
+    first = dict(profile.counted(text))["_dlogits_kernel #1"]
+    assert first == {"DRAM GB/s": pytest.approx(835.875, abs=1e-3), "shared KB": 197.88}
+
+
+def test_a_kernel_is_timed_once() -> None:
+    """The profiler gives its time to the operator that launched it, too."""
+    kinds = torch.autograd.DeviceType
+    averages = [
+        SimpleNamespace(key=key, count=2, device_type=kind, self_device_time_total=3000.0 * there,
+                        self_cpu_time_total=500.0)
+        for key, kind, there in (("aten::mm", kinds.CPU, 1), ("nvjet", kinds.CUDA, 1),
+                                 ("aten::view", kinds.CPU, 0))
+    ]  # fmt: skip
+    assert profile.timed_once(averages, "cuda") == [("nvjet", 2, 3.0)]
+    assert [key for key, *_ in profile.timed_once(averages, "cpu")] == ["aten::mm", "aten::view"]
 
 
 @pytest.mark.parametrize("text", ["", "==ERROR== no metric\n", '"a","b"\n"1","2"\n', "rubbish\0"])
