@@ -33,11 +33,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     only = set(options.only.split(",")) if options.only else None
     known = steps.names()
-    if only and not only <= set(known):
+    if only and not {name.partition(":")[0] for name in only} <= set(known):
         parser.error(f"--only: expected some of {', '.join(known)}, got {options.only}")
     try:
         machine = steps.probe(options.device)
-        chosen = list(budget.chosen(steps.steps(machine, options.out), only))
+        every = steps.steps(machine, options.out)
+        there = {f"{step.name}:{part.name}" for step in every for part in step.parts}
+        if only and not only <= there | set(known):
+            parser.error(f"--only: expected parts of {sorted(there)}, got {options.only}")
+        chosen = list(budget.chosen(every, only))
         if options.list or options.plan:
             print("\n".join(_list(chosen) if options.list else _plan(chosen, options)))
             return 0
@@ -77,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         help="go on from --out, or from a file gpu-results.tar.gz",
     )  # fmt: skip
     parser.add_argument("--retry", action="store_true", help="--resume: what failed, once more")
-    parser.add_argument("--only", metavar="STEP,…", help="these steps alone")
+    parser.add_argument("--only", metavar="STEP[:PART],…", help="these steps or parts alone")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", metavar="FOLDER")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: a card if there is one")
     return parser

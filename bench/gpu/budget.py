@@ -102,10 +102,12 @@ def _shortest(part: Part) -> float:
 
 
 def chosen(steps: Iterable[Step], only: set[str] | None) -> Iterator[Step]:
-    """The steps of these names, in their order; all if there are none."""
+    """The steps of these names, or of STEP:PART that part alone, in their order; all of None."""
     for step in steps:
         if only is None or step.name in only:
             yield step
+        elif parts := tuple(p for p in step.parts if f"{step.name}:{p.name}" in only):
+            yield replace(step, parts=parts)
 
 
 def fill(part: Part, seconds: float) -> Part:

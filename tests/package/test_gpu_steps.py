@@ -335,6 +335,11 @@ def test_the_program_on_this_machine(tmp_path: Path) -> None:
     assert "| sanitizer | memcheck | skipped | 0 | needs a card |" in page(tmp_path / "out")
     wrong = call("--only", "fact")
     assert wrong.returncode == 2 and "--only: expected some of facts" in wrong.stderr
+    part = call("--plan", "--only", "correct:vendor,sanitizer")
+    assert "correct    vendor" in part.stdout and "sanitizer  memcheck" in part.stdout
+    assert "correct    triton" not in part.stdout and "facts" not in part.stdout
+    wrong = call("--only", "sweep:plan")
+    assert wrong.returncode == 2 and "got sweep:plan" in wrong.stderr
 
 
 def test_interrupting_the_program(tmp_path: Path) -> None:
