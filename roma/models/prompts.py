@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +31,10 @@ class PromptBatch:
         """[P]: tokens of each prompt."""
         found: list[int] = self.attention_mask.sum(-1).tolist()
         return found
+
+    def features_of(self, features: "ImageFeatures", rows: Tensor) -> "ImageFeatures":
+        """What rows [R] read, the prompt of each given, from the features of all images."""
+        return features.gather([i for p in rows.tolist() for i in self.images_of(p)])
 
     @cached_property
     def _patch_ends(self) -> list[int]:
@@ -91,3 +97,12 @@ class ImageFeatures:
             [self.embeddings[i] for i in images],
             [[level[i] for i in images] for level in self.deepstack],
         )
+
+    def encoder_outputs(self) -> dict[str, Any] | None:
+        """As a model of transformers takes them in the place of its vision tower's."""
+        if not self.embeddings:
+            return None
+        output = SimpleNamespace(
+            pooler_output=tuple(self.embeddings), deepstack_features=self.deepstack
+        )
+        return {"image": output}

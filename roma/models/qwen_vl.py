@@ -9,16 +9,17 @@ any order.
 
 import inspect
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from roma.models import checkpointing, lora
 from roma.models.device import resolve_device
+from roma.models.export import check_base, merged_weights, write_model
 from roma.models.prefix import Group, Packed, pack, share_prompts, shares_prompts
 from roma.models.processor import Image, Processor
 from roma.models.prompts import ImageFeatures, PromptBatch
@@ -89,9 +90,24 @@ class Policy(nn.Module):
     @property
     def is_checkpointed(self) -> bool:
         """Whether layers are run again in the backward pass."""
-        name = "is_activation_checkpointing"  # before transformers 5.23: gradient
-        older = not hasattr(type(self.model), name)
-        return bool(getattr(self.model, "is_gradient_checkpointing" if older else name))
+        return checkpointing.is_enabled(self.model)
+
+    def checkpoint(self, *, reentrant: bool = False) -> None:
+        """Has layers run again in the backward pass (`roma.models.checkpointing.enable`)."""
+        checkpointing.enable(self, reentrant=reentrant)
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether the text model has low-rank adapters (`roma.models.lora.add_adapters`)."""
+        return bool(lora.layers(self.model))
+
+    def reference(self) -> AbstractContextManager[None]:
+        """A context without adapters: the frozen base, number for number, and no graph.
+
+        Raises:
+            ValueError: a policy without adapters, on entry.
+        """
+        return lora.without_adapters(self.model)
 
     @property
     def vision_is_frozen(self) -> bool:
@@ -104,9 +120,25 @@ class Policy(nn.Module):
         return shares_prompts(self.model)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes weights, config, tokenizer and image processor in Hugging Face form."""
-        self.model.save_pretrained(path)
+        """Writes weights, config, tokenizer and image processor in Hugging Face form.
+
+        Adapters are merged into copies of their matrices, and stand in peft's form in `adapter/`.
+        """
+        if self.has_adapters:
+            write_model(self.model, path, merged_weights(self))
+            lora.save_adapters(self.model, Path(path) / lora.ADAPTER)
+        else:
+            self.model.save_pretrained(path)
         self.processor.save_pretrained(path)
+
+    def load_adapters(self, path: str | Path) -> None:
+        """Reads the adapters that `save_pretrained` wrote into this policy's, bit for bit.
+
+        Raises:
+            ValueError: none there, others, or those of another base.
+        """
+        lora.load_adapters(self.model, Path(path) / lora.ADAPTER)
+        check_base(self, path)
 
     @property
     def device(self) -> torch.device:
@@ -211,6 +243,7 @@ class Policy(nn.Module):
         """One pass of the vision tower over n images; differentiable."""
         if not len(grids):
             return ImageFeatures([], [])
+        checkpointing.check(self.model)
         made = self.model.model.get_image_features(
             pixel_values, grids.to(pixel_values.device), return_dict=True
         )
@@ -294,8 +327,8 @@ class Policy(nn.Module):
             packed: of `packed`; `packed.reads` tells which state predicts what.
             features: of the groups' images, in their order (`group_features`).
         """
-        states: Tensor = self.model.model(
-            **packed.inputs(), mm_encoder_outputs=_encoder_outputs(features), use_cache=False
+        states: Tensor = self._body(
+            **packed.inputs(), mm_encoder_outputs=features.encoder_outputs(), use_cache=False
         ).last_hidden_state
         return states[0]
 
@@ -326,15 +359,19 @@ class Policy(nn.Module):
         ids = torch.cat([prompts.input_ids[rows], completions], dim=1)
         later = prompts.next_position[rows, None] + torch.arange(length - 1, device=ids.device)
         positions = torch.cat([prompts.position_ids[:, rows], later.expand(3, -1, -1)], dim=2)
-        states = self.model.model(
+        states = self._body(
             input_ids=ids,
             position_ids=positions,
             attention_mask=self._attention_mask(prompts, rows, length - 1),
-            mm_encoder_outputs=_encoder_outputs(_of_rows(prompts, features, rows)),
+            mm_encoder_outputs=prompts.features_of(features, rows).encoder_outputs(),
             use_cache=False,
         ).last_hidden_state
         hidden: Tensor = states[:, prompts.input_ids.shape[1] - 1 :]
         return hidden
+
+    def _body(self, **inputs: Any) -> Any:
+        checkpointing.check(self.model)
+        return self.model.model(**inputs)
 
     def _attention_mask(self, prompts: PromptBatch, rows: Tensor, extra: int) -> Tensor | None:
         """None where no prompt is padded: padding after a completion is hidden by causality."""
@@ -355,23 +392,8 @@ class Policy(nn.Module):
             input_ids=prompts.input_ids[:, :-1],
             position_ids=prompts.position_ids[:, :, :-1],
             attention_mask=prompts.attention_mask[:, :-1] if prompts.padded else None,
-            mm_encoder_outputs=_encoder_outputs(_of_rows(prompts, features, rows)),
+            mm_encoder_outputs=prompts.features_of(features, rows).encoder_outputs(),
             past_key_values=cache,
             use_cache=True,
         )
         return cache
-
-
-def _of_rows(prompts: PromptBatch, features: ImageFeatures, rows: Tensor) -> ImageFeatures:
-    """The features that rows [R] read, in their order, from those of all prompts' images."""
-    return features.gather([i for p in rows.tolist() for i in prompts.images_of(p)])
-
-
-def _encoder_outputs(features: ImageFeatures) -> dict[str, Any] | None:
-    """Features as a model of transformers takes them in the place of its vision tower's."""
-    if not features.embeddings:
-        return None
-    output = SimpleNamespace(
-        pooler_output=tuple(features.embeddings), deepstack_features=features.deepstack
-    )
-    return {"image": output}
