@@ -12,11 +12,13 @@ class HfSampler:
 
     Args:
         policy: the model.
+        synced: its weights are sharded, so that every rank calls the model until the last one's
+            completions have ended.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, *, synced: bool = False) -> None:
         """Keeps the policy: its weights are those of the call."""
-        self.policy = policy
+        self.policy, self.synced = policy, synced
 
     def sample(
         self,
@@ -35,6 +37,7 @@ class HfSampler:
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
+            synced=self.synced,
         )
 
 
@@ -48,6 +51,7 @@ def generate(
     temperature: float | None,
     seed: int = 0,
     features: ImageFeatures | None = None,
+    synced: bool = False,
 ) -> Rollouts:
     """Samples completions, from the full distribution at a temperature, or greedily.
 
@@ -63,6 +67,7 @@ def generate(
         seed: of the sampling, the only source of randomness; torch's global generators keep their
             state.
         features: of the prompts' images, if they are known already.
+        synced: go on until all ranks are done.
 
     Returns:
         Rollouts with the images' features, without the sampler's log-probs.
@@ -97,6 +102,7 @@ def generate(
             attention_mask=prompts.attention_mask.repeat_interleave(group_size, 0),
             past_key_values=cache,
             generation_config=options,
+            synced_gpus=synced,
         )
     model.model.rope_deltas = None
     model.train(training)
