@@ -36,6 +36,9 @@ def write(path: Path) -> None:
             ("docs/COST.md", "update"): measured,
             ("docs/COST.md", "predicted"): lambda rows, path: predicted(),
         }
+    if any(row.get("device") == "cuda" for row in rows):
+        tables = {}
+        print("tables of a card: python -m bench.gpu.summary CSV")
     if not tables:
         print(f"no tables: they need {' and '.join(HEAD)}, or views or update_step alone")
         return

@@ -99,9 +99,7 @@ class AlgorithmConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Sub-section `worker.actor.lora`: low-rank adapters on the text model, in place of all
-    weights.
-    """
+    """Sub-section `worker.actor.lora`: adapters of low rank, trained in place of the weights."""
 
     rank: PositiveInt | None = None
     """r: rank of the adapters; null: none, the weights themselves are trained."""

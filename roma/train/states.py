@@ -13,7 +13,6 @@ from itertools import groupby
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from roma.models.prefix import Group
@@ -22,6 +21,7 @@ from roma.models.prompts import ImageFeatures
 from roma.models.qwen_vl import Policy
 from roma.train.batch import UpdateBatch
 from roma.train.plan import Flags
+from roma.train.ranks import ranks
 from roma_kernels.errors import fail
 
 
@@ -171,11 +171,6 @@ class States:
             self._calls = [torch.cat(self._calls)]
         states = self._calls[0]
         return states.index_select(0, torch.from_numpy(where).to(states.device))
-
-
-def ranks() -> int:
-    """How many processes learn together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def distinct_rows(

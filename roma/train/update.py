@@ -12,7 +12,6 @@ the same gradients:
 each with a row per completion, or with a prompt once for all its rollouts (docs/COST.md).
 """
 
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple
@@ -25,7 +24,8 @@ from roma import RomaConfig, linear_logprob, roma_loss, view_divergence
 from roma.models.flops import TextShape, VisionShape
 from roma.models.prefix.groups import Integers
 from roma.models.qwen_vl import Policy
-from roma.train.batch import Totals, UpdateBatch, micro_batches
+from roma.train.batch import Totals, UpdateBatch
+from roma.train.parts import to_learn, to_score
 from roma.train.plan import (
     PAYS_FROM,
     Flags,
@@ -34,7 +34,8 @@ from roma.train.plan import (
     passes_can_be_two,
     two_passes_pay,
 )
-from roma.train.states import States, ranks
+from roma.train.ranks import ranks
+from roma.train.states import States
 
 PENALTY_METRICS = ("roma_penalty_worst", "roma_penalty_mean")
 
@@ -115,32 +116,19 @@ class PolicyLoss(nn.Module):
         """What is run of a batch; of one pass, or before the worst views are known."""
         return Plan.of(batch, self.config, lean=self.update != "joint")
 
-    def parts(self, batch: UpdateBatch, limit: int) -> Iterator[tuple[Tensor, UpdateBatch]]:
+    def parts(self, batch: UpdateBatch, limit: int) -> list[tuple[Tensor, UpdateBatch]]:
         """What an update runs of a batch, as micro-batches of at most `limit` tokens.
 
         Tokens are the text model's, those of all images together. A prompt stays whole, even one
-        that is larger; a prompt of which nothing is run is left out, unless there is no other.
-
-        Yields:
-            The numbers of a micro-batch's rollouts [b] int64 in `batch`, and the micro-batch.
+        that is larger; a prompt of which nothing is run is left out, unless there is no other. On
+        every rank there are as many (`roma.train.parts.to_learn`).
         """
-        sizes = self._states(batch).tokens_by_prompt(self.plan(batch).wanted()).tolist()
-        run = [prompt for prompt, size in enumerate(sizes) if size] or [0]
-        rows = torch.arange(len(batch.group), device=batch.group.device).view(len(sizes), -1)
-        for part in micro_batches([sizes[prompt] for prompt in run], limit):
-            own = [run[i] for i in part]
-            yield rows[own].flatten(), batch.select(own)
+        sizes = self._states(batch).tokens_by_prompt(self.plan(batch).wanted())
+        return to_learn(batch, sizes.tolist(), limit)
 
-    def _scored(self, batch: UpdateBatch, limit: int | None) -> Iterator[UpdateBatch]:
-        """All of a batch by micro-batches, prompt after prompt."""
-        start, held = 0, 0
-        sizes = self._states(batch).tokens_by_prompt(_every(batch)).tolist()
-        for prompt, size in enumerate(sizes):
-            if limit is not None and held and held + size > limit:
-                yield batch.select(range(start, prompt))
-                start, held = prompt, 0
-            held += size
-        yield batch.select(range(start, len(sizes)))
+    def _scored(self, batch: UpdateBatch, limit: int | None) -> tuple[list[UpdateBatch], int]:
+        sizes = self._states(batch).tokens_by_prompt(_every(batch))
+        return to_score(batch, sizes.tolist(), limit)
 
     def _states(self, batch: UpdateBatch) -> States:
         return States(self.policy, batch, share=self.share_prompt)
@@ -313,10 +301,8 @@ class PolicyLoss(nn.Module):
             entropy: whether to return entropies.
             limit: tokens that a call of the model takes at most; None: all at once.
         """
-        found = [
-            self._score(part, hidden=hidden, entropy=entropy)
-            for part in self._scored(batch.without_views(), limit)
-        ]
+        parts, counted = self._scored(batch.without_views(), limit)
+        found = [self._score(part, hidden=hidden, entropy=entropy) for part in parts][:counted]
         states = [part.hidden for part in found if part.hidden is not None]
         entropies = [part.entropy for part in found if part.entropy is not None]
         return Scores(
@@ -342,11 +328,12 @@ class PolicyLoss(nn.Module):
     def divergence(self, batch: UpdateBatch, *, limit: int | None = None) -> Tensor:
         """Divergence [K, B] of each view from the clean image, nats (`roma.view_divergence`)."""
         found = []
-        for part in self._scored(batch, limit):
+        parts, counted = self._scored(batch, limit)
+        for part in parts:
             states, every = self._states(part), np.arange(len(part.group))
             states.run(_every(part))
             found.append(self._divergences(states, every))
-        return torch.cat(found, dim=1)
+        return torch.cat(found[:counted], dim=1)
 
     def _divergences(self, states: States, rollouts: Integers) -> Tensor:
         """[K, n] nats of n rollouts, each run on its clean images and on every view."""

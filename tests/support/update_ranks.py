@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from support.ranks import RANKS
+from support.small_run import config
 from torch import Tensor, nn
 
 from roma.models.qwen_vl import Policy
 from roma.train.batch import Totals, UpdateBatch
+from roma.train.engine import make_engine
+from roma.train.engine.zero import Zero
 from roma.train.update import PolicyLoss
 
 Gradients = dict[str, Tensor]  # of every trained weight of a policy, whole
@@ -98,108 +102,58 @@ def one_process(loss: PolicyLoss, batch: UpdateBatch) -> Gradients:
     return {name: weight.grad.clone() for name, weight in _trained(loss)}
 
 
-class DDP:
-    """`DistributedDataParallel`, which averages gradients."""
+class Tried:
+    """An engine of the trainer, and the gradients that it holds before a step.
 
-    def __init__(self, loss: PolicyLoss) -> None:
+    Args:
+        name: of the engine.
+        loss: the policy and its loss, whole.
+    """
+
+    def __init__(self, name: str, loss: PolicyLoss) -> None:
+        chosen = config(Path("nowhere"), f"trainer.engine={name}")
+        if name == "zero3":  # every weight is sharded, however small
+            options = Path(tempfile.mkdtemp()) / "deepspeed.json"
+            zero = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+            options.write_text(json.dumps(zero))
+            chosen = config(
+                Path("nowhere"), "trainer.engine=zero3", f"trainer.deepspeed_config={options}"
+            )
+        # At a rate of 0 a step forgets the gradients, no more.
+        self.engine = make_engine(chosen, loss, torch.device("cpu"), lambda _: 0.0)
         self.loss = loss
-        self.wrapped = nn.parallel.DistributedDataParallel(loss)
+        self._backward = self.engine.backward
 
     def gradients(
-        self, parts: Sequence[UpdateBatch], totals: Totals, *, factor: float = RANKS
+        self, parts: Sequence[UpdateBatch], totals: Totals, *, factor: float = 1.0
     ) -> Gradients:
         """From a rank's micro-batches, reduced once, in the last one's backward.
 
         Args:
             parts: as many on each rank.
             totals: of all ranks.
-            factor: of the loss; what is averaged has to be multiplied by the number of ranks.
+            factor: of the loss, beside the engine's own.
         """
-        self.wrapped.zero_grad()
-        for part in parts:
-            with nullcontext() if part is parts[-1] else self.wrapped.no_sync():
-                (factor * self.wrapped(part, totals).loss).backward()
-        return {name: weight.grad.clone() for name, weight in _trained(self.loss)}
-
-    def score(self, batch: UpdateBatch) -> Tensor:
-        """Log-probs [B, T]: the policy is whole on each rank."""
-        return self.loss.score(batch).logp
-
-
-class FSDP2:
-    """`fully_shard`: a block of the text model or the tower is a unit; the rest, head too, one."""
-
-    def __init__(self, loss: PolicyLoss) -> None:
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-        self.loss = loss
-        model = loss.policy.model.model
-        for block in (*model.language_model.layers, *model.visual.blocks):
-            fully_shard(block)
-        fully_shard(loss)
-        # The root's weights, the head's among them, are whole inside of its forward alone.
-        register_fsdp_forward_method(loss, "score")
-        # After a forward without a backward the module shows other parameters, whole ones: an
-        # optimizer keeps these.
-        self.weights = _trained(loss)
-
-    def gradients(
-        self, parts: Sequence[UpdateBatch], totals: Totals, *, factor: float = RANKS
-    ) -> Gradients:
-        """As `DDP.gradients`."""
-        for _, weight in self.weights:
-            weight.grad = None
-        for part in parts:
-            self.loss.set_requires_gradient_sync(part is parts[-1])
-            (factor * self.loss(part, totals).loss).backward()
-        return {name: weight.grad.full_tensor() for name, weight in self.weights}
-
-    def score(self, batch: UpdateBatch) -> Tensor:
-        """Log-probs [B, T]."""
-        return self.loss.score(batch).logp
-
-
-class ZeRO3:
-    """DeepSpeed with every weight sharded, however small; it averages, too."""
-
-    def __init__(self, loss: PolicyLoss) -> None:
-        import deepspeed
-
-        self.loss = loss
-        weights = [weight for _, weight in _trained(loss)]
-        self.engine, *_ = deepspeed.initialize(
-            model=loss,
-            optimizer=torch.optim.SGD(weights, lr=0.0),  # a step clears gradients, no more
-            config={
-                "train_micro_batch_size_per_gpu": 1,
-                "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-                "zero_allow_untested_optimizer": True,
-            },
-        )
-
-    def gradients(
-        self, parts: Sequence[UpdateBatch], totals: Totals, *, factor: float = RANKS
-    ) -> Gradients:
-        """As `DDP.gradients`."""
-        from deepspeed.utils import safe_get_full_grad
-
-        with self.engine.coalesce_grad_reduction():
-            for part in parts:
-                self.engine.backward(factor * self.engine(part, totals).loss)
-        found = {name: safe_get_full_grad(weight) for name, weight in _trained(self.loss)}
+        self.engine.backward = lambda loss: self._backward(factor * loss)
+        for _ in self.engine.learn([(part.group, part) for part in parts], totals):
+            pass
+        found = {name: self._whole(weight) for name, weight in self.engine.trained.items()}
         self.engine.step()
         return found
 
+    def _whole(self, weight: nn.Parameter) -> Tensor:
+        if isinstance(self.engine, Zero):
+            from deepspeed.utils import safe_get_full_grad
+
+            return safe_get_full_grad(weight)
+        return self.engine.whole(weight.grad).clone()
+
     def score(self, batch: UpdateBatch) -> Tensor:
-        """Log-probs [B, T]; outside of the engine's forward nothing else gathers the head."""
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([self.loss.policy.head_weight]):
-            return self.loss.score(batch).logp
-
-
-ENGINES = {"ddp": DDP, "fsdp2": FSDP2, "zero3": ZeRO3}
+        """Log-probs [B, T]."""
+        return self.engine.call(self.loss.score, batch).logp
 
 
 def _trained(loss: PolicyLoss) -> list[tuple[str, nn.Parameter]]:
-    return [(n, weight) for n, weight in loss.policy.named_parameters() if weight.requires_grad]
+    return [
+        (n, weight) for n, weight in loss.policy.model.named_parameters() if weight.requires_grad
+    ]

@@ -90,7 +90,7 @@ def test_later_updates_use_old_log_probs(tmp_path: Path) -> None:
     trainer.step = 1
     metrics = trainer.train_step()
     assert abs(metrics["actor/ppo_kl"]) > 1e-4
-    assert trainer.scheduler.last_epoch == trainer.config.updates_per_step == 4
+    assert trainer.engine.version == trainer.config.updates_per_step == 4
 
 
 def test_a_frozen_vision_tower_stays(tmp_path: Path) -> None:

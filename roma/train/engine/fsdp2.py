@@ -1,0 +1,87 @@
+"""FSDP2: PyTorch's `fully_shard`, a layer of the text model or of the tower at a time."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import clip_grad_norm_
+
+from roma.train import ranks
+from roma.train.engine.base import MOMENTS, Engine
+
+T = TypeVar("T")
+
+
+class Fsdp2(Engine):
+    """Weights, gradients and moments sharded over the ranks.
+
+    Under bfloat16 the weights are gathered in it, half the bytes; the shards stay fp32, and
+    gradients are summed in fp32.
+    """
+
+    sharded: ClassVar[bool] = True
+
+    def wrap(self) -> None:
+        """A unit for each layer; the rest, embedding, head and norms, is one unit."""
+        mesh = init_device_mesh(self.device.type, (ranks.ranks(),))
+        half = self.dtype == "bfloat16"
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if half else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # autocast does
+        )
+        model = self.policy.model.model
+        for layer in (*model.language_model.layers, *model.visual.blocks):
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(self.door, mesh=mesh, mp_policy=policy)
+        self._door: Any = self.door
+
+    def forward(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Inside of the root's forward its own weights are whole; a layer gathers its own."""
+        found: T = self.door(function, *args, **kwargs)
+        return found
+
+    def last(self, is_last: bool) -> None:
+        """Gradients are reduced in the last backward; before it they stay whole."""
+        self._door.set_requires_gradient_sync(is_last)
+
+    def clip_and_step(self) -> float:
+        """Every weight takes part in every step."""
+        for weight in self.trained.values():
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        norm = clip_grad_norm_(self.trained.values(), self.actor.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def whole(self, weight: Tensor) -> Tensor:
+        """Gathered from the ranks."""
+        weight = weight.detach()
+        return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+    @torch.no_grad()
+    def put(self, weight: nn.Parameter, whole: Tensor) -> None:
+        """This rank's shard."""
+        weight.copy_(_shard(weight, whole))
+
+    def moment(self, weight: nn.Parameter, name: str) -> Tensor | None:
+        """Gathered from the ranks."""
+        found = self.optimizer.state.get(weight, {}).get(name)
+        return None if found is None else self.whole(found)
+
+    def put_moments(self, weight: nn.Parameter, moments: dict[str, Tensor], steps: int) -> None:
+        """This rank's shards."""
+        state = {name: _shard(weight, moments[name]).clone() for name in MOMENTS}
+        self.optimizer.state[weight] = {"step": torch.tensor(float(steps)), **state}
+
+
+def _shard(like: Tensor, whole: Tensor) -> Tensor:
+    if not isinstance(like, DTensor):
+        return whole.to(like.device)
+    whole = whole.to(like.device)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
