@@ -1,19 +1,30 @@
 """A policy's weights one after the other, adapters merged into copies; a folder made of them.
 
 Nothing holds a second model: `merged_weights` makes one matrix at a time, `write_model` keeps one
-file's tensors.
+file's tensors. Both work where weights are sharded (`whole`).
 """
 
+import copy
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from roma.models.lora import Gather, factors, layers, merge, scaling
+from roma.models.lora import (
+    ADAPTER,
+    Whole,
+    adapter_weights,
+    factors,
+    layers,
+    merge,
+    scaling,
+    write_adapters,
+)
 from roma_kernels.errors import fail
 
 FILE_BYTES = 5 * 10**9
@@ -21,38 +32,60 @@ FILE_BYTES = 5 * 10**9
 _INDEX = "model.safetensors.index.json"
 
 
+def save(
+    policy: Any, folder: str | Path, *, whole: Whole = Tensor.detach, write: bool = True
+) -> None:
+    """Writes weights, config, tokenizer and image processor in Hugging Face form.
+
+    Adapters are merged into copies of their matrices, and stand in peft's form in `adapter/`.
+
+    Args:
+        policy: a `roma.models.qwen_vl.Policy`.
+        folder: to write.
+        whole: see `roma.models.lora.Whole`.
+        write: False on all ranks but one, which then do no more than take part.
+    """
+    model, adapted = policy.model, bool(layers(policy.model))
+    weights = merged_weights(policy, whole=whole)
+    factors_of = adapter_weights(model, whole=whole)
+    if not write:
+        deque(chain(weights, factors_of), maxlen=0)
+        return
+    write_model(model, folder, weights)
+    if adapted:
+        write_adapters(model, Path(folder) / ADAPTER, factors_of)
+    policy.processor.save_pretrained(folder)
+
+
 @torch.no_grad()
-def merged_weights(policy: Any, *, gather: Gather = nullcontext) -> Iterator[tuple[str, Tensor]]:
+def merged_weights(policy: Any, *, whole: Whole = Tensor.detach) -> Iterator[tuple[str, Tensor]]:
     """Every weight under its name in a Hugging Face folder, in one order on all ranks.
 
     With adapters W + (alpha / r)·B A in W's place. A weight that two modules share comes once.
 
     Args:
         policy: a `roma.models.qwen_vl.Policy`.
-        gather: see `roma.models.lora.Gather`; entered for one weight and its factors at a time.
+        whole: see `roma.models.lora.Whole`.
 
     Yields:
-        Name and tensor. A merged one is new. Any other is the policy's own, whole until the next
-        one is asked for: copy what is to be kept, and write to none.
+        Name and tensor. A merged one is new. Any other may be the policy's own: copy what is to be
+        kept, and write to none.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
     model = policy.model
     adapted = {f"{name}.base_layer.weight": layer for name, layer in layers(model).items()}
-    own = {id(w) for layer in adapted.values() for w in factors(layer)}
     seen: set[int] = set()
     for name, weight in model.state_dict(keep_vars=True).items():
-        if id(weight) in own or id(weight) in seen:
+        if ".lora_" in name or id(weight) in seen:
             continue
         seen.add(id(weight))
-        layer = adapted.get(name)
-        parts = (weight,) if layer is None else (weight, *factors(layer))
-        with gather(parts) as found:
-            whole = found[0].detach()
-            if layer is not None:
-                whole = merge(whole, found[1], found[2], scaling(layer))
-            plain = name.replace(".base_layer.", ".")
-            yield from revert_weight_conversion(model, {plain: whole}).items()
+        layer, made = adapted.get(name), whole(weight)
+        if layer is not None:
+            a, b = map(whole, factors(layer))
+            made = merge(made, a, b, scaling(layer))
+        plain = name.replace(".base_layer.", ".")
+        yield from revert_weight_conversion(model, {plain: made}).items()
 
 
 def write_model(
@@ -102,13 +135,16 @@ def write_model(
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": names}
         (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    model.config.save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]  # as fully_shard names it
+    config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
 
 
 @torch.no_grad()
-def check_base(policy: Any, folder: str | Path, *, gather: Gather = nullcontext) -> None:
+def check_base(policy: Any, folder: str | Path, *, whole: Whole = Tensor.detach) -> None:
     """Adapters fit one base alone: this policy's, merged, must be what `folder` holds.
 
     Compared are the adapted matrices of the first layer. A product of r terms in fp32, added in
@@ -117,7 +153,7 @@ def check_base(policy: Any, folder: str | Path, *, gather: Gather = nullcontext)
     Args:
         policy: with the adapters that were read from `folder`.
         folder: of a policy that was saved with adapters.
-        gather: see `roma.models.lora.Gather`.
+        whole: see `roma.models.lora.Whole`.
 
     Raises:
         ValueError: another base; the matrix is named.
@@ -129,8 +165,7 @@ def check_base(policy: Any, folder: str | Path, *, gather: Gather = nullcontext)
     for name, layer in own.items():
         if not name.startswith(first):
             continue
-        with gather((layer.base_layer.weight, *factors(layer))) as whole:
-            base, a, b = (x.detach().cpu() for x in whole)
+        base, a, b = (whole(x).cpu() for x in (layer.base_layer.weight, *factors(layer)))
         merged = merge(base, a, b, scaling(layer))
         (key,) = revert_weight_conversion(policy.model, {f"{name}.weight": merged})
         saved = _read(Path(folder), key)

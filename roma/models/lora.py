@@ -11,8 +11,8 @@ rollout and those that learn from it would be of two policies.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from roma.models.flops import Adapters
 from roma_kernels.errors import fail
 
 ADAPTER = "adapter"
 """Folder of the adapters inside that of a saved policy."""
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-Gather = Callable[[Sequence[Tensor]], AbstractContextManager[Sequence[Tensor]]]
-"""A context in which some weights are whole. Where weights are sharded it is a collective."""
+Whole = Callable[[Tensor], Tensor]
+"""Makes a weight whole. Where weights are sharded every rank calls it, for the same ones."""
 
 _NAME = "default"  # peft's name for an adapter, and that of its files
 _BODY = "model.language_model"
@@ -112,6 +113,15 @@ def layers(model: nn.Module) -> dict[str, Any]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
 
 
+def adapters_of(model: nn.Module) -> Adapters | None:
+    """Rank and targets of a model's adapters, as the FLOP model takes them; None without any."""
+    own = layers(model)
+    if not own:
+        return None
+    targets = tuple(dict.fromkeys(name.split(".")[-1] for name in own))
+    return Adapters(int(next(iter(own.values())).r[_NAME]), targets)
+
+
 def factors(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
     """A [r, in] and B [out, r] of one of peft's layers."""
     return layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
@@ -157,40 +167,52 @@ def merge(base: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 @torch.no_grad()
-def save_adapters(model: Any, folder: str | Path, *, gather: Gather = nullcontext) -> None:
-    """Writes the adapters as `peft.PeftModel.from_pretrained(base, folder)` reads them.
+def adapter_weights(
+    model: nn.Module, *, whole: Whole = Tensor.detach
+) -> Iterator[tuple[str, Tensor]]:
+    """The adapters' factors under peft's names for them, in one order on all ranks.
+
+    Args:
+        model: with adapters.
+        whole: see `Whole`.
+    """
+    for name, layer in layers(model).items():
+        for letter, weight in zip("AB", factors(layer), strict=True):
+            yield _key(name, letter), whole(weight)
+
+
+def _key(name: str, letter: str) -> str:
+    return f"base_model.model.{name}.lora_{letter}.weight"
+
+
+def write_adapters(model: Any, folder: str | Path, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Writes adapters as `peft.PeftModel.from_pretrained(base, folder)` reads them.
 
     Args:
         model: with adapters.
         folder: to write; made if missing.
-        gather: see `Gather`.
+        weights: of `adapter_weights`.
     """
     from safetensors.torch import save_file
 
     Path(folder).mkdir(parents=True, exist_ok=True)
-    found: dict[str, Tensor] = {}
-    for name, layer in layers(model).items():
-        with gather(factors(layer)) as whole:
-            for letter, weight in zip("AB", whole, strict=True):
-                key = f"base_model.model.{name}.lora_{letter}.weight"
-                found[key] = weight.detach().cpu().contiguous().clone()
     replace(model.peft_config[_NAME], inference_mode=True).save_pretrained(str(folder))
+    found = {name: weight.to("cpu", copy=True).contiguous() for name, weight in weights}
     save_file(found, Path(folder) / _FILES[1], metadata={"format": "pt"})
 
 
 @torch.no_grad()
-def load_adapters(model: nn.Module, folder: str | Path, *, gather: Gather = nullcontext) -> None:
-    """Reads adapters that `save_adapters` wrote into those of a model, in place, bit for bit.
+def load_adapters(model: nn.Module, folder: str | Path) -> None:
+    """Reads adapters that `write_adapters` wrote into those of a model, in place, bit for bit.
 
     Args:
-        model: with adapters of the same rank, scale and targets, on the same base.
+        model: with adapters of the same rank, scale and targets, not sharded.
         folder: of the adapters.
-        gather: see `Gather`; what is written inside it must reach the shards.
 
     Raises:
         ValueError: no such files, or adapters of another form.
     """
-    from safetensors import safe_open
+    from safetensors.torch import load_file
 
     own = layers(model)
     for file in _FILES:
@@ -200,25 +222,21 @@ def load_adapters(model: nn.Module, folder: str | Path, *, gather: Gather = null
     if not own:
         remedy = "set worker.actor.lora as it was, or load the merged model above it"
         fail("adapters", "a policy with adapters to read them into", "one without", remedy)
-    saved = json.loads((Path(folder) / _FILES[0]).read_text())
-    was = saved["lora_alpha"] / saved["r"]
-    with safe_open(Path(folder) / _FILES[1], framework="pt") as file:
-        keys = set(file.keys())
-        expected = {f"base_model.model.{n}.lora_{x}.weight" for n in own for x in "AB"}
-        if keys != expected:
-            one = sorted(keys ^ expected)[0]
-            there = "there and not here" if one in keys else "here and not there"
-            _refuse(folder, f"{one} {there}")
-        for name, layer in own.items():
-            if scaling(layer) != was:
-                _refuse(folder, f"alpha / r = {was:g} there and {scaling(layer):g} here")
-            with gather(factors(layer)) as whole:
-                for letter, weight in zip("AB", whole, strict=True):
-                    value = file.get_tensor(f"base_model.model.{name}.lora_{letter}.weight")
-                    if value.shape != weight.shape:
-                        ranks = f"rank {saved['r']} there and {layer.r[_NAME]} here"
-                        _refuse(folder, f"{name} has {ranks}")
-                    weight.copy_(value)
+    config = json.loads((Path(folder) / _FILES[0]).read_text())
+    saved = load_file(Path(folder) / _FILES[1])
+    odd = sorted(saved.keys() ^ {_key(name, letter) for name in own for letter in "AB"})
+    if odd:
+        _refuse(folder, f"{odd[0]} {'there and not here' if odd[0] in saved else 'not there'}")
+    for name, layer in own.items():
+        was, now = config["lora_alpha"] / config["r"], scaling(layer)
+        if was != now:
+            _refuse(folder, f"alpha / r = {was:g} there and {now:g} here")
+        for letter, weight in zip("AB", factors(layer), strict=True):
+            value = saved[_key(name, letter)]
+            if value.shape != weight.shape:
+                ranks = f"rank {config['r']} there and {layer.r[_NAME]} here"
+                _refuse(folder, f"{name} has {ranks}")
+            weight.copy_(value)
 
 
 def _refuse(folder: str | Path, difference: str) -> None:

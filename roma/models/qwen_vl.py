@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from roma.models import checkpointing, lora
 from roma.models.device import resolve_device
-from roma.models.export import check_base, merged_weights, write_model
+from roma.models.export import check_base, save
+from roma.models.flops import Adapters
 from roma.models.prefix import Group, Packed, pack, share_prompts, shares_prompts
 from roma.models.processor import Image, Processor
 from roma.models.prompts import ImageFeatures, PromptBatch
@@ -101,6 +102,11 @@ class Policy(nn.Module):
         """Whether the text model has low-rank adapters (`roma.models.lora.add_adapters`)."""
         return bool(lora.layers(self.model))
 
+    @property
+    def adapters(self) -> Adapters | None:
+        """Their rank and targets, which decide what an update costs."""
+        return lora.adapters_of(self.model)
+
     def reference(self) -> AbstractContextManager[None]:
         """A context without adapters: the frozen base, number for number, and no graph.
 
@@ -122,14 +128,9 @@ class Policy(nn.Module):
     def save_pretrained(self, path: str | Path) -> None:
         """Writes weights, config, tokenizer and image processor in Hugging Face form.
 
-        Adapters are merged into copies of their matrices, and stand in peft's form in `adapter/`.
+        Adapters are merged into copies, and stand in peft's form in `adapter/` (`export.save`).
         """
-        if self.has_adapters:
-            write_model(self.model, path, merged_weights(self))
-            lora.save_adapters(self.model, Path(path) / lora.ADAPTER)
-        else:
-            self.model.save_pretrained(path)
-        self.processor.save_pretrained(path)
+        save(self, path)
 
     def load_adapters(self, path: str | Path) -> None:
         """Reads the adapters that `save_pretrained` wrote into this policy's, bit for bit.

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import adapters, prefix, small_model
 from transformers import AutoModelForImageTextToText
 
-from roma.models.export import merged_weights, write_model
+from roma.models.export import merged_weights, save, write_model
 from roma.models.lora import TARGETS, add_adapters, factors, layers
 from roma.models.qwen_vl import Policy
 from roma.rollout.hf import generate
@@ -116,10 +117,6 @@ def test_what_is_saved_loads_in_transformers_and_in_peft(family: str, tmp_path: 
     policy.save_pretrained(tmp_path)
     after = policy.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    # By the same names as a policy without adapters is saved.
-    Policy.load(prefix.vision_folder(family)).save_pretrained(tmp_path / "plain")
-    saved, plain = (names_in(tmp_path / part / "model.safetensors") for part in (".", "plain"))
-    assert saved == plain
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     base = AutoModelForImageTextToText.from_pretrained(prefix.vision_folder(family)).eval()
     theirs = PeftModel.from_pretrained(base, tmp_path / "adapter")
@@ -151,11 +148,38 @@ def test_merging_loses_no_more_than_adding(tmp_path: Path) -> None:
     assert merging <= 2 * adding and wrong > 20 * adding
 
 
-def names_in(path: Path) -> set[str]:
-    from safetensors import safe_open
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_is_as_transformers_writes_it(family: str, tmp_path: Path) -> None:
+    """Names, bits, configurations; of a policy with new adapters, which change nothing, too."""
+    model, policy, adapted = (Policy.load(prefix.vision_folder(family)) for _ in range(3))
+    add_adapters(adapted, rank=2)
+    model.model.save_pretrained(tmp_path / "theirs")
+    theirs = load_file(tmp_path / "theirs" / "model.safetensors")
+    for mine in (policy, adapted):
+        folder = tmp_path / str(mine.has_adapters)
+        mine.save_pretrained(folder)
+        found = load_file(folder / "model.safetensors")
+        assert found.keys() == theirs.keys()
+        assert all(torch.equal(found[name], theirs[name]) for name in theirs)
+        for file in ("config.json", "generation_config.json"):
+            assert (folder / file).read_text() == (tmp_path / "theirs" / file).read_text()
+        assert (folder / "adapter").exists() == mine.has_adapters
 
-    with safe_open(path, framework="pt") as file:
-        return set(file.keys())
+
+def test_where_weights_are_sharded_one_rank_writes(tmp_path: Path) -> None:
+    """The others make the same weights whole, in the same order."""
+    policy = adapters.adapted()
+    asked: list[list[int]] = []
+
+    def whole(weight: torch.Tensor) -> torch.Tensor:
+        asked[-1].append(id(weight))
+        return weight.detach()
+
+    for write in (True, False):
+        asked.append([])
+        save(policy, tmp_path / str(write), whole=whole, write=write)
+    assert asked[0] == asked[1] and len(asked[0]) == len(policy.state_dict()) + 28
+    assert (tmp_path / "True" / "adapter").exists() and not (tmp_path / "False").exists()
 
 
 def test_a_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
@@ -183,6 +207,13 @@ def test_adapters_of_another_form_or_base_are_refused(tmp_path: Path) -> None:
     read(r"alpha / r = 1.5 there and 8 here", alpha=32.0)
     read(r"has rank 4 there and 8 here", rank=8, alpha=12.0)
     read(r"down_proj.* there and not here", targets=["q_proj"])
+    # An entry that another base has off by ten times what two roundings of it are.
+    weight = policy.model.model.language_model.layers[0].mlp.up_proj.base_layer.weight
+    policy.load_adapters(tmp_path)
+    with torch.no_grad():
+        weight[3, 5] += 40 * 1.2e-7 * weight.abs().max()
+    with pytest.raises(ValueError, match=r"0.mlp.up_proj.weight: .* another base's"):
+        policy.load_adapters(tmp_path)
     with pytest.raises(ValueError, match="expected a policy with adapters to read them into"):
         small_model.policy().load_adapters(tmp_path)
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
@@ -196,28 +227,18 @@ def test_merged_weights_are_one_copy_at_a_time() -> None:
     storages = {w.untyped_storage().data_ptr() for w in policy.parameters()}
     asked = []
 
-    class gather:  # stands for a function
-        inside = 0
-
-        def __init__(self, parts) -> None:
-            self.parts = parts
-            asked.append(len(parts))
-
-        def __enter__(self):
-            gather.inside += 1
-            return self.parts
-
-        def __exit__(self, *_) -> None:
-            gather.inside -= 1
+    def whole(weight: torch.Tensor) -> torch.Tensor:
+        asked.append(weight)
+        return weight.detach()
 
     count = 0
-    for name, weight in merged_weights(policy, gather=gather):
-        assert gather.inside == 1 and not weight.requires_grad
+    for name, weight in merged_weights(policy, whole=whole):
+        assert len(asked) == (3 if name in adapted else 1) and not weight.requires_grad
         assert (weight.untyped_storage().data_ptr() in storages) == (name not in adapted)
+        asked.clear()
         count += 1
     plain = [name for name, _ in merged_weights(small_model.policy())]
-    assert count == len(plain) == len({*plain}) and gather.inside == 0
-    assert sorted(asked) == sorted([1] * (count - len(adapted)) + [3] * len(adapted))
+    assert count == len(plain) == len({*plain})
     assert [name for name, _ in merged_weights(policy)] == plain
 
 
@@ -235,8 +256,10 @@ def test_a_shared_weight_is_written_once_and_tied_again(tmp_path: Path) -> None:
     policy = Policy.load(tmp_path / "base")
     add_adapters(policy, rank=2)
     policy.save_pretrained(tmp_path / "saved")
-    names = names_in(tmp_path / "saved" / "model.safetensors")
-    assert names == names_in(tmp_path / "base" / "model.safetensors")
+    names, before = (
+        load_file(tmp_path / part / "model.safetensors").keys() for part in ("saved", "base")
+    )
+    assert names == before
     assert "lm_head.weight" not in names
     again = Policy.load(tmp_path / "saved")
     assert again.head_weight is again.model.get_input_embeddings().weight

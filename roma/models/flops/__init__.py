@@ -12,11 +12,12 @@ skip what lies above the diagonal compute these, torch's for a CPU among them. O
 mask computes all S², as for rows with padded prompts, and costs more than is said here. In the
 vision tower a patch sees all P patches of its image: P² pairs.
 
-`passes` has what a pass costs, `update` what the forms of an update run. Both are held to
-`torch.utils.flop_counter` by tests/models/test_flops.py.
+`passes` has what a pass costs, with adapters on the text model or without, `update` what the forms
+of an update run. Both are held to `torch.utils.flop_counter` by tests/models/test_flops.py.
 """
 
 from roma.models.flops.passes import (
+    Adapters,
     Cost,
     Group,
     Packed,
@@ -32,6 +33,7 @@ from roma.models.flops.update import FORMS, ROW_WISE_GRPO, Form, Prompt, cheaper
 __all__ = [
     "FORMS",
     "ROW_WISE_GRPO",
+    "Adapters",
     "Cost",
     "Form",
     "Group",

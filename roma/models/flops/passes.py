@@ -9,6 +9,11 @@ A backward pass costs twice the forward's products, and 5/2 of its attention, si
 form the scores again. Where layers are checkpointed, it also runs their forward pass again, without
 its last product, whose result nobody needs. Pixels have no gradient, so the embedding of patches
 costs its forward only once more.
+
+Under adapters of rank r nothing else has a gradient. A frozen matrix then costs the backward one
+product, not two; the inputs of the first layer's queries, keys and values need none at all. An
+adapter adds 2·r·(in + out) a token forward, and twice that backward. Checkpointed, the last product
+of a layer is that of an adapter, if there is one on it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -63,6 +68,13 @@ def images(frames: Iterable[int]) -> Packed:
     return Packed(patches=float(sum(patches)), patch_pairs=float(sum(p * p for p in patches)))
 
 
+class Adapters(NamedTuple):
+    """Low-rank adapters on the text model (`roma.models.lora`), those on queries among them."""
+
+    rank: int
+    targets: Sequence[str]
+
+
 class Cost(NamedTuple):
     """FLOP of the text model, the vision tower and the head."""
 
@@ -78,13 +90,16 @@ class Cost(NamedTuple):
         return self.text + self.vision + self.head
 
 
-def forward(text: TextShape, vision: VisionShape | None, work: Packed) -> Cost:
+def forward(
+    text: TextShape, vision: VisionShape | None, work: Packed, *, adapters: Adapters | None = None
+) -> Cost:
     """A forward pass; `vision` may be None where there are no patches."""
     seen = 0.0
     if vision is not None:
         by_patch = vision.embed + vision.block + vision.merged
         seen = work.patches * (by_patch + vision.near) + work.patch_pairs * vision.pair
-    return Cost(work.tokens * text.token + work.pairs * text.pair, seen, 0.0, work.tokens)
+    by_token = text.token + (text.adapters(*adapters) if adapters else 0.0)
+    return Cost(work.tokens * by_token + work.pairs * text.pair, seen, 0.0, work.tokens)
 
 
 def backward(
@@ -94,11 +109,17 @@ def backward(
     *,
     checkpointed: bool = False,
     vision_trained: bool = True,
+    adapters: Adapters | None = None,
 ) -> Cost:
     """A backward pass; with `checkpointed`, layers and blocks are run again first."""
     attention = BACKWARD_ATTENTION + checkpointed
     again = float(checkpointed)
-    by_token = BACKWARD * text.token + again * (text.token - text.last)
+    if adapters:
+        added, last = text.adapters(*adapters), text.last_adapter(*adapters)
+        by_token = text.token - text.first(*adapters) + BACKWARD * added
+        by_token += again * (text.token + added - (last or text.last))
+    else:
+        by_token = BACKWARD * text.token + again * (text.token - text.last)
     read = work.tokens * by_token + work.pairs * attention * text.pair
     seen = 0.0
     if vision is not None and vision_trained:
@@ -109,9 +130,10 @@ def backward(
     return Cost(read, seen, 0.0)
 
 
-def head(text: TextShape, rows: float, active: float) -> Cost:
+def head(text: TextShape, rows: float, active: float, *, trained: bool = True) -> Cost:
     """The head: one product for each row, and three more for each with a gradient.
 
-    The three are the logits once more, and the gradients by state and by weight (docs/COST.md).
+    The three are the logits once more, and the gradients by state and by weight (docs/COST.md). A
+    frozen head does without the last.
     """
-    return Cost(0.0, 0.0, text.row * (rows + 3 * active))
+    return Cost(0.0, 0.0, text.row * (rows + (2 + trained) * active))

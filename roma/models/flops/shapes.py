@@ -1,5 +1,6 @@
 """The sizes of a model that decide its FLOP, read from its configuration."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,25 @@ class TextShape:
     def last(self) -> float:
         """Those of the last product of each layer, which a checkpointed layer does not repeat."""
         return 2.0 * self.layers * self.hidden * self.intermediate
+
+    def first(self, rank: int, targets: Sequence[str]) -> float:
+        """FLOP of the first layer's queries, keys and values, and of the A of their adapters."""
+        made = (self.heads + 2 * self.kv_heads) * self.head_dim
+        adapted = sum(name in ("q_proj", "k_proj", "v_proj") for name in targets)
+        return 2.0 * self.hidden * (made + rank * adapted)
+
+    def adapters(self, rank: int, targets: Sequence[str]) -> float:
+        """FLOP of adapters of a rank for a token, forward; no linear layer but these counts."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        outer = {
+            **{"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": queries},
+            **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), self.intermediate),
+        }
+        return 2.0 * self.layers * rank * sum(self.hidden + outer[name] for name in targets)
+
+    def last_adapter(self, rank: int, targets: Sequence[str]) -> float:
+        """FLOP of the last product of each layer if it is an adapter's, else 0."""
+        return 2.0 * self.layers * rank * self.hidden * ("down_proj" in targets)
 
     @property
     def pair(self) -> float:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from roma.models.flops.passes import (
+    Adapters,
     Cost,
     Group,
     Packed,
@@ -141,6 +142,7 @@ def update(
     auxiliary: bool = True,
     checkpointed: bool = False,
     vision_trained: bool = True,
+    adapters: Adapters | None = None,
 ) -> Cost:
     """FLOP of one update: forward, backward and head. It has no side effects and draws nothing.
 
@@ -160,6 +162,7 @@ def update(
         checkpointed: whether layers are run again in the backward pass.
         vision_trained: whether the tower has gradients. If not, shared vision passes run on the
             views alone: the features of the clean images are known from sampling.
+        adapters: on the text model, where nothing but them is trained; the tower's is above.
     """
     longest = max((p.tokens for p in prompts), default=0)
     most = max((t for p in prompts for t in p.completions), default=1)
@@ -191,10 +194,17 @@ def update(
             active += t * on[number]
     learnt, scored = (Packed(*done) for done in work)
     found = [
-        forward(text, vision, learnt),
-        forward(text, vision, scored),
-        backward(text, vision, learnt, checkpointed=checkpointed, vision_trained=vision_trained),
-        head(text, rows, active),
+        forward(text, vision, learnt, adapters=adapters),
+        forward(text, vision, scored, adapters=adapters),
+        backward(
+            text,
+            vision,
+            learnt,
+            checkpointed=checkpointed,
+            vision_trained=vision_trained,
+            adapters=adapters,
+        ),
+        head(text, rows, active, trained=adapters is None),
     ]
     return Cost(*map(sum, zip(*found, strict=True)))
 
@@ -210,6 +220,7 @@ def cheaper(
     auxiliary: bool = True,
     checkpointed: bool = False,
     vision_trained: bool = True,
+    adapters: Adapters | None = None,
 ) -> str:
     """The cheaper one of "lean" and "two_pass" for this batch; "lean" if they are equal.
 
@@ -226,6 +237,7 @@ def cheaper(
             auxiliary=auxiliary,
             checkpointed=checkpointed,
             vision_trained=vision_trained,
+            adapters=adapters,
         ).total
         for pairs in ("lean", "two_pass")
     )
