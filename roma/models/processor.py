@@ -6,6 +6,7 @@ and saves and loads them in the same files. It separates resizing from normalisi
 are made in between, on uint8 images at model resolution.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from roma_kernels.errors import fail
 
 Image = NDArray[np.uint8]  # [H, W, 3]
 
+THINK = ("<think>", "</think>")
+
 
 class Processor:
     """A tokenizer with a chat template, and an image processor.
@@ -27,13 +30,60 @@ class Processor:
         tokenizer: a transformers tokenizer with `<|image_pad|>` and the two vision marks in its
             vocabulary.
         image_processor: transformers' `Qwen2VLImageProcessorPil`, which Qwen3-VL uses too.
+        plain_think_tokens: encode `<think>` and `</think>` as the text that they are, also where
+            the tokenizer has them as tokens of their own, which Qwen3-VL's Instruct models have
+            never learnt. None: unless the chat template writes them itself, as a Thinking model's.
+            The saved tokenizer is the one given, either way.
+
+    Raises:
+        ValueError: plain_think_tokens is True, and the chat template writes them.
     """
 
-    def __init__(self, tokenizer: Any, image_processor: Any) -> None:
+    def __init__(
+        self, tokenizer: Any, image_processor: Any, *, plain_think_tokens: bool | None = None
+    ) -> None:
         """Keeps both parts."""
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.image_token = "<|image_pad|>"
+        added = tokenizer.get_added_vocab()
+        self._has_think = any(tag in added for tag in THINK)
+        self._plain: Any = None  # the tokenizer's backend without the two tokens, if they are plain
+        if plain_think_tokens is None:
+            plain_think_tokens = not (self._has_think and self._template_thinks())
+        self.plain_think_tokens = plain_think_tokens
+
+    @property
+    def plain_think_tokens(self) -> bool:
+        """Whether `<think>` and `</think>` are encoded as the text that they are."""
+        return self._plain_think_tokens
+
+    @plain_think_tokens.setter
+    def plain_think_tokens(self, plain: bool) -> None:
+        self._plain_think_tokens = plain
+        self._plain = None
+        if not plain or not self._has_think:
+            return
+        if self._template_thinks():
+            got = "a model whose chat template writes <think> itself"
+            remedy = "it has learnt the tokens: set it to false"
+            fail("data.plain_think_tokens", "a model without reasoning of its own", got, remedy)
+        self._plain = _without(self.tokenizer, THINK)
+
+    def _template_thinks(self) -> bool:
+        chat = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+        prompt = self.tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True
+        )
+        return any(tag in prompt for tag in THINK)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; added tokens in it are tokens, but for the two that are plain."""
+        if self._plain is not None and any(tag in text for tag in THINK):
+            plain: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+            return plain
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     @classmethod
     def load(cls, path: str | Path) -> "Processor":
@@ -107,11 +157,32 @@ class Processor:
         prompt = first + "".join(
             self.image_token * count + text for count, text in zip(counts, rest, strict=True)
         )
-        ids: list[int] = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        return ids
+        return self.encode(prompt)
 
     def decode(self, tokens: Tensor, mask: Tensor) -> list[str]:
         """Texts of completions [B, T]: counted tokens, without special tokens."""
         rows = [row[on].tolist() for row, on in zip(tokens.cpu(), mask.cpu(), strict=True)]
         texts: list[str] = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return texts
+
+
+def _without(tokenizer: Any, tags: Sequence[str]) -> Any:
+    """The backend of a fast tokenizer, to which these added tokens are plain text."""
+    from tokenizers import Tokenizer
+
+    if not getattr(tokenizer, "is_fast", False):
+        got, remedy = type(tokenizer).__name__, "set data.plain_think_tokens=false"
+        fail("tokenizer", "a fast one, to read <think> as plain text", got, remedy)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    words, kept = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False), []
+    for token in state["added_tokens"]:
+        if token["content"] not in tags:
+            kept.append(token)
+        elif token["content"] not in words:
+            # Added tokens are numbered in their order: its place stays taken.
+            kept.append({**token, "content": f"\0unused {token['id']}\0"})
+    state["added_tokens"] = kept
+    made = Tokenizer.from_str(json.dumps(state))
+    made.no_truncation()
+    made.no_padding()
+    return made
