@@ -34,6 +34,7 @@ class Example:
         solution: a written response that ends in the answer, for a supervised warm start; None if
             the data has none.
         origin: file and row, for messages.
+        question: the data's own text, where a format wrote the problem around it; else the same.
     """
 
     id: str
@@ -42,6 +43,12 @@ class Example:
     answer: str
     solution: str | None = None
     origin: str = "example"
+    question: str | None = None
+
+    def __post_init__(self) -> None:
+        """Without a question of its own, the problem is it."""
+        if self.question is None:
+            object.__setattr__(self, "question", self.problem)
 
     def load_images(self) -> list[NDArray[np.uint8]]:
         """Decodes the images, each to [H, W, 3] uint8 RGB.

@@ -1,103 +1,68 @@
 """Reads questions about images in EasyR1's columns: parquet, JSON lines, saved `datasets`."""
 
+import dataclasses
 import difflib
-import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, overload
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import Any, overload
 
 from roma.data.example import Example, RowError, image_source, row_error
+from roma.data.prompt import read_format
+from roma.data.rows import ArrowRows, JsonRows, ParquetRows, Rows
 from roma_kernels.errors import fail
 
-IMAGE_MARKER = "<image>"
+IMAGE_MARKER, VIDEO_MARKER = "<image>", "<video>"
 # "train.parquet", "train-00000-of-00002.parquet" (the hub's shards), "train.jsonl"
 _SPLIT_FILE = re.compile(r"(?P<split>.+?)(-\d{5}-of-(?P<shards>\d{5}))?\.(parquet|jsonl)")
+_VIDEOS = ("videos", "video")
+# What public datasets call a column: ViRL39K and MMK12 (docs/DATA.md).
+_ALSO = {"images": "image", "problem": "question", "id": "qid"}
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns. Only `solution` may be absent from the data."""
+    """Names of the columns. Only `solution` and `id` may be absent from the data.
+
+    A column that has its default name here and is absent is looked for as `image`, `question` or
+    `qid`.
+    """
 
     images: str = "images"
     problem: str = "problem"
     answer: str = "answer"
     solution: str = "solution"
+    id: str = "id"
 
-
-class Rows(Protocol):
-    """A table read row by row."""
-
-    @property
-    def column_names(self) -> list[str]:
-        """The names of the columns."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
-
-
-class ArrowRows:
-    """Rows of an Arrow table; a row is copied when it is read."""
-
-    def __init__(self, table: pa.Table) -> None:
-        self._table = table
-        self.column_names: list[str] = table.column_names
-
-    def __len__(self) -> int:
-        return self._table.num_rows
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {name: self._table.column(name)[index].as_py() for name in self.column_names}
-
-
-class JsonRows:
-    """Rows of JSON lines; a line is parsed when it is read. Blank lines are skipped."""
-
-    def __init__(self, lines: Iterable[bytes]) -> None:
-        self._lines = [line for line in lines if line.strip()]
-        names: dict[str, None] = {}
-        for index in range(len(self._lines)):
-            try:
-                names.update(dict.fromkeys(self[index]))
-            except ValueError:  # reported with its index, or skipped, when the row is read
-                continue
-        self.column_names = list(names)
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            row = json.loads(self._lines[index])
-        except ValueError as error:
-            got = f"{self._lines[index][:40]!r} ({error})"
-            fail("line", "a JSON object", got, "correct the line")
-        if not isinstance(row, dict):
-            fail("line", "a JSON object", type(row).__name__, "write one {...} per line")
-        return row
+    def found_in(self, names: Sequence[str]) -> "Columns":
+        """The same with the other name of each column that is absent and has one."""
+        other = {
+            role: also
+            for role, also in _ALSO.items()
+            if getattr(self, role) == role and role not in names and also in names
+        }
+        return dataclasses.replace(self, **other)
 
 
 class RomaDataset(Sequence[Example]):
-    """A sequence of `Example`, checked when it is built; images are decoded later, on demand.
+    """A sequence of `Example`, checked when it is built; images are read later, on demand.
 
-    Building it reads the text of every row, so that a bad row ends a run before its first step.
-    `skip_broken=True` also decodes every image once, leaves broken rows out and lists them in
-    `skipped`.
+    Building it reads the text of every row, so that a bad row ends a run before its first step. A
+    row has as many images as its problem has `<image>`, or none: a question of text alone. Videos
+    are refused. `skip_broken=True` also decodes every image once, leaves broken rows out and lists
+    them in `skipped`.
 
     Args:
         rows: the table; a `datasets.Dataset` is one too.
         name: what messages call it.
         columns: names of the columns. A column `id`, where there is one, names the rows; else their
-            index does.
+            index does. The names that were found are in `columns` afterwards.
         image_dir: folder of relative image paths (None: the working directory).
         skip_broken: leave broken rows out instead of raising.
+        format: makes the prompt's text of a problem.
 
     Raises:
         ValueError: a column is missing, or no row is left.
@@ -112,30 +77,48 @@ class RomaDataset(Sequence[Example]):
         columns: Columns | None = None,
         image_dir: str | Path | None = None,
         skip_broken: bool = False,
+        format: Callable[[str], str] | None = None,
     ) -> None:
         self.name = name
-        self.columns = columns or Columns()
+        self.columns = (columns or Columns()).found_in(rows.column_names)
         self.skipped: list[tuple[int, str]] = []
-        self._rows = rows
+        self._rows: Rows = rows
         self._image_dir = None if image_dir is None else Path(image_dir)
+        self._format = format
         if not len(rows):
             fail(name, "at least one row", "none", "check the file, or how it was made")
         self._check_columns()
-        self._kept: list[int] = []
-        for index in range(len(rows)):
-            try:
-                example = self._read(index)
-                if skip_broken:
-                    example.load_images()
-            except RowError as error:
+        kept = array("q")  # eight bytes a row, where a list takes forty
+        for index, found in enumerate(self._checked(skip_broken)):
+            if isinstance(found, RowError):
                 if not skip_broken:
-                    raise
-                self.skipped.append((index, str(error)))
+                    raise found
+                self.skipped.append((index, str(found)))
             else:
-                self._kept.append(index)
+                kept.append(index)
+        self._kept: Sequence[int] = kept if self.skipped else range(len(rows))
         if not self._kept:
             got = f"{len(rows)} broken ones"
             fail(name, "at least one usable row", got, f"the first is {self.skipped[0][1]}")
+
+    def _checked(self, decode: bool) -> Iterator[Example | RowError]:
+        """Every row, or what is wrong with it."""
+        if not decode and isinstance(self._rows, ArrowRows | ParquetRows):
+            for index, row in enumerate(self._rows.scan()):
+                try:
+                    yield self._example(row, index)
+                except RowError as error:
+                    yield error
+            return
+        for index in range(len(self._rows)):
+            try:
+                example = self._read(index)
+                if decode:
+                    example.load_images()
+            except RowError as error:
+                yield error
+            else:
+                yield example
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -163,24 +146,42 @@ class RomaDataset(Sequence[Example]):
                 remedy = f"{guess}rename the column, or name it with Columns({role}=...)"
                 fail(self.name, f"a column '{wanted}'", f"the columns {found}", remedy)
 
+        if isinstance(self._rows, ArrowRows | ParquetRows):
+            names = [*dataclasses.astuple(self.columns), *_VIDEOS]
+            self._rows = self._rows.only(
+                [name for name in found if name in names], self.columns.images
+            )
+
     def _read(self, index: int) -> Example:
+        try:
+            row = self._rows[index]
+        except ValueError as error:
+            raise row_error(f"{self.name}, row {index}", error) from error
+        return self._example(row, index)
+
+    def _example(self, row: Mapping[str, Any], index: int) -> Example:
         origin = f"{self.name}, row {index}"
         try:
-            return self._example(self._rows[index], index, origin)
+            return self._made(row, index, origin)
         except ValueError as error:
             raise row_error(origin, error) from error
 
-    def _example(self, row: Mapping[str, Any], index: int, origin: str) -> Example:
+    def _made(self, row: Mapping[str, Any], index: int, origin: str) -> Example:
         names = self.columns
         cell = row.get(names.images)
         cells = cell if isinstance(cell, list | tuple) else [] if cell is None else [cell]
         images = tuple(image_source(value, self._image_dir) for value in cells)
-        problem = row.get(names.problem)
-        if not isinstance(problem, str):
-            fail(names.problem, "text", repr(problem)[:60], "write the question there")
+        question = row.get(names.problem)
+        if not isinstance(question, str):
+            fail(names.problem, "text", repr(question)[:60], "write the question there")
+        problem = self._format(question) if self._format else question
+        for name in _VIDEOS:
+            if row.get(name):
+                fail(name, "no video", "one", "roma degrades images alone: leave the row out")
+        if VIDEO_MARKER in problem:
+            remedy = "roma degrades images alone: leave the row out"
+            fail(names.problem, f"no {VIDEO_MARKER}", "one", remedy)
         markers = problem.count(IMAGE_MARKER)
-        if not images:
-            fail(names.images, "at least one image", "none", "roma needs one to degrade: add it")
         if markers != len(images):
             expected = f"{IMAGE_MARKER} {len(images)} times, as there are images"
             fail(names.problem, expected, f"it {markers} times", "write it once per image")
@@ -188,7 +189,7 @@ class RomaDataset(Sequence[Example]):
             if isinstance(image, Path) and not image.is_file():
                 remedy = "correct the path, or image_dir"
                 fail(names.images, "an image file", f"no file at {image}", remedy)
-        solution, row_id = row.get(names.solution), row.get("id")
+        solution, row_id = row.get(names.solution), row.get(names.id)
         return Example(
             id=str(index if row_id is None else row_id),
             images=images,
@@ -196,6 +197,7 @@ class RomaDataset(Sequence[Example]):
             answer=_answer_text(names.answer, row.get(names.answer)),
             solution=None if solution is None else str(solution),
             origin=origin,
+            question=question,
         )
 
 
@@ -206,23 +208,26 @@ def load_dataset_rows(
     columns: Columns | None = None,
     image_dir: str | Path | None = None,
     skip_broken: bool = False,
+    format_prompt: str | Path | None = None,
 ) -> RomaDataset:
     """Opens a dataset of questions about images.
 
     Args:
         path: a .parquet or .jsonl file; a folder that `datasets` saved (`save_to_disk`); or a
             folder that holds one such file, set of shards or saved dataset per split, directly or
-            in its `data/`. `path@split` is the same as `split=`. Parquet and JSON lines are kept in
-            memory, images still encoded; a saved dataset is mapped from disk.
+            in its `data/`. `path@split` is the same as `split=`. Nothing is held in memory but what
+            was read last: row groups of parquet, lines of JSON; a saved dataset is mapped.
         split: the split of a folder; may be omitted if there is only one.
         columns: names of the columns: images (a list of {bytes, path}, or of paths), problem,
             answer.
         image_dir: folder of relative image paths; None: the folder of the file.
         skip_broken: leave out rows that cannot be used and list them in `skipped`; decodes every
             image once.
+        format_prompt: file of a jinja template that makes the prompt's text, as EasyR1 has them;
+            `content` in it is the problem.
 
     Raises:
-        FileNotFoundError: nothing is at `path`.
+        FileNotFoundError: nothing is at `path`, or no template at `format_prompt`.
         ValueError: unknown kind of file, unknown split, missing column, empty dataset.
         RowError: a broken row, unless skip_broken.
 
@@ -242,7 +247,12 @@ def load_dataset_rows(
     name = text if split is None else f"{text}@{split}"
     image_dir = image_dir or folder
     return RomaDataset(
-        _open(files), name=name, columns=columns, image_dir=image_dir, skip_broken=skip_broken
+        _open(files),
+        name=name,
+        columns=columns,
+        image_dir=image_dir,
+        skip_broken=skip_broken,
+        format=None if format_prompt is None else read_format(format_prompt),
     )
 
 
@@ -297,13 +307,9 @@ def _open(files: Sequence[Path]) -> Rows:
 
         return ArrowRows(load_from_disk(str(files[0])).with_format("arrow")[:])
     if files[0].suffix == ".parquet":
-        try:
-            return ArrowRows(pa.concat_tables(pq.read_table(file) for file in files))
-        except pa.ArrowInvalid as error:
-            got = f"{files[0]} ({error})"
-            fail("path", "parquet files with the same columns", got, "make or fetch them again")
+        return ParquetRows(files)
     if files[0].suffix == ".jsonl":
-        return JsonRows(line for file in files for line in file.read_bytes().splitlines())
+        return JsonRows(files)
     fail("path", "a .parquet or .jsonl file, or a dataset folder", str(files[0]), "convert it")
 
 

@@ -22,7 +22,7 @@ from roma.data import (
     load_dataset_rows,
     write_digits,
 )
-from roma.data.loader import ArrowRows
+from roma.data.rows import ArrowRows
 from roma.data.synthetic.digits import digit_questions
 
 PIXELS = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3)
@@ -218,8 +218,9 @@ def test_missing_column() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": []}, "images: expected at least one image, got none"),
-        ({"images": None}, "images: expected at least one image, got none"),
+        ({"images": []}, "problem: expected <image> 0 times, as there are images, got it 1 times"),
+        ({"images": None}, "problem: expected <image> 0 times"),
+        ({"problem": "<image> <video>"}, "problem: expected no <video>, got one"),
         ({"problem": "sum ?"}, "problem: expected <image> 1 times, as there are images, got it 0"),
         ({"problem": "<image><image>"}, "problem: expected <image> 1 times.* got it 2 times"),
         ({"images": [{"bytes": PNG}] * 2}, "problem: expected <image> 2 times"),
