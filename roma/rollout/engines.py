@@ -32,6 +32,7 @@ def make_sampler(
     *,
     weights: Callable[[], Iterator[tuple[str, Tensor]]],
     version: Callable[[], int],
+    synced: bool = False,
 ) -> Sampler:
     """The sampling engine of a run.
 
@@ -41,13 +42,14 @@ def make_sampler(
         weights: the policy's weights under Hugging Face names, whole, adapters merged, in one order
             on all ranks; every rank calls it at the same time.
         version: changes when the weights do.
+        synced: of `HfSampler`.
 
     Raises:
         ValueError: no such engine, or it cannot run the policy.
         ImportError: the engine is not installed.
     """
     if options.name == "hf":
-        return HfSampler(policy)
+        return HfSampler(policy, synced=synced)
     if options.name == "vllm":
         from roma.rollout.vllm import VllmSampler
 

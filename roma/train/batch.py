@@ -36,6 +36,7 @@ class UpdateBatch:
     aux_view: Tensor | None  # [B] int64
     old_logp: Tensor | None  # [B, T]; None: the policy as it is now sampled the tokens
     clean_features: ImageFeatures | None = None  # of the clean images, as they were sampled on
+    ref_logp: Tensor | None = None  # [B, T] of a reference policy, where the loss has a KL to it
 
     @classmethod
     def to_score(cls, prompts: PromptBatch, rollouts: Rollouts, group: Tensor) -> "UpdateBatch":
@@ -87,6 +88,7 @@ class UpdateBatch:
             correct=self.correct[rows],
             aux_view=None if self.aux_view is None else self.aux_view[rows],
             old_logp=None if self.old_logp is None else self.old_logp[rows],
+            ref_logp=None if self.ref_logp is None else self.ref_logp[rows],
             clean_features=None if features is None else features.gather(images),
         )
 

@@ -1,22 +1,26 @@
 """From questions to experience: prompts, rollouts, rewards, advantages."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from roma.advantages import ESTIMATORS, AdvantageInputs
+from roma.advantages import ESTIMATORS, AdvantageInputs, Estimator
 from roma.data import Example
 from roma.models.prompts import PromptBatch
 from roma.models.qwen_vl import Policy
-from roma.rewards import RewardFunction
+from roma.rewards import Failed, MarkedReward
+from roma.rewards.loader import KEYS
 from roma.rollout.base import Rollouts, Sampler
+from roma.train import ranks
 from roma.train.batch import UpdateBatch
 from roma.train.config import Config
+from roma.train.engine import Engine
 from roma.train.states import distinct_rows
-from roma.train.update import PolicyLoss
 from roma.train.views import ViewMaker, Views
 from roma.views import seed_for
 
@@ -29,14 +33,19 @@ class Experience:
     prompts: PromptBatch  # as the policy saw them when it sampled
     rollouts: Rollouts
     group: Tensor  # [B] int64, the prompt of each rollout
-    rewards: dict[str, Tensor]  # each [B]
+    rewards: dict[str, Tensor]  # each [B]; "failed" is 1 where there is none, and the others 0
     advantages: Tensor  # [B] or [B, T]
     views: "Future[Views]"  # a thread may still be making them
 
     @property
     def correct(self) -> Tensor:
         """[B] bool: the answer is right, by the accuracy part of the reward."""
-        return self.rewards["accuracy"] >= 0.5
+        return (self.rewards["accuracy"] >= 0.5) & ~self.failed
+
+    @property
+    def failed(self) -> Tensor:
+        """[B] bool: the rollout has no reward. It is not right, and its advantage is 0."""
+        return self.rewards["failed"] > 0
 
     def batch(self, views: Views, *, aux_view: Tensor | None = None) -> UpdateBatch:
         """All of it as one batch, with views of its prompts."""
@@ -59,45 +68,52 @@ class Collector:
 
     Args:
         config: of the run.
-        policy_loss: the policy, and how its log-probs are computed where an estimator needs them.
-        sampler: the engine.
+        engine: of the policy, whose log-probs an estimator may need.
+        sampler: samples from the policy.
         score: the reward function.
         view_maker: starts on the views of the prompts before sampling begins.
+
+    Attributes:
+        failure_log: called with the step and a row of reward_failures.jsonl for each rollout
+            without a reward, on the first rank; None: they are counted and told on stderr alone.
     """
 
     def __init__(
         self,
         config: Config,
-        policy_loss: PolicyLoss,
+        engine: Engine,
         sampler: Sampler,
-        score: RewardFunction,
+        score: MarkedReward,
         view_maker: ViewMaker,
     ) -> None:
         """Keeps all parts."""
-        self.config, self.policy_loss, self.sampler = config, policy_loss, sampler
+        self.config, self.engine, self.sampler = config, engine, sampler
         self.score, self.view_maker = score, view_maker
+        self.failure_log: Callable[[int, Sequence[Mapping[str, Any]]], None] | None = None
+        self._step = 0
         self.estimator = ESTIMATORS[config.algorithm.adv_estimator]
 
     @property
     def policy(self) -> Policy:
         """The model that samples."""
-        return self.policy_loss.policy
+        return self.engine.policy
 
     def collect(self, examples: list[Example], step: int) -> tuple[Experience, dict[str, float]]:
         """The experience of a step, and its metrics."""
-        config = self.config
+        config, self._step = self.config, step
         prompts = self.encode(examples)
         views = self.view_maker.start(self.policy, prompts, examples, step)
         if self.view_maker.rollouts_see_views:
             prompts = views.result().applied_to(prompts)
-        with self.policy.autocast(config.trainer.dtype):
-            rollouts = self.sampler.sample(
-                prompts,
-                group_size=config.worker.rollout.n,
-                max_new_tokens=config.data.max_response_length,
-                temperature=config.worker.rollout.temperature,
-                seed=seed_for(config.trainer.seed, "rollout", step),
-            )
+        # The ranks have prompts of their own, the first one those of a run in one process.
+        place = (ranks.rank(),) if ranks.rank() else ()
+        rollouts = self.sampler.sample(
+            prompts,
+            group_size=config.worker.rollout.n,
+            max_new_tokens=config.data.max_response_length,
+            temperature=config.worker.rollout.temperature,
+            seed=seed_for(config.trainer.seed, "rollout", step, *place),
+        )
         group = torch.arange(len(examples), device=self.policy.device)
         group = group.repeat_interleave(config.worker.rollout.n)
         rewards = self.reward(examples, group, rollouts)
@@ -109,7 +125,10 @@ class Collector:
         return found, _metrics(found)
 
     def answer(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Rewards [n] of one greedy answer to each example, on its clean images."""
+        """Rewards [n] of one greedy answer to each example, on its clean images.
+
+        An answer without a reward counts as a wrong one, in all parts 0, and 1 in "failed".
+        """
         rollouts = self.sampler.sample(
             self.encode(examples),
             group_size=1,
@@ -127,18 +146,61 @@ class Collector:
     def reward(
         self, examples: Sequence[Example], group: Tensor, rollouts: Rollouts
     ) -> dict[str, Tensor]:
-        """Every part of the reward, [B] each."""
+        """Every part of the reward that all rollouts have, [B] each; 0 where it failed.
+
+        "failed" is 1 there, else 0. The failures are told and logged.
+        """
         texts = self.policy.processor.decode(rollouts.tokens, rollouts.mask)
-        lengths, finished = rollouts.mask.sum(-1).tolist(), rollouts.finished.tolist()
-        answers = [examples[prompt].answer for prompt in group.tolist()]
-        keys = ("response", "response_length", "ground_truth", "finished")
-        rows = zip(texts, lengths, answers, finished, strict=True)
-        scores = self.score([dict(zip(keys, row, strict=True)) for row in rows])
-        device = self.policy.device
-        return {
-            part: torch.tensor([float(s[part]) for s in scores], device=device)
-            for part in scores[0]
-        }
+        asked = [examples[prompt] for prompt in group.tolist()]
+        rows = [
+            {
+                "response": text,
+                "response_length": length,
+                "ground_truth": example.answer,
+                "finished": finished,
+                "problem": example.question,
+                "id": example.id,
+            }
+            for text, length, finished, example in zip(
+                texts,
+                rollouts.mask.sum(-1).tolist(),
+                rollouts.finished.tolist(),
+                asked,
+                strict=True,
+            )
+        ]
+        scores = self.score(rows)
+        self._tell(rows, scores)
+        parts = _parts(scores)
+        found = [
+            [0.0] * len(parts) if isinstance(s, Failed) else [s[p] for p in parts] for s in scores
+        ]
+        table = torch.tensor(found, dtype=torch.float32, device=rollouts.mask.device)
+        failed = [float(isinstance(score, Failed)) for score in scores]
+        rewards = dict(zip(parts, table.view(len(scores), -1).unbind(1), strict=True))
+        return rewards | {"failed": table.new_tensor(failed)}
+
+    def _tell(
+        self, rows: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, float] | Failed]
+    ) -> None:
+        """One line on stderr for all failures of a call, and one each for the log."""
+        failures = [
+            {"id": row["id"], "reason": score.reason, "response": row["response"][:500]}
+            for row, score in zip(rows, scores, strict=True)
+            if isinstance(score, Failed)
+        ]
+        told = ranks.told((failures, len(rows)))
+        every = [failure for own, _ in told for failure in own]
+        if not every or ranks.rank():
+            return
+        count, first = sum(size for _, size in told), every[0]
+        print(
+            f"step {self._step}: no reward for {len(every)} of {count} rollouts; "
+            f"the first, of row {first['id']}: {first['reason']}",
+            file=sys.stderr,
+        )
+        if self.failure_log:
+            self.failure_log(self._step, every)
 
     def _advantages(
         self, prompts: PromptBatch, rollouts: Rollouts, group: Tensor, rewards: dict[str, Tensor]
@@ -146,24 +208,74 @@ class Collector:
         needs, scored = self.estimator.needs, dict[str, Tensor]()
         if needs:
             batch = UpdateBatch.to_score(prompts, rollouts, group)
-            with self.policy.autocast(self.config.trainer.dtype):
-                limit = self.config.worker.actor.micro_batch_tokens
-                asked = {name: name in needs for name in ("hidden", "entropy")}
-                scores = self.policy_loss.score(batch, limit=limit, **asked)
+            limit = self.config.worker.actor.micro_batch_tokens
+            asked = {name: name in needs for name in ("hidden", "entropy")}
+            scores = self.engine.call(self.engine.policy_loss.score, batch, limit=limit, **asked)
             scored = {name: getattr(scores, name) for name in needs}
-        return self.estimator(AdvantageInputs(rewards["overall"], group, rollouts.mask, **scored))
+        inputs = AdvantageInputs(rewards["overall"], group, rollouts.mask, **scored)
+        return advantages_of(self.estimator, inputs, rewards["failed"] > 0)
+
+
+def advantages_of(estimator: Estimator, inputs: AdvantageInputs, failed: Tensor) -> Tensor:
+    """Advantages where some rollouts have no reward: theirs are 0, the others' are as if alone.
+
+    The estimator is given the other rollouts only, so that no statistic of a group holds a failed
+    one, whichever the estimator. A rollout whose group it alone is left of has nothing to be
+    compared with, and gets 0 too.
+
+    Args:
+        estimator: any.
+        inputs: of B rollouts.
+        failed: [B] bool.
+
+    Returns:
+        [B] or [B, T], as the estimator returns.
+    """
+    if not failed.any():
+        return estimator(inputs)
+    ids, member = inputs.group.unique(return_inverse=True)
+    left = (~failed).new_zeros(len(ids), dtype=torch.int64).index_add(0, member, (~failed).long())
+    lost = torch.zeros_like(left).index_add(0, member, failed.long())
+    taken = ~failed & ~((left == 1) & (lost > 0))[member]
+    if not taken.any():
+        return torch.zeros_like(inputs.rewards)
+    optional = {name: getattr(inputs, name) for name in ("logp", "entropy", "hidden")}
+    kept = {name: value[taken] for name, value in optional.items() if value is not None}
+    found = estimator(
+        AdvantageInputs(inputs.rewards[taken], inputs.group[taken], inputs.mask[taken], **kept)
+    )
+    advantages = found.new_zeros(len(failed), *found.shape[1:])
+    advantages[taken] = found
+    return advantages
+
+
+def _parts(scores: Sequence[Mapping[str, float] | Failed]) -> list[str]:
+    """The parts that all scores have, the same on every rank."""
+    keys = [list(score) for score in scores if not isinstance(score, Failed)]
+    told = [own for every in ranks.told(keys) for own in every] or [list(KEYS)]
+    return [key for key in told[0] if all(key in own for own in told)]
 
 
 def _metrics(experience: Experience) -> dict[str, float]:
+    """Means over the rollouts of all ranks; of a reward's parts, over those that have one."""
     rollouts, group = experience.rollouts, experience.group
-    lengths = rollouts.mask.sum(-1).float()
-    nonzero = (experience.advantages != 0).view(len(group), -1).any(1)
+    columns = {
+        **experience.rewards,
+        "nonzero": (experience.advantages != 0).view(len(group), -1).any(1),
+        "length": rollouts.mask.sum(-1),
+        "cut": ~rollouts.finished,
+    }
+    table = ranks.gathered(torch.stack([column.double() for column in columns.values()], 1)).cpu()
+    found = dict(zip(columns, table.unbind(1), strict=True))
+    scored = found["failed"] == 0
+    rewards = {part: found[part][scored] for part in experience.rewards if part != "failed"}
     distinct = distinct_rows(group, rollouts.tokens, rollouts.mask)[0]
     return {
-        **{f"reward/{part}": float(values.mean()) for part, values in experience.rewards.items()},
-        "advantage/nonzero_share": float(nonzero.float().mean()),
-        "response_length/mean": float(lengths.mean()),
-        "response_length/max": float(lengths.max()),
-        "response_length/clip_ratio": float((~rollouts.finished).float().mean()),
-        "rollout/distinct_share": len(distinct) / len(group),
+        **{f"reward/{part}": float(own.mean()) for part, own in rewards.items() if len(own)},
+        "reward/failed": float(found["failed"].mean()),
+        "advantage/nonzero_share": float(found["nonzero"].mean()),
+        "response_length/mean": float(found["length"].mean()),
+        "response_length/max": float(found["length"].max()),
+        "response_length/clip_ratio": float(found["cut"].mean()),
+        "rollout/distinct_share": sum(ranks.told(len(distinct))) / len(table),
     }

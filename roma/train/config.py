@@ -137,10 +137,13 @@ def _check_together(config: Config) -> None:
     if trainer.deepspeed_config and not trainer.engine.startswith("zero"):
         remedy = "choose a stage, or leave trainer.deepspeed_config out"
         fail("trainer.engine", "zero1, zero2 or zero3 with a JSON", trainer.engine, remedy)
-    for key, only in {"ref_coef": 0.0, "aux_old": "clean"}.items():
-        if (value := getattr(roma, key)) != only:
-            remedy = "roma.roma_loss takes the log-probs that it needs; the trainer has none yet"
-            fail(f"algorithm.roma.{key}", str(only), str(value), remedy)
+    if roma.aux_old != "clean":
+        remedy = "roma.roma_loss takes the log-probs that it needs; the trainer has none"
+        fail("algorithm.roma.aux_old", "clean", roma.aux_old, remedy)
+    if roma.ref_coef > 0 and config.worker.actor.lora.rank is None:
+        expected = "0 without worker.actor.lora.rank"
+        remedy = "the reference is the model without its adapters"
+        fail("algorithm.roma.ref_coef", expected, f"{roma.ref_coef:g}", remedy)
     if config.worker.actor.update == "two_pass" and roma.worst_over not in ("sequence", "batch"):
         expected = "sequence or batch with worker.actor.update=two_pass"
         remedy = "every view of a token needs a gradient; take update=lean"

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from roma import RomaConfig
-from roma.models.flops import Prompt, TextShape, VisionShape, cheaper
+from roma.models.flops import Adapters, Prompt, TextShape, VisionShape, cheaper
 from roma.train.batch import UpdateBatch
 from roma_kernels.errors import fail
 
@@ -102,6 +102,7 @@ def two_passes_pay(
     share_prompt: bool,
     vision_trained: bool,
     checkpointed: bool,
+    adapters: Adapters | None = None,
 ) -> bool:
     """Whether two passes are predicted to cost less than one, for this very batch."""
     prompts, count = batch.prompts, len(batch.prompts.images)
@@ -133,5 +134,6 @@ def two_passes_pay(
         auxiliary=bool(plan.auxiliary.any()),
         vision_trained=vision_trained,
         checkpointed=checkpointed,
+        adapters=adapters,
     )
     return form == "two_pass"

@@ -147,6 +147,7 @@ class PolicyLoss(nn.Module):
             share_prompt=self.share_prompt,
             vision_trained=not self.policy.vision_is_frozen,
             checkpointed=self.policy.is_checkpointed,
+            adapters=self.policy.adapters,
         )
 
     @torch.no_grad()
@@ -210,7 +211,7 @@ class PolicyLoss(nn.Module):
             at = np.full((len(plan.views), len(kept)), -1, dtype=np.int64)
             at[views, rollouts] = np.cumsum(long) - long
             view_rows = torch.from_numpy(at).to(device)
-        advantages, old = batch.advantages[rows], batch.old_logp
+        advantages, old, ref = batch.advantages[rows], batch.old_logp, batch.ref_logp
         cu_seqlens = _ends(lengths).to(device)
         out = roma_loss(
             hidden,
@@ -221,6 +222,7 @@ class PolicyLoss(nn.Module):
             advantages=advantages if advantages.ndim == 1 else advantages[mask],
             correct=batch.correct[rows],
             old_logp=None if old is None else old[rows][mask],
+            ref_logp=None if ref is None else ref[rows][mask],
             aux_view=None if batch.aux_view is None else batch.aux_view[rows],
             view_rows=view_rows,
             cu_seqlens=cu_seqlens,
@@ -255,6 +257,7 @@ class PolicyLoss(nn.Module):
             advantages=batch.advantages,
             correct=batch.correct,
             old_logp=batch.old_logp,
+            ref_logp=batch.ref_logp,
             aux_view=batch.aux_view,
             total_sequences=totals.sequences,
             total_tokens=totals.tokens,

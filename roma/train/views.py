@@ -18,6 +18,7 @@ from roma.data import Example
 from roma.models.processor import Image
 from roma.models.prompts import PromptBatch
 from roma.models.qwen_vl import Policy
+from roma.train import ranks
 from roma.train.sections import AlgorithmConfig
 from roma.views import (
     CORRUPTIONS,
@@ -64,17 +65,19 @@ class Views:
         return replace(prompts, images=self.images[0], pixel_values=self.pixels[0])
 
     def metrics(self) -> dict[str, float]:
-        """Mean level, and the time that making the views took; nothing where there are none."""
-        levels = [spec.level or 0.0 for column in self.specs for spec in column]
+        """Mean level of all ranks, and the time that making the views took; nothing without any."""
+        own = [spec.level or 0.0 for column in self.specs for spec in column]
+        levels = [level for part in ranks.told(own) for level in part]
         if not levels:
             return {}
         mean = sum(levels) / len(levels)
         return {"views/level_mean": mean, "timing_s/make_views": self.seconds}
 
     def rows(self, examples: Sequence[Example]) -> Iterator[dict[str, Any]]:
-        """A row of views.jsonl per prompt, with every parameter of its views."""
+        """A row of views.jsonl per prompt with images, with every parameter of its views."""
         for example, specs in zip(examples, zip(*self.specs, strict=True), strict=True):
-            yield {"id": example.id, "views": [asdict(spec) for spec in specs]}
+            if example.images:
+                yield {"id": example.id, "views": [asdict(spec) for spec in specs]}
 
 
 class ViewMaker:
@@ -147,6 +150,9 @@ class ViewMaker:
             for example, spec, images in zip(examples, column, prompts.images, strict=True)
             for number, image in enumerate(images)
         ]
+        if not jobs:  # text alone
+            blank: list[list[list[Image]]] = [[[] for _ in examples] for _ in specs]
+            return Views(specs, blank, [prompts.pixel_values] * len(specs))
         clean, job_specs, seeds = map(list, zip(*jobs, strict=True))
         if options.device == "cuda":
             clean = [torch.from_numpy(image).to(policy.device) for image in clean]

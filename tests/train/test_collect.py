@@ -36,7 +36,7 @@ def test_an_estimator_gets_what_it_asks_for(trainer: Trainer) -> None:
     trainer.collector.estimator = Estimator(by_entropy, needs)
     experience, metrics = trainer.collector.collect(trainer.draw(), 1)
     (given,) = seen
-    whole = trainer.policy_loss.score(
+    whole = trainer.engine.policy_loss.score(
         experience.batch(experience.views.result()), hidden=True, entropy=True
     )
     close = {"rtol": 0, "atol": 5e-6}
@@ -72,7 +72,7 @@ def test_without_needs_nothing_is_scored(trainer: Trainer, monkeypatch: pytest.M
     def score(*_: Any, **__: Any) -> None:
         pytest.fail("rollouts were scored")
 
-    monkeypatch.setattr(type(trainer.policy_loss), "score", score)
+    monkeypatch.setattr(type(trainer.engine.policy_loss), "score", score)
     trainer.collector.collect(trainer.draw(), 1)
 
 

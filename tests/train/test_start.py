@@ -128,10 +128,10 @@ def test_a_changed_optimizer_is_applied(tmp_path: Path, capsys: pytest.CaptureFi
         "worker.actor.betas=[0.8,0.9]",
     ]
     resumed = Trainer(config(tmp_path, "trainer.total_steps=2", *actor))
-    (group,) = resumed.optimizer.param_groups
+    (group,) = resumed.engine.optimizer.param_groups
     assert (group["lr"], group["weight_decay"], group["betas"]) == (5e-5, 0.2, (0.8, 0.9))
     resumed.fit()
-    assert group["lr"] == 5e-5 and resumed.scheduler.get_last_lr() == [5e-5]
+    assert group["lr"] == resumed.engine.lr == 5e-5
     capsys.readouterr()
     other = tmp_path / "other"
     Policy.load(tmp_path / "global_step_1" / "actor").save_pretrained(other)

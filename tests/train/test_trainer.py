@@ -226,9 +226,9 @@ def test_the_hardest_candidates_are_kept(tmp_path: Path) -> None:
     trainer.step = 1
     experience, _ = trainer.collector.collect(trainer.draw(), trainer.step)
     drawn = experience.views.result()
-    chosen = trainer.choose(experience, drawn)
+    chosen = trainer.learner.choose(experience, drawn)
     assert len(drawn.specs) == 4 and len(chosen.specs) == len(chosen.pixels) == 2
-    rows = PolicyLoss(trainer.policy, trainer.policy_loss.config, share_prompt=False)
+    rows = PolicyLoss(trainer.policy, trainer.engine.policy_loss.config, share_prompt=False)
     divergence = rows.divergence(experience.batch(drawn))
     kept = hardest(divergence, experience.rewards["accuracy"].view(4, 4) >= 0.5, 2)
     assert any(places != [0, 1] for places in kept)
@@ -316,7 +316,7 @@ def test_a_prompt_draws_one_auxiliary_view(tmp_path: Path) -> None:
         trainer = Trainer(config(tmp_path / who, f"algorithm.aux_view={who}"))
         trainer.step = 1
         experience, _ = trainer.collector.collect(trainer.draw(), 1)
-        found = trainer._aux_view(experience, experience.views.result())
+        found = trainer.learner._aux_view(experience, experience.views.result(), trainer.step)
         assert found is not None
         drawn[who] = found.view(4, 4)
     assert (drawn["prompt"] == drawn["prompt"][:, :1]).all()
@@ -328,7 +328,7 @@ def test_a_model_that_cannot_share_says_so(
 ) -> None:
     monkeypatch.setattr(Policy, "shares_prompts", property(lambda self: False))
     trainer = Trainer(config(tmp_path))
-    assert not trainer.policy_loss.share_prompt
+    assert not trainer.engine.policy_loss.share_prompt
     told = capsys.readouterr().err.splitlines()
     kind = "Qwen3VLForConditionalGeneration"
     assert told == [f"{kind} cannot share prompts: a row per rollout instead"]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from roma.models import export
 from roma.train import ranks
 from roma.train.batch import Totals, UpdateBatch
 from roma.train.sections import ActorConfig
@@ -65,6 +66,8 @@ class Engine(ABC):
         self.policy = policy_loss.policy
         self.version = 0
         """Optimizer steps done; a sampler with weights of its own takes new ones by it."""
+        self.lr = 0.0
+        """Learning rate of the last step."""
         self.door = Door(policy_loss)
         self.wrap()
         named = list(self.policy.model.named_parameters())
@@ -135,16 +138,12 @@ class Engine(ABC):
 
     def step(self) -> float:
         """The optimizer's step; gives the gradients' L2 norm over all weights, before clipping."""
+        self.lr = self.actor.lr * self.rate(self.version)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.actor.lr * self.rate(self.version)
+            group["lr"] = self.lr
         norm = self.clip_and_step()
         self.version += 1
         return norm
-
-    @property
-    def lr(self) -> float:
-        """The learning rate of the next step."""
-        return self.actor.lr * self.rate(self.version)
 
     @abstractmethod
     def clip_and_step(self) -> float:
@@ -168,8 +167,7 @@ class Engine(ABC):
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Hugging Face names and whole tensors, adapters merged; every rank takes all of them."""
-        for name, weight in self.parameters.items():
-            yield name, self.whole(weight)
+        return export.merged_weights(self.policy, whole=self.whole)
 
     def save(self, folder: Path) -> None:
         """Writes what a resumed run needs beside the export; every rank calls."""
@@ -185,14 +183,4 @@ class Engine(ABC):
 
     def export(self, folder: Path) -> None:
         """The policy in Hugging Face form, fp32, written by the first rank; every rank calls."""
-        if not self.sharded:
-            if ranks.rank() == 0:
-                self.policy.save_pretrained(folder)
-            return
-        kept = {}
-        for name, weight in self.weights():
-            if ranks.rank() == 0:
-                kept[name] = weight.detach().to("cpu", copy=True)
-        if ranks.rank() == 0:
-            self.policy.model.save_pretrained(folder, state_dict=kept)
-            self.policy.processor.save_pretrained(folder)
+        export.save(self.policy, folder, whole=self.whole, write=ranks.rank() == 0)

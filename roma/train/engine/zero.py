@@ -106,22 +106,22 @@ class Zero(Engine):
         """Gathered from the ranks at stage 3."""
         if self.stage < 3:
             return weight.detach()
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters([weight]):
+        with deepspeed.zero.GatheredParameters([weight]):
             return weight.detach().clone()
 
     @torch.no_grad()
     def put(self, weight: nn.Parameter, whole: Tensor) -> None:
         """The weight, and the fp32 copy that DeepSpeed steps."""
+        import deepspeed
         from deepspeed.utils import safe_set_full_fp32_param
-        from deepspeed.zero import GatheredParameters
 
         whole = whole.to(self.device)
         if weight.requires_grad:
             safe_set_full_fp32_param(weight, whole)
         if self.stage == 3:
-            with GatheredParameters([weight], modifier_rank=0):
+            with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
                 weight.copy_(whole)
         else:
             weight.copy_(whole)
