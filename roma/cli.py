@@ -39,11 +39,21 @@ examples:
   roma train run.yaml trainer.total_steps=50 algorithm.roma.lambda_inv=3
   roma train run.yaml algorithm.view_mode=none    plain GRPO, to compare with
   roma train data.train_files=data/digits@train worker.actor.model_path=model
+  roma train run.yaml --dry-run --ranks 8 --tflops 400     memory, FLOP and time; trains nothing
 
 A value is read as YAML: lr=3e-4, betas=[0.9, 0.98], val_files=null. An unknown key is an error.
 The run folder (trainer.out) gets config.yaml, metrics.jsonl and global_step_N/. The same command
 run again resumes from the newest checkpoint; trainer.resume=never starts anew.
 """
+_DRY_RUN = {
+    "--ranks": (int, "N", "processes that learn together (WORLD_SIZE, or 1)"),
+    "--tflops": (float, "X", "TFLOP/s that a rank's update sustains (measured here)"),
+    "--gpu-gib": (float, "X", "memory of a GPU, of which vLLM takes its share (80)"),
+    "--prompt-tokens": (int, "N", "tokens of a question, image tokens included (from the data)"),
+    "--image-tokens": (int, "N", "image tokens of a question (from the data)"),
+    "--response-tokens": (int, "N", "mean length of an answer (half of the longest)"),
+    "--right": (float, "X", "share of right answers, 0 to 1 (0.5)"),
+}
 _EVAL = """\
 examples:
   roma eval models/Qwen3-VL-4B-Instruct data/charts@test
@@ -127,6 +137,10 @@ def parser() -> argparse.ArgumentParser:
     shown.add_argument("--list-keys", action="store_true", help="print every key and its meaning")
     shown.add_argument("--list-metrics", action="store_true", help="print each metric's formula")
     shown.add_argument("--print-config", action="store_true", help="print what would run, and stop")
+    shown.add_argument("--dry-run", action="store_true", help="print what it would take, and stop")
+    plan = train.add_argument_group("with --dry-run")
+    for name, (kind, metavar, meaning) in _DRY_RUN.items():
+        plan.add_argument(name, type=kind, metavar=metavar, help=meaning)
 
     evaluate = command("eval", _eval, "measure a model on clean and degraded images", _EVAL)
     evaluate.add_argument("model", metavar="MODEL", help="folder of a model in Hugging Face form")
@@ -174,31 +188,9 @@ _POOLS = "of clean, seen, unseen, extra (clean,seen,unseen)"
 
 
 def _train(options: argparse.Namespace) -> None:
-    from roma.train.config import Config, dump, load_config
-    from roma.train.metrics import LOGGED
-    from roma.train.schema import explain
+    from roma.train.command import run
 
-    if options.list_configs:
-        print("\n".join(map(str, _configs())))
-        return
-    if options.list_metrics:
-        for name, meaning in LOGGED.items():
-            print(f"{name}\n    {meaning}")
-        return
-    if options.list_keys:
-        for entry in explain(Config):
-            print(f"{entry.key} = {entry.default}    ({entry.kind})\n    {entry.meaning}")
-        return
-    path, *overrides = options.config or [None]
-    if path is not None and "=" in path and not Path(path).exists():
-        path, overrides = None, options.config
-    config = load_config(path, overrides)
-    if options.print_config:
-        print(dump(config), end="")
-        return
-    from roma.train.trainer import train
-
-    train(config)
+    run(options, _configs())
 
 
 def _eval(options: argparse.Namespace) -> None:

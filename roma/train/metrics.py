@@ -158,12 +158,3 @@ def peak_memory(device: torch.device) -> float:
 def _pattern(name: str) -> str:
     """A key of LOGGED as a regular expression; a part in braces matches a name without a slash."""
     return r"[^/]+".join(re.escape(part) for part in re.split(r"\{\w+\}", name))
-
-
-def __getattr__(name: str) -> Any:
-    """Loggers stood here once; trainer.py still asks for two."""
-    if name in ("JsonLines", "open_log"):
-        from roma.train import loggers
-
-        return getattr(loggers, name)
-    raise AttributeError(name)
