@@ -186,7 +186,8 @@ def _write(
     engine.export(partial / "actor")
     if rank() == 0:
         write_identity(partial, policy)
-        write_tensors(partial / "trainer.pt", dict(state))
+        plain = {name: float(value) for name, value in state.get("metrics", {}).items()}
+        write_tensors(partial / "trainer.pt", {**state, "metrics": plain})
 
 
 def _best_pointer(out: Path, step: int, metric: str, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def train(config: Config, *, progress: Progress | None = None) -> Path:
                 remedy = "raise it to go on, or give trainer.resume=never to start anew"
                 print(f"nothing left to train: {finished}; {remedy}", file=sys.stderr)
             return start
-        return Trainer(config, device).fit(progress)
+        return Trainer(config, device, start).fit(progress)
 
 
 class Trainer:
@@ -82,9 +82,12 @@ class Trainer:
     Args:
         config: of the run.
         device: of this process; None: the configuration's.
+        start: the checkpoint to resume from, verified; None: as the configuration says.
     """
 
-    def __init__(self, config: Config, device: torch.device | None = None) -> None:
+    def __init__(
+        self, config: Config, device: torch.device | None = None, start: Path | None = None
+    ) -> None:
         """Loads everything, the model last but for the checkpoint that the run resumes from."""
         self.config, self.step = config, 0
         trainer = config.trainer
@@ -102,9 +105,9 @@ class Trainer:
         self.engine = make_engine(config, policy_loss, device, self._rate)
         self.learner = Learner(config, self.engine)
         self.collector = Collector(config, self.engine, self._sampler(), score, self.view_maker)
-        self._resumed_from = checkpoint.starting_point(trainer.out, trainer.resume)
-        if self._resumed_from:
-            start = self._resumed_from
+        start = start or checkpoint.starting_point(trainer.out, trainer.resume)
+        self._resumed_from = start
+        if start:
             self.step = checkpoint.restore(start, policy=self.policy, engine=self.engine)["step"]
 
     def _sampler(self) -> Sampler:
@@ -147,16 +150,20 @@ class Trainer:
                 failures = JsonLines(out / "reward_failures.jsonl", resumed_at=resumed_at)
                 opened.enter_context(closing(failures))
                 self.collector.failure_log = failures.write
+            save_time: dict[str, float] = {}  # of the step before, whose line was written
             while self.step < last:
                 self.step += 1
-                metrics = self.train_step(view_log)
-                if trainer.val_freq and self.step % trainer.val_freq == 0:
-                    metrics |= self.validate()
+                metrics = save_time | self.train_step(view_log)
                 stop = preemption.requested()
-                due = trainer.save_freq and self.step % trainer.save_freq == 0
-                if self.step == last or due or stop:
-                    metrics |= self.save(metrics)
+                if not stop and trainer.val_freq and self.step % trainer.val_freq == 0:
+                    metrics |= self.validate()
+                # Before the checkpoint: a run that is killed in between logs the step again.
                 log.log(self.step, metrics)
+                due = trainer.save_freq and self.step % trainer.save_freq == 0
+                save_time = {}
+                if self.step == last or due or stop:
+                    save_time = self.save(metrics)
+                    stop = stop or preemption.requested()  # while it was saved
                 for line in alarms.check(self.step, metrics) if first else ():
                     print(line, file=sys.stderr)
                 if progress and first:
