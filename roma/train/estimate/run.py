@@ -267,7 +267,10 @@ def _rate(config: Config, assumed: Assumed, said: list[str]) -> Rate:
         fail("--tflops", "a rate, as trainer.device is cuda", "none, and no GPU here", remedy)
     device = resolve_device(config.trainer.device, name="trainer.device")
     half = config.trainer.dtype == "bfloat16"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.trainer.threads or threads)
     products, read = _measure(device, torch.bfloat16 if half else torch.float32)
+    torch.set_num_threads(threads)
     said.append(
         f"{SHARE * products / 1e12:.3g} TFLOP/s a rank: {SHARE:.0%}, assumed, of the "
         f"{products / 1e12:.3g} that products in {config.trainer.dtype} reach on this machine's "
