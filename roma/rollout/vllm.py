@@ -108,31 +108,40 @@ class VllmSampler:
         Raises:
             ValueError: vLLM reads the prompts otherwise than the trainer does, prompt and budget
                 are longer than its cache, a temperature below 0.01, or weights are missing.
-            RuntimeError: an earlier exchange of the weights failed.
+            RuntimeError: an earlier call failed within vLLM, whose state is then unknown.
         """
         if temperature is not None and temperature < _COLDEST:
             remedy = "vLLM would raise it in silence; None decodes greedily"
             fail("temperature", f"at least {_COLDEST}", str(temperature), remedy)
         here = self.policy.device.type
         with _random_state(), torch.no_grad(), torch.autocast(here, enabled=False):
-            self._refresh()
             inputs = [self._render(prompts, p) for p in range(len(prompts.images))]
             self._check_room(prompts, max_new_tokens)
-            made = self._generate(inputs, group_size, max_new_tokens, temperature, seed)
-            self._rest()
+            with self._intact():
+                self._refresh()
+                made = self._generate(inputs, group_size, max_new_tokens, temperature, seed)
+                self._rest()
         return self._rollouts(made, temperature, prompts.input_ids.device)
+
+    @contextmanager
+    def _intact(self) -> Iterator[None]:
+        """Refuses to go on where an earlier call was cut off.
+
+        The engine then holds half of the weights, or requests whose answers nobody waits for.
+        """
+        if self.broken:
+            raise RuntimeError("an earlier call failed within vLLM; start it anew")
+        self.broken = True
+        yield
+        self.broken = False
 
     def _refresh(self) -> None:
         """Wakes the engine with the policy's weights, and empties what older ones left."""
-        if self.broken:
-            raise RuntimeError("vLLM holds a part of the weights: an exchange of them failed")
         if self.asleep:
             self.llm.wake_up(["weights"])
         version = self.version()
         if self.held != version:
-            self.broken = True
             self._load()
-            self.broken = False
             self.held = version
             self._reset_caches()
         if self.asleep:
@@ -309,6 +318,9 @@ def _start(policy: Policy, options: VllmOptions) -> tuple[Any, torch.dtype, bool
         more["hf_overrides"] = {"head_dtype": "float32"}  # logits in fp32, as the trainer's
     if options.max_sequences is not None:
         more["max_num_seqs"] = options.max_sequences
+    if cpu:
+        # A prompt cut in two winds its generator back, which a CPU's cannot do.
+        more |= {"enforce_eager": True, "enable_chunked_prefill": False}
     sleeps = options.sleep and not cpu
     llm = vllm.LLM(
         str(folder),
@@ -317,7 +329,6 @@ def _start(policy: Policy, options: VllmOptions) -> tuple[Any, torch.dtype, bool
         gpu_memory_utilization=options.memory,
         max_model_len=-1,  # what the cache has room for
         enable_sleep_mode=sleeps,
-        enforce_eager=cpu,
         logprobs_mode="processed_logprobs",
         mm_processor_cache_gb=0,  # images of a step do not come back in the next
         mm_processor_kwargs={"do_resize": False},  # they are at model resolution

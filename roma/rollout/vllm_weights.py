@@ -78,9 +78,22 @@ def reload(worker: Any, weights: Iterable[Named]) -> None:
         worker.reload_weights(weights_iterator=weights, is_checkpoint_format=True)
     finally:
         del model.load_weights
+    _pack_heads(model)
     if left := wanted - loaded:
         remedy = "this vLLM reads other names: take a version that docs/ROLLOUTS.md lists"
         fail("weights", "every parameter of vLLM's model loaded", f"not {some(left)}", remedy)
+
+
+def _pack_heads(model: Any) -> None:
+    """On a CPU a head that is the embedding keeps a packed copy of it, which stays the old one."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    for layer in model.modules():
+        if isinstance(layer, ParallelLMHead):
+            layer.quant_method.process_weights_after_loading(layer)
 
 
 def some(names: Iterable[str]) -> str:
