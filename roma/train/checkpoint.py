@@ -113,7 +113,11 @@ def save(
     pointer: dict[str, Any] = {"last_global_step": step, "last_actor_path": f"{name}/actor"}
     try:
         on_first(lambda: _prepare(out, partial))
-        on_all(lambda: _write(partial, engine, policy, state))
+        on_all(lambda: _see(partial))
+        # One after the other: both gather weights, so that none may begin where one has failed.
+        on_all(lambda: engine.save(partial))
+        on_all(lambda: engine.export(partial / "actor"))
+        on_first(lambda: _write(partial, policy, state))
         sizes = on_first(lambda: manifest.files_of(partial))
         own = manifest.share(sizes, rank(), ranks())
         measured = on_all(lambda: manifest.measure(partial, own))
@@ -176,18 +180,16 @@ def _prepare(out: Path, partial: Path) -> None:
     (partial / "actor").mkdir(parents=True)
 
 
-def _write(
-    partial: Path, engine: Resumable, policy: Identifiable, state: Mapping[str, Any]
-) -> None:
+def _see(partial: Path) -> None:
     if not partial.is_dir():
         remedy = "all ranks write into one checkpoint: name a folder that they share"
         fail("trainer.out", "a folder that every rank sees", f"no {partial} on this rank", remedy)
-    engine.save(partial)
-    engine.export(partial / "actor")
-    if rank() == 0:
-        write_identity(partial, policy)
-        plain = {name: float(value) for name, value in state.get("metrics", {}).items()}
-        write_tensors(partial / "trainer.pt", {**state, "metrics": plain})
+
+
+def _write(partial: Path, policy: Identifiable, state: Mapping[str, Any]) -> None:
+    write_identity(partial, policy)
+    plain = {name: float(value) for name, value in state.get("metrics", {}).items()}
+    write_tensors(partial / "trainer.pt", {**state, "metrics": plain})
 
 
 def _best_pointer(out: Path, step: int, metric: str, state: Mapping[str, Any]) -> dict[str, Any]:
