@@ -27,7 +27,7 @@ def rollout_weight(
         truncate: w_t = min(ρ_t, cap)       (truncated importance sampling)
         mask:     w_t = ρ_t, or 0 outside [1/cap, cap]
 
-    A token of which the sampler reports NaN has weight 1 and is counted in a metric. Nothing is
+    A token of which the sampler reports NaN has weight 1 and counts as clipped. Nothing is
     differentiated.
 
     Args:
@@ -40,8 +40,8 @@ def rollout_weight(
     Returns:
         The weight [B, T], 1 outside the mask, in the wider dtype of the two log-probs; and metrics
         over the counted tokens, 0 without any: `rollout/mismatch_mean` and `rollout/mismatch_p99`,
-        of |logp_trainer − logp_sampler| in nats; `rollout/weight_clipped_share`, of tokens that
-        were truncated or masked; `rollout/logp_missing_share`, of the sampler's NaN.
+        of |logp_trainer − logp_sampler| in nats; `rollout/weight_clipped_share`, of tokens whose
+        weight is not their ratio.
 
     Raises:
         ValueError: shapes or dtypes differ from these, an unknown `how`, a cap below 1.
@@ -67,8 +67,7 @@ def rollout_weight(
     return weight, {
         "rollout/mismatch_mean": float(size.mean()) if len(size) else 0.0,
         "rollout/mismatch_p99": _quantile(size, 0.99),
-        "rollout/weight_clipped_share": int(outside.sum()) / counted,
-        "rollout/logp_missing_share": int(missing.sum()) / counted,
+        "rollout/weight_clipped_share": int((outside | missing).sum()) / counted,
     }
 
 

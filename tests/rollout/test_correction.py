@@ -106,10 +106,13 @@ def test_metrics() -> None:
 
 def test_a_log_prob_that_is_missing_weighs_one_and_is_counted() -> None:
     trainer, sampler, mask = drawn()
+    sampler[5, :4] = trainer[5, :4]
+    _, metrics = rollout_weight(trainer, sampler, mask, how="mask", cap=2.0)
+    clipped = metrics["rollout/weight_clipped_share"] + 4 / int(mask.sum())
     sampler[5, :4] = math.nan
     weight, metrics = rollout_weight(trainer, sampler, mask, how="mask", cap=2.0)
     assert bool((weight[5, :4] == 1).all()) and bool(weight.isfinite().all())
-    assert metrics["rollout/logp_missing_share"] == 4 / int(mask.sum())
+    assert metrics["rollout/weight_clipped_share"] == pytest.approx(clipped)
     assert math.isfinite(metrics["rollout/mismatch_mean"])
     # One of the trainer's own is an error further up, and is not hidden.
     trainer[5, 6] = math.nan
