@@ -28,7 +28,7 @@ def encode_solutions(policy: Policy, examples: Sequence[Example]) -> tuple[Tenso
                 "none",
                 f"give {example.origin} a column `solution`",
             )
-        ids = tokenizer(example.solution, add_special_tokens=False)["input_ids"]
+        ids = policy.processor.encode(example.solution)
         rows.append([*ids, tokenizer.eos_token_id])
     longest = max(map(len, rows))
     tokens = torch.tensor([row + [policy.pad_id] * (longest - len(row)) for row in rows])

@@ -144,7 +144,7 @@ class Policy(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.head_weight.device
+        return next(self.parameters()).device  # to read the head is a collective under ZeRO-3
 
     @property
     def head_weight(self) -> Tensor:

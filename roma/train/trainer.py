@@ -34,7 +34,7 @@ from roma.train.config import Config, changed_options, dump, to_dict
 from roma.train.engine import SHARDED, Within, chosen, make_engine
 from roma.train.learner import Learner
 from roma.train.loggers import JsonLines, open_log
-from roma.train.metrics import Stopwatch, peak_memory
+from roma.train.metrics import Stopwatch, memory, peak_memory
 from roma.train.signals import Preemption
 from roma.train.update import PolicyLoss
 from roma.train.views import ViewMaker, Views
@@ -164,8 +164,8 @@ class Trainer:
                 if self.step == last or due or stop:
                     save_time = self.save(metrics)
                     stop = stop or preemption.requested()  # while it was saved
-                for line in alarms.check(self.step, metrics) if first else ():
-                    print(line, file=sys.stderr)
+                if first:
+                    log.warn(alarms.check(self.step, metrics))
                 if progress and first:
                     progress(self.step, metrics)
                 if stop and self.step < last:
@@ -197,6 +197,7 @@ class Trainer:
         metrics |= clock.metrics
         tokens = sum(ranks.told(int(experience.rollouts.mask.sum())))
         metrics["perf/tokens_per_second"] = tokens / metrics["timing_s/step"]
+        metrics["perf/memory_mib"] = max(ranks.told(memory(self.engine.device)))
         metrics["perf/peak_memory_mib"] = max(ranks.told(peak_memory(self.engine.device)))
         return metrics
 
@@ -264,7 +265,11 @@ class Trainer:
         data = self.config.data
         columns = Columns(images=data.image_key, problem=data.prompt_key, answer=data.answer_key)
         rows = load_dataset_rows(
-            path, columns=columns, image_dir=data.image_dir, skip_broken=data.skip_broken
+            path,
+            columns=columns,
+            image_dir=data.image_dir,
+            skip_broken=data.skip_broken,
+            format_prompt=data.format_prompt,
         )
         for _, reason in rows.skipped:
             print(f"skipped {reason}", file=sys.stderr)
@@ -275,6 +280,7 @@ def _policy(config: Config, device: torch.device) -> Policy:
     """The model as it is trained."""
     actor = config.worker.actor
     policy = Policy.load(actor.model_path, device=device)
+    policy.processor.plain_think_tokens = config.data.plain_think_tokens
     if actor.freeze_vision:
         policy.model.model.visual.requires_grad_(False)
     if actor.lora.rank:

@@ -20,8 +20,8 @@ from roma.train.trainer import Trainer
 class Fixed:
     """Completions of up to six tokens by what a prompt says, and how often it was asked."""
 
-    def __init__(self) -> None:
-        self.calls = 0
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
 
     def sample(
         self, prompts: PromptBatch, *, group_size: int, max_new_tokens: int, **_: Any
@@ -67,7 +67,7 @@ def trainer_of(chosen: Config) -> Trainer:
     trainer = Trainer(chosen)
     trainer.data = questions()  # type: ignore[assignment]  # a sequence of examples, too
     trainer.data_size = len(trainer.data)
-    trainer.collector.sampler = Fixed()
+    trainer.collector.sampler = Fixed(trainer.step)
     trainer._order = lambda _: torch.arange(trainer.data_size)  # type: ignore[method-assign]
     return trainer
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -160,6 +161,8 @@ class Rank:
 def _join(rank: int, store: Path, timeout: float) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+    # DeepSpeed's shared memory is named by it: another test's may still be there.
+    os.environ["MASTER_PORT"] = str(zlib.crc32(str(store).encode()))
     dist.init_process_group(
         "gloo",
         init_method=f"file://{store}",

@@ -99,7 +99,10 @@ class Engine(ABC):
     def learn(
         self, parts: Iterable[tuple[Tensor, UpdateBatch]], totals: Totals
     ) -> Iterator[tuple[Tensor, Update]]:
-        """Gradients of an optimizer step: one micro-batch after the other, one reduction.
+        """Gradients of an optimizer step: one micro-batch after the other.
+
+        They are reduced once where each rank holds them whole, and with each micro-batch where they
+        are sharded: to keep them whole until the last would cost the memory that sharding saves.
 
         Gradients are averaged over the ranks, so that the loss is multiplied by their number. The
         caller takes all that comes.

@@ -38,16 +38,11 @@ class Fsdp2(Engine):
         for layer in (*model.language_model.layers, *model.visual.blocks):
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(self.door, mesh=mesh, mp_policy=policy)
-        self._door: Any = self.door
 
     def forward(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Inside of the root's forward its own weights are whole; a layer gathers its own."""
         found: T = self.door(function, *args, **kwargs)
         return found
-
-    def last(self, is_last: bool) -> None:
-        """Gradients are reduced in the last backward; before it they stay whole."""
-        self._door.set_requires_gradient_sync(is_last)
 
     def clip_and_step(self) -> float:
         """Every weight takes part in every step."""

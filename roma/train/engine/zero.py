@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from roma.train import ranks
 from roma.train.engine.base import MOMENTS, Engine, Rate
 from roma.train.sections import ActorConfig
 from roma.train.update import PolicyLoss
@@ -81,7 +82,7 @@ class Zero(Engine):
             config=config,
             dist_init_required=False,
         )
-        return optimizer
+        return optimizer  # DeepSpeed's, around ours
 
     def forward(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Inside of the engine's forward a weight that is read is gathered first."""
@@ -93,9 +94,13 @@ class Zero(Engine):
         self.ds.backward(loss)
 
     def reduced_once(self) -> AbstractContextManager[Any]:
-        """Several backward passes, one reduction, at every stage."""
-        context: AbstractContextManager[Any] = self.ds.coalesce_grad_reduction()
-        return context
+        """One reduction, where gradients are whole on each rank anyway."""
+        return self.ds.coalesce_grad_reduction() if self.stage == 1 else nullcontext()
+
+    def last(self, is_last: bool) -> None:
+        """From stage 2 on each backward reduces, into shards."""
+        if self.stage > 1:
+            self.ds.set_gradient_accumulation_boundary(is_last)
 
     def clip_and_step(self) -> float:
         """DeepSpeed clips, steps and forgets the gradients."""
@@ -115,15 +120,17 @@ class Zero(Engine):
     def put(self, weight: nn.Parameter, whole: Tensor) -> None:
         """The weight, and the fp32 copy that DeepSpeed steps."""
         import deepspeed
-        from deepspeed.utils import safe_set_full_fp32_param
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         whole = whole.to(self.device)
-        if weight.requires_grad:
-            safe_set_full_fp32_param(weight, whole)
         if self.stage == 3:
+            if weight.requires_grad:
+                safe_set_local_fp32_param(weight, self._own(weight, whole))
             with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
                 weight.copy_(whole)
         else:
+            if weight.requires_grad:
+                safe_set_full_fp32_param(weight, whole)
             weight.copy_(whole)
 
     def moment(self, weight: nn.Parameter, name: str) -> Tensor | None:
@@ -137,10 +144,39 @@ class Zero(Engine):
 
     def put_moments(self, weight: nn.Parameter, moments: dict[str, Tensor], steps: int) -> None:
         """This rank's shards."""
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
+        self._begin(steps)
         for name in MOMENTS:
-            safe_set_full_optimizer_state(weight, moments[name].to(self.device), name)
+            whole = moments[name].to(self.device)
+            if self.stage == 3:
+                safe_set_local_optimizer_state(weight, self._own(weight, whole), name)
+            else:
+                safe_set_full_optimizer_state(weight, whole, name)
+
+    def _begin(self, steps: int) -> None:
+        """The optimizer's state, which is empty before its first step."""
+        inner: Any = self.optimizer
+        flat = (
+            inner.fp32_partitioned_groups_flat
+            if self.stage == 3
+            else inner.single_partition_of_fp32_groups
+        )
+        for part in flat:
+            state = inner.optimizer.state[part]
+            for name in MOMENTS:
+                if name not in state:
+                    state[name] = torch.zeros_like(part)
+            state["step"] = torch.tensor(float(steps))
+        if self.stage < 3:
+            inner._lazy_init_hp_params_optimizer_state()
+
+    def _own(self, weight: Any, whole: Tensor) -> Tensor:
+        """This rank's part of a tensor, padded as DeepSpeed pads it."""
+        size = weight.ds_tensor.numel()
+        flat = whole.float().flatten()
+        padded = nn.functional.pad(flat, (0, size * ranks.ranks() - flat.numel()))
+        return padded[ranks.rank() * size :][:size]
 
 
 def read_options(path: str | None, stage: int) -> dict[str, Any]:
