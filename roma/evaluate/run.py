@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from roma_kernels.errors import fail
 
 if TYPE_CHECKING:  # importing it takes seconds, and `roma eval --help` needs none of it
     from roma.models.qwen_vl import Policy
+    from roma.rollout.base import Sampler
 
 
 @dataclass(frozen=True)
@@ -42,18 +43,24 @@ class Answerer(Protocol):
         """One `Answer` per problem."""
 
 
-def policy_answerer(policy: "Policy", *, max_new_tokens: int) -> Answerer:
+def policy_answerer(
+    policy: "Policy", *, max_new_tokens: int, sampler: "Sampler | None" = None
+) -> Answerer:
     """Greedy answers of a policy, in batches; special tokens are left out of the texts.
 
     Args:
         policy: the model.
         max_new_tokens: budget of an answer, tokens; an answer cut there is not finished.
+        sampler: the engine that runs it; None: transformers, on the policy itself.
     """
-    from roma.rollout.hf import generate
+    from roma.rollout.hf import HfSampler
+
+    engine = sampler or HfSampler(policy)
+    options: dict[str, Any] = {"group_size": 1, "temperature": None, "seed": 0}
 
     def answer(problems: Sequence[str], images: Sequence[Sequence[Image]]) -> list[Answer]:
         prompts = policy.encode_prompts(problems, images)
-        made = generate(policy, prompts, max_new_tokens=max_new_tokens, temperature=None)
+        made = engine.sample(prompts, max_new_tokens=max_new_tokens, **options)
         texts = policy.processor.decode(made.tokens, made.mask)
         lengths, finished = made.mask.sum(-1).tolist(), made.finished.tolist()
         return [Answer(*row) for row in zip(texts, lengths, finished, strict=True)]
@@ -131,6 +138,7 @@ def run_eval(
     score: RewardFunction = compute_score,
     seed: int = 0,
     device: str | None = None,
+    engine: Literal["hf", "vllm"] = "hf",
     console: Console | None = None,
 ) -> dict[str, Any]:
     """`roma eval`: measures one model, prints a table, writes eval.json, answers.json and eval.png.
@@ -148,18 +156,25 @@ def run_eval(
         score: the reward function whose "accuracy" counts.
         seed: of the noise.
         device: "cpu", "cuda", …; None: the GPU in bf16 if there is one, else the CPU in fp32.
+        engine: "hf", transformers' generate, or "vllm", which wants a large `batch_size` and takes
+            the device that it was built for.
         console: where to print.
 
     Returns:
         What eval.json holds: `summarise`'s keys, and how they came about.
 
     Raises:
-        ValueError: an unknown pool or level, a limit, batch size or budget below 1, a device that
-            is not here, no model's folder, or a bad dataset.
+        ValueError: an unknown pool, level or engine, a limit, batch size or budget below 1, a
+            device that is not here or beside vLLM, no model's folder, or a bad dataset.
+        ImportError: vLLM is not installed.
         FileNotFoundError: there is no such level table.
         FileExistsError: `out` is a file.
     """
-    where = resolve_device(device or "auto")
+    if engine not in ("hf", "vllm"):
+        fail("engine", '"hf" or "vllm"', repr(engine), "name one of the two")
+    if engine == "vllm" and device is not None:
+        fail("device", "None with engine=vllm", repr(device), "it takes the one it was built for")
+    where = resolve_device("cpu" if engine == "vllm" else device or "auto")
     corruptions = load_levels(level_table) if level_table else CORRUPTIONS
     cells = cells_of(pools, levels, corruptions)
     if limit is not None and limit < 1:
@@ -173,7 +188,8 @@ def run_eval(
         fail("out", "a folder", f"the file {folder}", "name another", error=FileExistsError)
     rows = load_dataset_rows(data)
     examples = [rows[i] for i in range(min(len(rows), limit or len(rows)))]
-    policy = _load_policy(model, where)
+    policy = _load_policy(model, where, engine)
+    sampler = _vllm_sampler(policy) if engine == "vllm" else None
     images = DegradedImages(
         examples,
         cells,
@@ -186,7 +202,7 @@ def run_eval(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task("answering", total=len(cells) * len(examples))
-        answer = policy_answerer(policy, max_new_tokens=max_new_tokens)
+        answer = policy_answerer(policy, max_new_tokens=max_new_tokens, sampler=sampler)
         result = evaluate(
             answer,
             images,
@@ -200,6 +216,7 @@ def run_eval(
         "level_table": str(level_table) if level_table else None,
         "seed": seed,
         "decoding": "greedy",
+        "engine": engine,
         "max_new_tokens": max_new_tokens,
     } | summarise(result)
     console.print(summary_table(summary))
@@ -217,14 +234,26 @@ def _name(model: str | Path, data: str | Path) -> str:
     return "-".join([*parts, place.name if place.is_dir() else place.stem, *filter(None, [split])])
 
 
-def _load_policy(model: str | Path, device: torch.device) -> "Policy":
-    """The model, in fp32 on a CPU and in bf16 elsewhere."""
+def _load_policy(model: str | Path, device: torch.device, engine: str) -> "Policy":
+    """The model, in fp32 on a CPU and in bf16 elsewhere.
+
+    vLLM has weights of its own: these lay out its prompts, and take as little room as they can.
+    """
     from roma.models.qwen_vl import Policy
 
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    wide = device.type == "cpu" and engine == "hf"
+    dtype = torch.float32 if wide else torch.bfloat16
     policy = Policy.load(model, dtype=dtype, device=device)
     policy.eval()
     return policy
+
+
+def _vllm_sampler(policy: "Policy") -> "Sampler":
+    """VLLM with the weights of the policy's folder and most of the GPU."""
+    from roma.rollout.vllm import VllmSampler
+    from roma.train.sections import VllmConfig
+
+    return VllmSampler(policy, weights=None, options=VllmConfig(memory=0.85, sleep=False))
 
 
 def _write_eval(folder: Path, result: EvalResult, summary: Mapping[str, Any]) -> str:

@@ -20,9 +20,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import torch  # noqa: E402 - the paths come first
-from experiments.digits.warm_start import warm_start  # noqa: E402
 from vllm_engine.model import build  # noqa: E402
 
+from experiments.digits.warm_start import warm_start  # noqa: E402
 from roma.data import load_dataset_rows, write_digits  # noqa: E402
 from roma.models.qwen_vl import Policy  # noqa: E402
 from roma.train.config import load_config  # noqa: E402

@@ -75,6 +75,34 @@ def test_only_the_vision_tower_changed(engine):
     assert mismatch(source.policy, prompts, made, 1.0) < CLOSE
 
 
+def test_sleep_discards_the_weights_and_waking_takes_them(engine, monkeypatch):
+    """A CPU gives no memory back, but the order of the calls is the same."""
+    source, sampler = engine
+    prompts = mixed_prompts(source.policy)
+    calls: list[str] = []
+
+    def noted(name, inner):
+        def call(*args, **kwargs):
+            given = [str(x) for x in (*args, *kwargs.values()) if isinstance(x, list | int)]
+            calls.append(" ".join([name, *given]))
+            return inner(*args, **kwargs)
+
+        return call
+
+    for name in ("wake_up", "sleep", "collective_rpc", "reset_prefix_cache"):
+        monkeypatch.setattr(sampler.llm, name, noted(name, getattr(sampler.llm, name)))
+    monkeypatch.setattr(sampler, "sleeps", True)
+    sampler.sample(prompts, **ASKED)
+    asked, calls[:] = source.asked, []
+    made = sampler.sample(prompts, **ASKED)  # of the same version
+    order = ["wake_up ['weights']", "collective_rpc", "reset_prefix_cache", "wake_up ['kv_cache']"]
+    assert calls == [*order, "sleep 2"] and source.asked == asked + 1
+    assert mismatch(source.policy, prompts, made, 1.0) < CLOSE
+    monkeypatch.undo()
+    sampler.sample(prompts, **ASKED)
+    assert not sampler.asleep
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("left_out", ["layers.1.self_attn.k_proj.weight", "visual.merger."])
 def test_a_gap_is_named_and_the_engine_then_refuses(left_out):

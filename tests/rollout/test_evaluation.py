@@ -1,0 +1,46 @@
+"""Evaluation takes any engine: what it asks of one, and what it refuses before anything is read."""
+
+from typing import Any
+
+import pytest
+import torch
+from support import small_model
+
+from roma.evaluate.run import policy_answerer, run_eval
+from roma.models.prompts import PromptBatch
+from roma.rollout.base import Rollouts
+from roma.rollout.hf import HfSampler
+
+
+class Recorder:
+    """transformers' engine, which keeps what was asked."""
+
+    def __init__(self, policy: Any) -> None:
+        self.inner, self.asked = HfSampler(policy), list[dict[str, Any]]()
+
+    def sample(self, prompts: PromptBatch, **options: Any) -> Rollouts:
+        self.asked.append(options)
+        return self.inner.sample(prompts, **options)
+
+
+def test_another_engine_answers_greedily() -> None:
+    policy = small_model.policy()
+    problems = ["<image> sum ?", "<image> larger ?"]
+    images = [[torch.zeros(32, 64, 3, dtype=torch.uint8).numpy()]] * 2
+    sampler = Recorder(policy)
+    found = policy_answerer(policy, max_new_tokens=5, sampler=sampler)(problems, images)
+    assert found == policy_answerer(policy, max_new_tokens=5)(problems, images)
+    expected = {"group_size": 1, "max_new_tokens": 5, "temperature": None, "seed": 0}
+    assert sampler.asked == [expected]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"engine": "sgl"}, """engine: expected "hf" or "vllm", got 'sgl'"""),
+        ({"engine": "vllm", "device": "cpu"}, "device: expected None with engine=vllm, got 'cpu'"),
+    ],
+)
+def test_engines_are_checked_first(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_eval("no-such-model", "no-such-data", **given)
