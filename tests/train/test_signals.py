@@ -11,7 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from support.small_run import config
 
+from roma.train.checkpoint import starting_point, step_of
+from roma.train.config import dump
 from roma.train.signals import SIGNALS, Preemption
 
 
@@ -59,33 +62,25 @@ def test_another_thread_takes_none() -> None:
 
 
 PROGRAM = """
-import sys, threading, time
-sys.modules["torch"] = sys.modules["torch.distributed"] = sys.modules["roma.train.ranks"] = \\
-    type(sys)("ranks")
-sys.modules["roma.train.ranks"].told = lambda value: [value]
-from importlib import util
-spec = util.spec_from_file_location("signals", sys.argv[1])
-signals = util.module_from_spec(spec)
-spec.loader.exec_module(signals)
-with signals.Preemption(float(sys.argv[2])) as preemption:
+import ctypes, sys, time
+from roma.train.signals import Preemption
+with Preemption(0.05) as preemption:
     print("ready", flush=True)
     while not preemption.requested():
         time.sleep(0.001)
     print(preemption.name, flush=True)
     {work}
 """
-HANGS = "lock = threading.Lock(); lock.acquire(); lock.acquire()"  # in C; no handler can run
+# In C, and no handler of Python's runs; as in a collective for which the other ranks do not come.
+HANGS = "lock = ctypes.create_string_buffer(64); take = ctypes.CDLL(None).pthread_mutex_lock"
+HANGS += "; take(lock); take(lock)"
 BUSY = "time.sleep(60)"
 
 
 @pytest.mark.parametrize("work", [HANGS, BUSY])
 def test_a_second_sigterm_ends_the_process(work: str) -> None:
-    import roma.train.signals as module
-
-    arguments = [sys.executable, "-c", PROGRAM.replace("{work}", work)]
-    process = subprocess.Popen(
-        [*arguments, str(Path(str(module.__file__))), "0.05"], stdout=subprocess.PIPE, text=True
-    )
+    program = PROGRAM.replace("{work}", work)
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
@@ -96,3 +91,29 @@ def test_a_second_sigterm_ends_the_process(work: str) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=10) == 143
     process.stdout.close()
+
+
+@pytest.mark.slow
+def test_under_torchrun(tmp_path: Path) -> None:
+    """As Slurm ends a job: every process gets the signal, and torchrun hands its own on."""
+    given = config(tmp_path, "trainer.total_steps=100000", "algorithm.view_mode=none")
+    (tmp_path / "run.yaml").write_text(dump(given))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = subprocess.Popen(
+        [*launcher, "-m", "roma", "train", str(tmp_path / "run.yaml")],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        lines = tmp_path / "metrics.jsonl"
+        while not (lines.exists() and lines.stat().st_size) and run.poll() is None:
+            time.sleep(0.05)
+        os.killpg(run.pid, signal.SIGTERM)
+        _, said = run.communicate(timeout=60)
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+    assert said.count("stopped by SIGTERM: step ") == 1, said
+    saved = starting_point(tmp_path, "auto")
+    assert saved is not None and step_of(saved) == len(lines.read_text().splitlines())
