@@ -15,7 +15,7 @@ help:
 	@echo "make setup   .venv with everything the tests and the demo need"
 	@echo "make demo    train GRPO and ROMA on real digits, evaluate on bad images: runs/demo"
 	@echo "make test    every test"
-	@echo "make test-deepspeed   the update under ZeRO-3, with DeepSpeed in a folder of its own"
+	@echo "make test-deepspeed   the trainer under ZeRO-1, 2 and 3, with DeepSpeed in a folder of its own"
 	@echo "make check   ruff, mypy, imports, links, README, doctests, every kernel compiled for every chip"
 	@echo "make bench   the loss against its peers, held to float64 first: bench/results, docs/BENCHMARKS.md"
 	@echo "make wheels  the peers' wheels for a machine with a GPU and without a network: .wheels"
@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	@echo "setup: installing into $(VENV), versions from constraints.txt; minutes the first time"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt \
-		--editable '.[train,views,dev]'
+		--editable '.[train,views,lora,math,dev]'
 	@# Its table of ImageNet-C's levels is read by a test; never imported, so it needs nothing else.
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps imagecorruptions-imaug
 	@touch $@
@@ -49,7 +49,7 @@ test-deepspeed: $(STAMP)
 	@test -d $(VENV)/deepspeed || $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation \
 		--constraint constraints.txt --target $(VENV)/deepspeed deepspeed einops hjson msgpack py-cpuinfo
 	@PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=$(VENV)/deepspeed \
-		$(BIN)/pytest -q -n 0 tests/train/test_ranks.py
+		$(BIN)/pytest -q -n 0 tests/train/test_ranks.py tests/train/test_engines.py tests/train/test_estimate_ranks.py
 
 check: $(STAMP)
 	@echo "check: ruff"

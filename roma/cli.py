@@ -119,6 +119,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=_TOP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    top.add_argument("--local_rank", help=argparse.SUPPRESS)  # of DeepSpeed's launcher
     top.add_argument("--version", action=_Version, help="print the version and stop")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
 

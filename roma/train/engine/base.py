@@ -17,11 +17,11 @@ from torch.optim import AdamW, Optimizer
 from roma.models import export
 from roma.train import ranks
 from roma.train.batch import Totals, UpdateBatch
+from roma.train.engine import state
 from roma.train.sections import ActorConfig
 from roma.train.update import PolicyLoss, Update
 
 T = TypeVar("T")
-MOMENTS = ("exp_avg", "exp_avg_sq")
 Rate = Callable[[int], float]
 
 
@@ -174,15 +174,11 @@ class Engine(ABC):
 
     def save(self, folder: Path) -> None:
         """Writes what a resumed run needs beside the export; every rank calls."""
-        from roma.train.engine.state import save
-
-        save(self, folder)
+        state.save(self, folder)
 
     def load(self, folder: Path) -> None:
         """Reads what `save` of any engine on any number of ranks wrote; every rank calls."""
-        from roma.train.engine.state import load
-
-        load(self, folder)
+        state.load(self, folder)
 
     def export(self, folder: Path) -> None:
         """The policy in Hugging Face form, fp32, written by the first rank; every rank calls."""

@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grad_norm_
 
 from roma.train import ranks
-from roma.train.engine.base import MOMENTS, Engine
+from roma.train.engine.base import Engine
+from roma.train.engine.state import MOMENTS
 
 T = TypeVar("T")
 

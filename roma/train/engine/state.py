@@ -10,24 +10,44 @@ under another engine, or on another number of ranks.
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from roma.models.qwen_vl import Policy
 from roma.train import ranks
-from roma.train.engine.base import MOMENTS
 from roma_kernels.errors import fail
 
-if TYPE_CHECKING:
-    from roma.train.engine.base import Engine
-
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Of AdamW."""
 PATTERN = "optimizer-*-of-*.safetensors"
 OLD = "optimizer.pt"
 """Of versions before the engines: the optimizer's own state of one process."""
 
 
-def save(engine: "Engine", folder: Path) -> None:
+class Stateful(Protocol):
+    """What is read and set of an engine; every rank calls each of them."""
+
+    policy: Policy
+    parameters: dict[str, nn.Parameter]
+    trained: dict[str, nn.Parameter]
+    version: int
+
+    def whole(self, weight: Tensor, /) -> Tensor:
+        """A weight in whole."""
+
+    def put(self, weight: nn.Parameter, whole: Tensor, /) -> None:
+        """Sets a weight."""
+
+    def moment(self, weight: nn.Parameter, name: str, /) -> Tensor | None:
+        """A moment of a weight, in whole."""
+
+    def put_moments(self, weight: nn.Parameter, moments: dict[str, Tensor], steps: int, /) -> None:
+        """Sets the moments of a weight."""
+
+
+def save(engine: Stateful, folder: Path) -> None:
     """Writes this rank's file; a tensor is gathered by all and kept by one."""
     from safetensors.torch import save_file
 
@@ -39,7 +59,7 @@ def save(engine: "Engine", folder: Path) -> None:
     save_file(kept, folder / name, metadata={"updates": str(engine.version)})
 
 
-def _state(engine: "Engine") -> Iterator[tuple[str, Tensor]]:
+def _state(engine: Stateful) -> Iterator[tuple[str, Tensor]]:
     for name, weight in engine.trained.items():
         if engine.policy.has_adapters:
             yield name, engine.whole(weight)
@@ -49,7 +69,7 @@ def _state(engine: "Engine") -> Iterator[tuple[str, Tensor]]:
                 yield f"{moment}.{name}", found
 
 
-def load(engine: "Engine", folder: Path) -> None:
+def load(engine: Stateful, folder: Path) -> None:
     """Sets weights of adapters, moments and the number of updates.
 
     Raises:
@@ -84,7 +104,7 @@ def load(engine: "Engine", folder: Path) -> None:
     engine.version = updates
 
 
-def _load_old(engine: "Engine", folder: Path) -> None:
+def _load_old(engine: Stateful, folder: Path) -> None:
     saved = torch.load(folder / OLD, map_location="cpu", weights_only=True)
     state = saved["optimizer"]["state"]
     for number, weight in enumerate(engine.trained.values()):

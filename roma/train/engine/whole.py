@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from roma.train.batch import Totals, UpdateBatch
-from roma.train.engine.base import MOMENTS, Engine
+from roma.train.engine.base import Engine
+from roma.train.engine.state import MOMENTS
 from roma.train.update import Update
 
 T = TypeVar("T")
@@ -64,7 +65,6 @@ class Ddp(Single):
         self.wrapped = nn.parallel.DistributedDataParallel(
             self.door,
             device_ids=[self.policy.device.index] if cuda else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from roma.train import ranks
-from roma.train.engine.base import MOMENTS, Engine, Rate
+from roma.train.engine.base import Engine, Rate
+from roma.train.engine.state import MOMENTS
 from roma.train.sections import ActorConfig
 from roma.train.update import PolicyLoss
 from roma_kernels.errors import fail
