@@ -155,12 +155,17 @@ def restore(path: str | Path, *, engine: Resumable, policy: Identifiable) -> dic
     Raises:
         ValueError: it is the checkpoint of another model; the message says what differs.
     """
-    path = Path(path)
-    check_same_model(path, policy)
-    if not policy.has_adapters:  # their base is the model's own, and the engine saves them
-        weights = type(policy.model).from_pretrained(path / "actor")  # type: ignore[attr-defined]
-        for name, weight in weights.named_parameters():
-            engine.put(engine.parameters[name], weight.detach())
+    path, weights = Path(path), dict[str, Tensor]()
+
+    def read() -> None:
+        check_same_model(path, policy)
+        if not policy.has_adapters:  # their base is the model's own, and the engine saves them
+            model = type(policy.model).from_pretrained(path / "actor")  # type: ignore[attr-defined]
+            weights.update((name, weight.detach()) for name, weight in model.named_parameters())
+
+    on_all(read)  # before any of them gathers or spreads a weight
+    for name in list(weights):
+        engine.put(engine.parameters[name], weights.pop(name))
     engine.load(path)
     return state_of(path)
 

@@ -70,7 +70,7 @@ def hold_states_to_measured(
     model = small_model.policy().model
     freeze = f"worker.actor.freeze_vision={str(frozen).lower()}"
     parameters = Parameters.count(model, small_run.config(Path(folder), freeze))
-    expected = states(parameters, engine, ranks, several=several, half=False, cuda=False)
+    expected = states(parameters, engine, ranks, half=False, cuda=False)
     for name, value in found.items():
         assert abs(getattr(expected, name) / value - 1) < 0.15, (name, expected, found)
 

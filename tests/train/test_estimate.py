@@ -176,14 +176,15 @@ def test_states_by_hand() -> None:
     model: Any = SimpleNamespace(total=1000, trained=800, layer=100, outside=200)
 
     def of(engine: str, **change: bool) -> tuple[float, ...]:
-        given = {"several": True, "half": False, "cuda": False} | change
+        given = {"half": False, "cuda": False} | change
         return tuple(states(model, engine, 4, **given))
 
     assert of("single") == of("ddp") == (4000, 0, 3200, 6400, 0)
-    assert of("zero1") == of("zero2") == (4000, 0, 3200 + 800, 1600 + 800, 0)
-    assert of("zero3") == (1000, 1600, 3200 + 800, 1600 + 800, 0)
-    assert of("fsdp2") == (1000, 1600, 3200, 1600, 0)
-    assert of("fsdp2", several=False, half=True) == (1000, 800, 800, 1600, 0)
+    assert of("zero1") == (4000, 0, 3200 + 800, 1600 + 800, 0)
+    assert of("zero2") == (4000, 0, 800, 1600 + 800, 0)
+    assert of("zero3") == (1000, 1600, 800, 1600 + 800, 0)
+    assert of("fsdp2") == (1000, 1600, 800, 1600, 0)
+    assert of("fsdp2", half=True) == (1000, 800, 800, 1600, 0)
     assert of("single", cuda=True)[-1] == 3200 and of("zero3", cuda=True)[-1] == 800
 
 

@@ -114,7 +114,7 @@ def estimate(config: Config, assumed: Assumed | None = None) -> Estimate:
     said: list[str] = []
     sizes = _sizes(config, data, parameters.tower.merge, assumed, said)
     batch, count = largest(config, sizes, parameters.tower.merge, ranks)
-    held = states(parameters, engine, ranks, several=count > 1, half=options.half, cuda=cuda)
+    held = states(parameters, engine, ranks, half=options.half, cuda=cuda)
     done = work(config, parameters, sizes, right=assumed.right)
     said.append(f"{assumed.right:.0%} of the answers right, all with an advantage: assumed")
     rate = _rate(config, assumed, said)

@@ -6,13 +6,12 @@ With N parameters, n of them trained, R ranks, in bytes:
     single   4N       4n            8n
     ddp      4N       4n            8n
     zero1    4N       4n + 4n/R     8n/R + 4n/R
-    zero2    4N       4n + 4n/R     8n/R + 4n/R
-    zero3    4N/R     4n + 4n/R     8n/R + 4n/R
-    fsdp2    4N/R     4n/R, or 4n   8n/R
+    zero2    4N       4n/R          8n/R + 4n/R
+    zero3    4N/R     4n/R          8n/R + 4n/R
+    fsdp2    4N/R     4n/R          8n/R
 
-Weights are fp32 whatever the products' precision. Gradients stay whole until the last micro-batch,
-since they are reduced once (`roma.train.engine`): at zero2 and zero3, too, and with fsdp2 where an
-optimizer step has several micro-batches. DeepSpeed steps a copy of its share of the weights.
+Weights are fp32 whatever the products' precision. Where gradients are sharded they are reduced with
+each micro-batch (`roma.train.engine`). DeepSpeed steps a copy of its share of the weights.
 """
 
 import re
@@ -107,23 +106,20 @@ class States(NamedTuple):
     """Temporaries of the optimizer's step."""
 
 
-def states(
-    parameters: Parameters, engine: str, ranks: int, *, several: bool, half: bool, cuda: bool
-) -> States:
+def states(parameters: Parameters, engine: str, ranks: int, *, half: bool, cuda: bool) -> States:
     """Bytes on one rank.
 
     Args:
         parameters: of the run.
         engine: one of `ENGINES`.
         ranks: R.
-        several: whether an optimizer step has more than one micro-batch.
         half: whether products are in bfloat16, in which fsdp2 gathers.
         cuda: whether AdamW steps all weights in one launch, as on a GPU: a further number each.
 
     Example:
         >>> from types import SimpleNamespace
         >>> small = SimpleNamespace(total=1000, trained=800, layer=100, outside=200)
-        >>> states(small, "fsdp2", 4, several=False, half=False, cuda=False)[:4]
+        >>> states(small, "fsdp2", 4, half=False, cuda=False)[:4]
         (1000.0, 1600.0, 800.0, 1600.0)
     """
     total, trained = FLOAT * parameters.total, FLOAT * parameters.trained
@@ -136,9 +132,9 @@ def states(
     if engine in ("single", "ddp"):
         return States(held, 0.0, float(trained), 2.0 * trained, trained * float(cuda))
     if engine == "fsdp2":
-        gradients = trained + 0.0 if several else share
-        return States(held, gathered, gradients, 2 * share, share * cuda)
-    return States(held, gathered, trained + share, 3 * share, share * cuda)
+        return States(held, gathered, share, 2 * share, share * cuda)
+    gradients = trained + share if engine == "zero1" else share
+    return States(held, gathered, gradients, 3 * share, share * cuda)
 
 
 def read_model(path: str | Path) -> Any:

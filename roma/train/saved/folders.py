@@ -46,7 +46,11 @@ def starting_point(out: str | Path, resume: str) -> Path | None:
         return None
     if resume != "auto":
         path = Path(resume)
-        _check_path(path)
+        on_first(lambda: _check_parts(path))
+        if (wrong := damage(path)) is not None:
+            remedy = "resume from another one with trainer.resume=PATH"
+            fail(str(path), "a whole checkpoint", f"a damaged one ({wrong})", remedy)
+        _say_unverified(path)
         return path
     out = Path(out)
     found, note = on_first(lambda: _look(out))
@@ -161,21 +165,15 @@ def _candidates(out: Path) -> tuple[list[Path], str | None]:
     return [out / f"global_step_{step}" for step in steps], note
 
 
-def _check_path(path: Path) -> None:
-    if not (path / MANIFEST).exists():
-        for part in PARTS:
-            if not (path / part).exists():
-                remedy = "give the path of a global_step_N folder"
-                fail("checkpoint", f"a folder with {part}", str(path), remedy)
-    wrong = damage(path)
-    if wrong is not None:
-        remedy = "resume from another one with trainer.resume=PATH"
-        fail(str(path), "a whole checkpoint", f"a damaged one ({wrong})", remedy)
-    _say_unverified(path)
+def _check_parts(path: Path) -> None:
+    missing = [part for part in PARTS if not (path / part).exists()]
+    if missing and not (path / MANIFEST).exists():
+        remedy = "give the path of a global_step_N folder"
+        fail("checkpoint", f"a folder with {missing[0]}", str(path), remedy)
 
 
 def _say_unverified(path: Path) -> None:
-    if is_unverified(path):
+    if rank() == 0 and is_unverified(path):
         _say(f"{path} is of an earlier version and has no {MANIFEST}: its files are not verified")
 
 

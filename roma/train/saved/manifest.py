@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from roma.train.ranks import rank, ranks, told
+from roma.train.saved.agree import on_first
 
 MANIFEST = "manifest.json"
 MODEL = "model.json"
@@ -75,8 +76,8 @@ def damage(folder: Path) -> str | None:
 
     Of a checkpoint without a manifest, of an earlier version, only what shows without one.
     """
-    if is_unverified(folder):
-        return _visible_damage(folder)
+    if on_first(lambda: is_unverified(folder)):
+        return on_first(lambda: _visible_damage(folder))
     found = told(_own_damage(folder))
     return next((wrong for wrong in found if wrong), None)
 
