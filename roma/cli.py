@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Example:
         >>> main(["views", "--nosuch"])  # doctest: +SKIP
     """
-    options = parser().parse_args(arguments)
+    options = parser().parse_args(_in_order(sys.argv[1:] if arguments is None else arguments))
     # Only views, data and evaluation use NumPy, and they say so themselves where it is missing.
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     try:
@@ -109,6 +109,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"roma: {said}{remedy}", file=sys.stderr)
         return 2
     return 0
+
+
+def _in_order(words: Sequence[str]) -> list[str]:
+    """With `a.b=c` of `roma train` beside the file: argparse wants them before the options."""
+    at = words.index("train") + 2 if "train" in words[:2] else len(words)
+    late = [w for w in words[at:] if "=" in w and not w.startswith("-")]
+    return [*words[:at], *late, *(w for w in words[at:] if w not in late)]
 
 
 def parser() -> argparse.ArgumentParser:

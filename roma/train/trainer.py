@@ -90,7 +90,8 @@ class Trainer:
     ) -> None:
         """Loads everything, the model last but for the checkpoint that the run resumes from."""
         self.config, self.step = config, 0
-        trainer = config.trainer
+        trainer, engine = config.trainer, chosen(config)
+        ranks.share(config.worker.actor.mini_batch_size, "worker.actor.mini_batch_size")
         if trainer.threads:
             torch.set_num_threads(trainer.threads)
         device = device or resolve_device(trainer.device, name="trainer.device")
@@ -100,7 +101,7 @@ class Trainer:
         self.data_size = min(len(self.data), config.data.limit or len(self.data))
         self.val_data = self._load(config.data.val_files) if config.data.val_files else None
         # Where weights are sharded no card has to hold all of them.
-        self.policy = _policy(config, torch.device("cpu") if chosen(config) in SHARDED else device)
+        self.policy = _policy(config, torch.device("cpu") if engine in SHARDED else device)
         policy_loss = _policy_loss(config, self.policy)
         self.engine = make_engine(config, policy_loss, device, self._rate)
         self.learner = Learner(config, self.engine)

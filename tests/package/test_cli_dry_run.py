@@ -44,3 +44,12 @@ def test_arguments_of_a_dry_run(
 ) -> None:
     assert cli.main(["train", *arguments]) == 2
     assert capsys.readouterr().err.startswith(f"roma: {said}; ")
+
+
+def test_overrides_may_stand_behind_options() -> None:
+    given = ["train", "run.yaml", "--dry-run", "--ranks", "8", "a.b=c", "--tflops", "300", "d.e=f"]
+    options = cli.parser().parse_args(cli._in_order(given))
+    assert options.config == ["run.yaml", "a.b=c", "d.e=f"]
+    assert options.dry_run and options.ranks == 8 and options.tflops == 300
+    assert cli._in_order(["views", "a=b", "--list"]) == ["views", "a=b", "--list"]
+    assert cli._in_order(["--local_rank=1", "train", "a=b"]) == ["--local_rank=1", "train", "a=b"]
