@@ -343,7 +343,9 @@ def _random_state() -> Iterator[None]:
     """Every global generator is left as it was: vLLM seeds them all."""
     numbers, arrays = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        yield
-    random.setstate(numbers)
-    np.random.set_state(arrays)
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(numbers)
+        np.random.set_state(arrays)

@@ -13,6 +13,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +46,9 @@ def prepare(out: Path, steps: int) -> Path:
     return base
 
 
-def run(out: Path, base: Path, engine: str, seed: int, steps: int) -> list[dict[str, float]]:
+def run(
+    out: Path, base: Path, engine: str, seed: int, steps: int, more: Sequence[str] = ()
+) -> list[dict[str, float]]:
     """The metrics of each step."""
     config = load_config(
         ROOT / "configs" / "demo.yaml",
@@ -62,6 +65,7 @@ def run(out: Path, base: Path, engine: str, seed: int, steps: int) -> list[dict[
             "trainer.resume=never",
             "trainer.logger=[file]",
             "trainer.val_freq=0",
+            *more,
         ],
     )
     found: list[dict[str, float]] = []
@@ -72,6 +76,7 @@ def run(out: Path, base: Path, engine: str, seed: int, steps: int) -> list[dict[
 def main() -> None:
     """Runs both engines, prints the comparison, exits with 1 if they differ."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("overrides", nargs="*", help="of both runs, such as worker.rollout.n=4")
     parser.add_argument("--out", type=Path, default=Path("runs/beside"))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=2)
@@ -84,15 +89,18 @@ def main() -> None:
         rows: list[dict[str, float]] = []
         for seed in range(options.seeds):
             start = time.perf_counter()
-            rows += run(options.out, base, engine, seed, options.steps)
+            rows += run(options.out, base, engine, seed, options.steps, options.overrides)
             print(f"{engine}, seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
         rewards[engine] = [row["reward/accuracy"] for row in rows]
-        means = {name: statistics.fmean(r[name] for r in rows) for name in SHOWN if name in rows[0]}
+        # The first steps of a process compile.
+        medians = {
+            name: statistics.median(r[name] for r in rows) for name in SHOWN if name in rows[0]
+        }
         curve = [
             statistics.fmean(rewards[engine][i :: options.steps]) for i in range(options.steps)
         ]
         print(engine, "accuracy by step:", " ".join(f"{value:.2f}" for value in curve))
-        print(engine, json.dumps(means))
+        print(engine, json.dumps(medians))
     difference = [b - a for a, b in zip(rewards["hf"], rewards["vllm"], strict=True)]
     mean = statistics.fmean(difference)
     error = statistics.stdev(difference) / len(difference) ** 0.5

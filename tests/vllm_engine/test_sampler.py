@@ -123,13 +123,19 @@ def test_completions_end_as_those_of_transformers_do(engine, prompts):
     assert torch.equal(ends.sum(-1), ended.long())
 
 
-def test_autocast_around_it_changes_nothing(engine, prompts):
-    """A trainer in bf16 calls it there."""
+def test_vllm_runs_outside_of_autocast(engine, prompts, monkeypatch):
+    """A trainer in bf16 calls it inside; the engine has a dtype of its own."""
     _, sampler = engine
-    plain = sampler.sample(prompts, **asked())
+    inner, seen = sampler.llm.wait_for_completion, []
+
+    def noted(*args, **kwargs):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(sampler.llm, "wait_for_completion", noted)
     with torch.autocast("cpu", torch.bfloat16):
-        made = sampler.sample(prompts, **asked())
-    assert torch.equal(plain.tokens, made.tokens) and torch.equal(plain.logp, made.logp)
+        sampler.sample(prompts, **asked())
+    assert seen == [False]
 
 
 def test_an_image_of_another_size_is_named(engine, prompts):

@@ -1,7 +1,9 @@
 """New weights reach vLLM whole, and nothing that older ones left is read."""
 
+import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from support.small_model import mixed_prompts
@@ -143,8 +145,12 @@ def test_without_new_weights_it_has_the_folders():
 def test_the_configuration_names_it():
     source = Source()
     options = SimpleNamespace(name="vllm", vllm=OPTIONS)
+    state = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
     made = make_sampler(options, source.policy, weights=source.weights, version=lambda: 0)
     assert isinstance(made, VllmSampler)
+    # vLLM seeds every global generator as it starts.
+    assert torch.equal(state[0], torch.get_rng_state())
+    assert state[1:] == (random.getstate(), str(np.random.get_state()))
 
 
 @pytest.mark.slow
