@@ -1,9 +1,9 @@
 """A request to stop: SIGTERM, or the SIGUSR1 that Slurm sends; the run saves and ends.
 
-    torchrun            hands SIGTERM on to its processes, and kills them 30 s later
-    Slurm               --signal=USR1@300: five minutes before the end, to the processes of srun;
-                        under torchrun also --signals-to-handle=SIGTERM,SIGUSR1
     Kubernetes, kill    SIGTERM
+    torchrun            hands SIGTERM on, kills after --shutdown-timeout (30 s), ends with 1
+    Slurm               --signal=USR1@300 tells the processes of srun five minutes before the end;
+                        torchrun would die of it: trap '' USR1 in the shell that starts it
 
 A process may get one request twice, from a scheduler that tells every process and from torchrun. So
 a second SIGTERM within `APART` is the same one. A later one ends the process at once, with 143.

@@ -94,26 +94,32 @@ def test_a_second_sigterm_ends_the_process(work: str) -> None:
 
 
 @pytest.mark.slow
-def test_under_torchrun(tmp_path: Path) -> None:
-    """As Slurm ends a job: every process gets the signal, and torchrun hands its own on."""
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
+@pytest.mark.parametrize("taken", SIGNALS)
+def test_under_torchrun(tmp_path: Path, taken: signal.Signals) -> None:
+    """As Slurm does: every process gets the signal, and torchrun hands SIGTERM on or ignores."""
     given = config(tmp_path, "trainer.total_steps=100000", "algorithm.view_mode=none")
     (tmp_path / "run.yaml").write_text(dump(given))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ignoring = ["bash", "-c", "trap '' USR1; exec \"$@\"", "bash"]
     run = subprocess.Popen(
-        [*launcher, "-m", "roma", "train", str(tmp_path / "run.yaml")],
+        [*ignoring, *launcher, "-m", "roma", "train", str(tmp_path / "run.yaml")],
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
     )
+    ranks: list[str] = []
     try:
         lines = tmp_path / "metrics.jsonl"
         while not (lines.exists() and lines.stat().st_size) and run.poll() is None:
             time.sleep(0.05)
-        os.killpg(run.pid, signal.SIGTERM)
+        ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        for process in (run.pid, *map(int, ranks)):
+            os.kill(process, taken)
         _, said = run.communicate(timeout=60)
     finally:
-        if run.poll() is None:
-            os.killpg(run.pid, signal.SIGKILL)
-    assert said.count("stopped by SIGTERM: step ") == 1, said
+        for process in (run.pid, *map(int, ranks)) if run.poll() is None else ():
+            os.kill(process, signal.SIGKILL)
+    assert said.count(f"stopped by {taken.name}: step ") == 1, said
+    assert run.returncode == 0 or taken == signal.SIGTERM  # which torchrun calls an error
     saved = starting_point(tmp_path, "auto")
     assert saved is not None and step_of(saved) == len(lines.read_text().splitlines())
