@@ -70,6 +70,7 @@ class Preemption:
         self._thread.start()
         self._handlers = {taken: signal.signal(taken, _pass) for taken in SIGNALS}
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        _entered.append(self)
         return self
 
     def __exit__(
@@ -81,13 +82,17 @@ class Preemption:
         """Gives the signals back."""
         if not self._handlers:
             return
+        self._give_back()
+        _entered.remove(self)
+        os.close(self._write)  # ends the thread
+        self._thread.join()
+        os.close(self._read)
+
+    def _give_back(self) -> None:
         signal.set_wakeup_fd(self._wakeup)
         for taken, handler in self._handlers.items():
             signal.signal(taken, handler)
         self._handlers = {}
-        os.close(self._write)  # ends the thread
-        self._thread.join()
-        os.close(self._read)
 
     def _listen(self) -> None:
         while numbers := os.read(self._read, 64):
@@ -104,6 +109,18 @@ class Preemption:
             self._first_term = now
         elif now - self._first_term >= self._apart:
             os._exit(EXIT)
+
+
+_entered: list[Preemption] = []
+
+
+def _give_back_in_child() -> None:
+    """A fork shares the pipe: what ends a worker would ask its parent to stop."""
+    while _entered:
+        _entered.pop()._give_back()
+
+
+os.register_at_fork(after_in_child=_give_back_in_child)
 
 
 def _pass(_: int, __: FrameType | None) -> None:

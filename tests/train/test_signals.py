@@ -49,6 +49,22 @@ def test_other_signals_are_none() -> None:
         signal.signal(signal.SIGUSR2, before)
 
 
+def test_a_worker_that_is_ended_asks_for_nothing() -> None:
+    with Preemption() as preemption:
+        read, write = os.pipe()
+        child = os.fork()
+        if not child:
+            os.write(write, b"ready")
+            time.sleep(60)
+            os._exit(0)
+        os.read(read, 5)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        assert not until(preemption, 0.05)
+        os.kill(os.getpid(), signal.SIGTERM)  # and it still hears
+        assert until(preemption)
+
+
 def test_another_thread_takes_none() -> None:
     def enter() -> None:
         with Preemption() as preemption:
