@@ -1,5 +1,5 @@
 # make setup | demo | test | check | bench | wheels | kernels. Each first installs what it needs into .venv, once; after
-# that wheels, kernels-all and test-deepspeed alone use a network. Another interpreter: make PYTHON=python3.12 setup.
+# that wheels, kernels-all, test-deepspeed and test-vllm alone use a network. Another interpreter: make PYTHON=python3.12 setup.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,13 +9,14 @@ PEERS := $(VENV)/.peers-done
 NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-deepspeed check bench gpu wheels kernels kernels-all
+.PHONY: help setup demo test test-deepspeed test-vllm check bench gpu wheels kernels kernels-all
 
 help:
 	@echo "make setup   .venv with everything the tests and the demo need"
 	@echo "make demo    train GRPO and ROMA on real digits, evaluate on bad images: runs/demo"
 	@echo "make test    every test"
 	@echo "make test-deepspeed   the trainer under ZeRO-1, 2 and 3, with DeepSpeed in a folder of its own"
+	@echo "make test-vllm   rollouts by vLLM's CPU build, in an environment of its own"
 	@echo "make check   ruff, mypy, imports, links, README, doctests, every kernel compiled for every chip"
 	@echo "make bench   the loss against its peers, held to float64 first: bench/results, docs/BENCHMARKS.md"
 	@echo "make wheels  the peers' wheels for a machine with a GPU and without a network: .wheels"
@@ -38,7 +39,7 @@ demo: $(STAMP)
 	@$(BIN)/python -m experiments.digits --out runs/demo
 
 # Two test processes on two cores: more threads in each would only wait for one another.
-test test-deepspeed check: export OMP_NUM_THREADS ?= 1
+test test-deepspeed test-vllm check: export OMP_NUM_THREADS ?= 1
 
 test: $(STAMP)
 	@echo "test: every test, two at a time"
@@ -50,6 +51,17 @@ test-deepspeed: $(STAMP)
 		--constraint constraints.txt --target $(VENV)/deepspeed deepspeed einops hjson msgpack py-cpuinfo
 	@PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=$(VENV)/deepspeed \
 		$(BIN)/pytest -q -n 0 tests/train/test_ranks.py tests/train/test_engines.py tests/train/test_estimate_ranks.py
+
+# An environment of its own: vLLM names its transformers. The two that go have no CPU build.
+$(VENV)/vllm/.ready: tests/vllm_engine/requirements.txt
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --requirement $<
+	@$(@D)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	@touch $@
+
+test-vllm: $(VENV)/vllm/.ready
+	@PYTHONPATH=.:kernels:tests/vllm_engine/cpu $(VENV)/vllm/bin/python -m pytest -q \
+		--confcutdir tests/vllm_engine tests/vllm_engine
 
 check: $(STAMP)
 	@echo "check: ruff"

@@ -160,6 +160,11 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=int, help="only the first LIMIT rows")
     evaluate.add_argument("--level-table", help="YAML with other levels, for small images")
     evaluate.add_argument("--batch-size", type=int, default=16, help="questions at a time (16)")
+    evaluate.add_argument(
+        "--engine", choices=("hf", "vllm"), default="hf",
+        help="hf: transformers; vllm: vLLM, with a large --batch-size (hf)",
+    )  # fmt: skip
+    evaluate.add_argument("--format-prompt", metavar="FILE", help="as data.format_prompt")
     evaluate.add_argument("--max-tokens", type=int, default=1024, help="answer budget (1024)")
     evaluate.add_argument(
         "--reward", default=_REWARD, help="file.py:function that says what is right"
@@ -218,6 +223,8 @@ def _eval(options: argparse.Namespace) -> None:
         score=load_reward(options.reward),
         seed=options.seed,
         device=options.device,
+        engine=options.engine,
+        format_prompt=options.format_prompt,
     )
 
 

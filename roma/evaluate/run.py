@@ -139,6 +139,7 @@ def run_eval(
     seed: int = 0,
     device: str | None = None,
     engine: Literal["hf", "vllm"] = "hf",
+    format_prompt: str | Path | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """`roma eval`: measures one model, prints a table, writes eval.json, answers.json and eval.png.
@@ -158,6 +159,8 @@ def run_eval(
         device: "cpu", "cuda", …; None: the GPU in bf16 if there is one, else the CPU in fp32.
         engine: "hf", transformers' generate, or "vllm", which wants a large `batch_size` and takes
             the device that it was built for.
+        format_prompt: file of a Jinja template of the prompt, in which `content` is the question,
+            as in training; None: the question alone.
         console: where to print.
 
     Returns:
@@ -186,7 +189,7 @@ def run_eval(
     folder = Path(out) if out else Path("runs", "eval", _name(model, data))
     if folder.exists() and not folder.is_dir():
         fail("out", "a folder", f"the file {folder}", "name another", error=FileExistsError)
-    rows = load_dataset_rows(data)
+    rows = load_dataset_rows(data, format_prompt=format_prompt)
     examples = [rows[i] for i in range(min(len(rows), limit or len(rows)))]
     policy = _load_policy(model, where, engine)
     sampler = _vllm_sampler(policy) if engine == "vllm" else None

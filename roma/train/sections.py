@@ -40,9 +40,10 @@ class DataConfig:
     format_prompt: str | None = None
     """File of a Jinja template of the prompt, in which `content` is the question; null: the
     question alone."""
-    plain_think_tokens: bool = True
+    plain_think_tokens: bool | None = None
     """Encode <think> and </think> as plain text. Qwen3-VL has them as tokens of their own, which
-    its Instruct models have never learnt: with those, a format reward stays 0."""
+    its Instruct models have never learnt: with those, a format reward stays 0. null: unless the
+    model's chat template writes them, as a Thinking model's does."""
     max_response_length: PositiveInt = 2048
     """Longest completion, tokens; a longer one is cut there."""
     rollout_batch_size: PositiveInt = 512

@@ -281,7 +281,8 @@ def _policy(config: Config, device: torch.device) -> Policy:
     """The model as it is trained."""
     actor = config.worker.actor
     policy = Policy.load(actor.model_path, device=device)
-    policy.processor.plain_think_tokens = config.data.plain_think_tokens
+    if config.data.plain_think_tokens is not None:
+        policy.processor.plain_think_tokens = config.data.plain_think_tokens
     if actor.freeze_vision:
         policy.model.model.visual.requires_grad_(False)
     if actor.lora.rank:
