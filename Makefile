@@ -51,6 +51,8 @@ test-deepspeed: $(STAMP)
 		--constraint constraints.txt --target $(VENV)/deepspeed deepspeed einops hjson msgpack py-cpuinfo
 	@PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=$(VENV)/deepspeed \
 		$(BIN)/pytest -q -n 0 tests/train/test_ranks.py tests/train/test_engines.py tests/train/test_estimate_ranks.py
+	@PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=$(VENV)/deepspeed \
+		$(BIN)/pytest -q -n 0 tests/train/test_checkpoint_kill.py -k zero2
 
 # An environment of its own: vLLM names its transformers. The two that go have no CPU build.
 $(VENV)/vllm/.ready: tests/vllm_engine/requirements.txt

@@ -48,13 +48,15 @@ def save(
     model, adapted = policy.model, bool(layers(policy.model))
     weights = merged_weights(policy, whole=whole)
     factors_of = adapter_weights(model, whole=whole)
-    if not write:
+    try:
+        if write:
+            write_model(model, folder, weights)
+            if adapted:
+                write_adapters(model, Path(folder) / ADAPTER, factors_of)
+    finally:  # what one rank could not write the others gather all the same
         deque(chain(weights, factors_of), maxlen=0)
-        return
-    write_model(model, folder, weights)
-    if adapted:
-        write_adapters(model, Path(folder) / ADAPTER, factors_of)
-    policy.processor.save_pretrained(folder)
+    if write:
+        policy.processor.save_pretrained(folder)
 
 
 @torch.no_grad()

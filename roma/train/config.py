@@ -148,6 +148,12 @@ def _check_together(config: Config) -> None:
         expected = "sequence or batch with worker.actor.update=two_pass"
         remedy = "every view of a token needs a gradient; take update=lean"
         fail("algorithm.roma.worst_over", expected, roma.worst_over, remedy)
+    best = config.trainer.best_metric or ""
+    freq = config.trainer.val_freq
+    if best.startswith("val/") and not (freq and config.trainer.save_freq % freq == 0):
+        expected = "a divisor of trainer.save_freq with trainer.best_metric"
+        remedy = "a checkpoint has the value of its own step alone"
+        fail("trainer.val_freq", expected, str(freq), remedy)
     if config.trainer.val_freq and config.data.val_files is None:
         got = str(config.trainer.val_freq)
         fail("trainer.val_freq", "0 without data.val_files", got, "name a validation set")

@@ -42,6 +42,7 @@ LOGGED: dict[str, str] = {
     "val/{part}": "mean over the validation rows of that key of the reward",
     "views/level_mean": "mean level of the step's views, 0 to algorithm.views.max_level",
     "timing_s/{stage}": "wall time of a stage of the step, s; timing_s/step is all of it",
+    "timing_s/save": "wall time of the checkpoint after the step before, s",
     "timing_s/views": "wall time that the step waits for its views, s",
     "timing_s/make_views": "wall time of the thread that makes the views, mostly while sampling, s",
     "perf/tokens_per_second": "completion tokens of the step / timing_s/step",
