@@ -50,7 +50,8 @@ test-deepspeed: $(STAMP)
 	@test -d $(VENV)/deepspeed || $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation \
 		--constraint constraints.txt --target $(VENV)/deepspeed deepspeed einops hjson msgpack py-cpuinfo
 	@PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=$(VENV)/deepspeed \
-		$(BIN)/pytest -q -n 0 tests/train/test_ranks.py tests/train/test_engines.py tests/train/test_estimate_ranks.py
+		$(BIN)/pytest -q -n 0 tests/train/test_ranks.py tests/train/test_engines.py \
+		tests/train/test_engine_options.py tests/train/test_estimate_ranks.py
 	@PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=$(VENV)/deepspeed \
 		$(BIN)/pytest -q -n 0 tests/train/test_checkpoint_kill.py -k zero2
 

@@ -77,6 +77,8 @@ def generate(
     model, config = policy.model, policy.model.config
     training = model.training
     model.eval()
+    if synced and features is None and not len(prompts.grids):
+        policy.blank_features(prompts)  # the other ranks call the tower, too
     features = features or policy.image_features(prompts.pixel_values, prompts.grids)
     cache = policy.prefill(prompts, features)
     cache.batch_repeat_interleave(group_size)

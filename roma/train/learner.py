@@ -52,19 +52,20 @@ class Learner:
         batch, others = self._corrected(batch, experience)
         if self.config.algorithm.roma.ref_coef > 0:
             batch = replace(batch, ref_logp=self.engine.call(self._reference, batch))
-        minis = list(batch.split(size))
+        minis = [range(at, at + size) for at in range(0, len(experience.examples), size)]
         # The first one's log-probs are those of its update; after that the policy is another.
-        for number, mini in enumerate(minis):
-            if number and mini.old_logp is None:
-                minis[number] = replace(mini, old_logp=self._score(mini))
-        minis[0] = replace(minis[0], old_logp=None)
+        old: list[Tensor | None] = [None]
+        for mini in minis[1:]:
+            own = batch.select(mini)
+            old.append(self._score(own) if own.old_logp is None else own.old_logp)
         found = defaultdict(list)
         for epoch in range(actor.ppo_epochs):
             for number, mini in enumerate(minis):
-                specs = [column[number * size : (number + 1) * size] for column in views.specs]
-                metrics, logp = self._optimizer_step(mini, specs)
+                specs = [column[mini.start : mini.stop] for column in views.specs]
+                own = replace(batch.select(mini), old_logp=old[number])
+                metrics, logp = self._optimizer_step(own, specs)
                 if not epoch and not number and actor.ppo_epochs > 1:
-                    minis[0] = replace(mini, old_logp=logp)
+                    old[0] = logp
                 for name, value in metrics.items():
                     found[f"actor/{name}"].append(value)
         # A corruption that an update has not seen has no value there.
@@ -130,13 +131,13 @@ class Learner:
         logp = torch.zeros_like(batch.mask, dtype=torch.float32)
         divergence = logp.new_full((len(batch.view_pixels), len(batch.group)), torch.nan)
         for rows, out in self.engine.learn(self._policy_loss.parts(batch, self._limit), totals):
-            if not len(rows):  # for another rank's sake
-                continue
+            idle = not len(rows)  # for another rank's sake
             for name, value in out.metrics.items():
                 if specs or not name.startswith("roma_"):
-                    found[name] += float(value)
-            found["scored"] += out.scored
-            logp[rows], divergence[:, rows] = out.logp, out.divergence
+                    found[name] += 0.0 if idle else float(value)
+            found["scored"] += 0 if idle else out.scored
+            if not idle:
+                logp[rows], divergence[:, rows] = out.logp, out.divergence
         metrics = ranks.summed(found)
         # A mean over what was run.
         metrics["ppo_kl"] *= totals.tokens / max(metrics.pop("scored"), 1)

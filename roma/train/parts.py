@@ -4,7 +4,7 @@ A call of a sharded model is a collective: a rank with fewer prompts, or shorter
 the others waiting. It runs its first prompt once more, where nothing comes of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,9 +14,43 @@ from roma.train import ranks
 from roma.train.batch import UpdateBatch, micro_batches
 
 
-def to_learn(
-    batch: UpdateBatch, sizes: Sequence[int], limit: int
-) -> list[tuple[Tensor, UpdateBatch]]:
+class Parts:
+    """Micro-batches, each made when its turn comes: the pixels of all would be held twice.
+
+    Args:
+        batch: P prompts.
+        prompts: of each micro-batch; one without any is there for another rank's sake.
+    """
+
+    def __init__(self, batch: UpdateBatch, prompts: Sequence[Sequence[int]]) -> None:
+        """Nothing is cut yet."""
+        self._batch, self._prompts = batch, prompts
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._prompts)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, UpdateBatch]]:
+        """The numbers of a micro-batch's rollouts [b] int64 in the batch, and the micro-batch.
+
+        One without prompts is the first prompt, its rollouts worth nothing, and no numbers.
+        """
+        group = self._batch.group
+        rows = torch.arange(len(group), device=group.device)
+        rows = rows.view(len(self._batch.prompts.images), -1)
+        for own in self._prompts:
+            yield rows[list(own)].flatten(), self._batch.select(own) if own else self._idle()
+
+    def _idle(self) -> UpdateBatch:
+        first = self._batch.select([0])
+        return replace(
+            first,
+            advantages=torch.zeros_like(first.advantages),
+            correct=torch.zeros_like(first.correct),
+        )
+
+
+def to_learn(batch: UpdateBatch, sizes: Sequence[int], limit: int) -> Parts:
     """Micro-batches of at most `limit` tokens, of the prompts of which something is run.
 
     Args:
@@ -25,23 +59,13 @@ def to_learn(
         limit: tokens; a larger prompt stands alone.
 
     Returns:
-        The numbers of a micro-batch's rollouts [b] int64 in `batch`, and the micro-batch. One that
-        another rank makes necessary has no numbers, and rollouts that are worth nothing.
+        As many micro-batches as the rank with the most has, one at least.
     """
-    run = [prompt for prompt, size in enumerate(sizes) if size] or [0]
-    rows = torch.arange(len(batch.group), device=batch.group.device).view(len(sizes), -1)
-    parts = []
-    for part in micro_batches([sizes[prompt] for prompt in run], limit):
-        own = [run[i] for i in part]
-        parts.append((rows[own].flatten(), batch.select(own)))
-    first = batch.select([0])
-    idle = replace(
-        first,
-        advantages=torch.zeros_like(first.advantages),
-        correct=torch.zeros_like(first.correct),
-    )
-    missing = ranks.most(len(parts)) - len(parts)
-    return parts + [(rows[:0].flatten(), idle)] * missing
+    run = [prompt for prompt, size in enumerate(sizes) if size]
+    parts = micro_batches([sizes[prompt] for prompt in run], limit) if run else []
+    chosen = [[run[i] for i in part] for part in parts]
+    missing = max(ranks.most(len(chosen)), 1) - len(chosen)
+    return Parts(batch, chosen + [[]] * missing)
 
 
 def to_score(

@@ -18,12 +18,18 @@ from roma_kernels.errors import fail
 T = TypeVar("T")
 
 
+def take_card() -> None:
+    """Makes this process's card the current one, before anything is put on the first."""
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
 @contextmanager
 def started(device: torch.device, *, alone: bool = False) -> Iterator[torch.device]:
     """Joins the other processes, if a launcher has started some, and leaves them at the end.
 
     Args:
-        device: "cuda" becomes the card of this process.
+        device: "cuda" becomes the current card.
         alone: make a group of one, too, for an engine that needs one.
 
     Yields:
@@ -31,8 +37,7 @@ def started(device: torch.device, *, alone: bool = False) -> Iterator[torch.devi
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if device.type == "cuda" and world > 1:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
+        device = torch.device("cuda", torch.cuda.current_device())
     if dist.is_initialized() or (world == 1 and not alone):
         yield device
         return
@@ -40,6 +45,7 @@ def started(device: torch.device, *, alone: bool = False) -> Iterator[torch.devi
     if world > 1:
         dist.init_process_group(backend)
     else:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
         store = dist.HashStore()  # type: ignore[attr-defined]  # it is exported
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:

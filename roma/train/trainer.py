@@ -14,7 +14,9 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -60,6 +62,7 @@ def train(config: Config, *, progress: Progress | None = None) -> Path:
     Raises:
         ValueError: device, model, data or checkpoint do not fit; the message says what to do.
     """
+    ranks.take_card()
     device = resolve_device(config.trainer.device, name="trainer.device")
     alone = config.trainer.engine not in ("auto", "single")
     with ranks.started(device, alone=alone) as device:
@@ -187,6 +190,9 @@ class Trainer:
             if len(views.specs) > self.config.algorithm.views.k:
                 with clock.stage("choose_views"):
                     views = self.learner.choose(experience, views)
+                kept: Future[Views] = Future()
+                kept.set_result(views)
+                experience = replace(experience, views=kept)  # the others' pixels are let go
             if self.view_maker.count:
                 rows = ranks.told(list(views.rows(experience.examples)))
                 if view_log:

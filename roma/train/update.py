@@ -25,7 +25,7 @@ from roma.models.flops import TextShape, VisionShape
 from roma.models.prefix.groups import Integers
 from roma.models.qwen_vl import Policy
 from roma.train.batch import Totals, UpdateBatch
-from roma.train.parts import to_learn, to_score
+from roma.train.parts import Parts, to_learn, to_score
 from roma.train.plan import (
     PAYS_FROM,
     Flags,
@@ -116,12 +116,12 @@ class PolicyLoss(nn.Module):
         """What is run of a batch; of one pass, or before the worst views are known."""
         return Plan.of(batch, self.config, lean=self.update != "joint")
 
-    def parts(self, batch: UpdateBatch, limit: int) -> list[tuple[Tensor, UpdateBatch]]:
+    def parts(self, batch: UpdateBatch, limit: int) -> Parts:
         """What an update runs of a batch, as micro-batches of at most `limit` tokens.
 
         Tokens are the text model's, those of all images together. A prompt stays whole, even one
-        that is larger; a prompt of which nothing is run is left out, unless there is no other. On
-        every rank there are as many (`roma.train.parts.to_learn`).
+        that is larger; a prompt of which nothing is run is left out. On every rank there are as
+        many (`roma.train.parts`).
         """
         sizes = self._states(batch).tokens_by_prompt(self.plan(batch).wanted())
         return to_learn(batch, sizes.tolist(), limit)

@@ -62,13 +62,18 @@ def run_config(out: Path, *overrides: str) -> Config:
     )
 
 
-def trainer_of(chosen: Config) -> Trainer:
-    """A trainer of these questions, in their order, with such rollouts."""
-    trainer = Trainer(chosen)
-    trainer.data = questions()  # type: ignore[assignment]  # a sequence of examples, too
+def as_questions(trainer: Trainer) -> None:
+    """Gives a trainer these, in their order, to train on and to validate with."""
+    trainer.data = trainer.val_data = questions()  # type: ignore[assignment]  # a sequence, too
     trainer.data_size = len(trainer.data)
-    trainer.collector.sampler = Fixed(trainer.step)
     trainer._order = lambda _: torch.arange(trainer.data_size)  # type: ignore[method-assign]
+
+
+def trainer_of(chosen: Config) -> Trainer:
+    """A trainer of these questions, with such rollouts."""
+    trainer = Trainer(chosen)
+    as_questions(trainer)
+    trainer.collector.sampler = Fixed(trainer.step)
     return trainer
 
 

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from support import small_model
 from support.small_run import config
 
 from roma.models.qwen_vl import Policy
 from roma.train import ranks
+from roma.train.config import dump
 from roma.train.engine import chosen
 from roma.train.engine.zero import read_options
 from roma.train.trainer import Trainer
+
+DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+ENGINES = ("zero2", "zero3") if DEEPSPEED else ("fsdp2",)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +63,7 @@ def test_auto_depends_on_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         Trainer(config(tmp_path, "trainer.engine=ddp"))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="it is installed")
+@pytest.mark.skipif(DEEPSPEED, reason="it is installed")
 def test_without_deepspeed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected DeepSpeed installed, got none; pip install"):
         Trainer(config(tmp_path, "trainer.engine=zero2"))
@@ -71,3 +79,32 @@ def test_the_device_is_not_read_off_the_head(monkeypatch: pytest.MonkeyPatch) ->
     policy = small_model.policy()
     monkeypatch.setattr(Policy, "head_weight", property(lambda _: pytest.fail("it was read")))
     assert policy.device.type == "cpu"
+
+
+def test_a_step_that_is_not_finite_is_left_out(tmp_path: Path) -> None:
+    """In every engine, as DeepSpeed does it; and it is not counted."""
+    trainer = Trainer(config(tmp_path))
+    trainer.step = 1
+    trainer.train_step()
+    before = [weight.detach().clone() for weight in trainer.policy.parameters()]
+    weight = next(iter(trainer.engine.trained.values()))
+    weight.grad = torch.full_like(weight, torch.nan)
+    assert math.isnan(trainer.engine.step())
+    assert trainer.engine.version == 1
+    for weight, old in zip(trainer.policy.parameters(), before, strict=True):
+        assert torch.equal(weight, old) and weight.grad is None
+    trainer.step = 2
+    trainer.train_step()
+    assert trainer.engine.version == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_of_several_ranks_takes_one(tmp_path: Path, engine: str) -> None:
+    """Without a launcher; DeepSpeed's: make test-deepspeed."""
+    chosen = config(tmp_path / "out", f"trainer.engine={engine}", "trainer.total_steps=1")
+    file = tmp_path / "run.yaml"
+    file.write_text(dump(chosen))
+    # A process of its own: DeepSpeed keeps the groups of one.
+    subprocess.run([sys.executable, "-m", "roma", "train", str(file)], check=True, timeout=300)
+    assert (tmp_path / "out" / "global_step_1" / "actor" / "config.json").is_file()

@@ -184,7 +184,7 @@ def test_states_by_hand() -> None:
     assert of("zero2") == (4000, 0, 800, 1600 + 800, 0)
     assert of("zero3") == (1000, 1600, 800, 1600 + 800, 0)
     assert of("fsdp2") == (1000, 1600, 800, 1600, 0)
-    assert of("fsdp2", half=True) == (1000, 800, 800, 1600, 0)
+    assert of("fsdp2", half=True) == (1000, 1200, 800, 1600, 0)
     assert of("single", cuda=True)[-1] == 3200 and of("zero3", cuda=True)[-1] == 800
 
 

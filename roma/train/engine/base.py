@@ -4,8 +4,9 @@ An engine owns the weights while they learn. Whatever reads one is called throug
 every rank, equally often: where weights are sharded they are whole inside of it alone.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -18,6 +19,7 @@ from roma.models import export
 from roma.train import ranks
 from roma.train.batch import Totals, UpdateBatch
 from roma.train.engine import state
+from roma.train.parts import Parts
 from roma.train.sections import ActorConfig
 from roma.train.update import PolicyLoss, Update
 
@@ -97,7 +99,7 @@ class Engine(ABC):
         """`function(…)` where weights are whole."""
 
     def learn(
-        self, parts: Iterable[tuple[Tensor, UpdateBatch]], totals: Totals
+        self, parts: Parts | Sequence[tuple[Tensor, UpdateBatch]], totals: Totals
     ) -> Iterator[tuple[Tensor, Update]]:
         """Gradients of an optimizer step: one micro-batch after the other.
 
@@ -114,10 +116,9 @@ class Engine(ABC):
         Yields:
             What was given with a micro-batch, and its update.
         """
-        held = list(parts)
         with self.reduced_once():
-            for number, (rows, part) in enumerate(held, 1):
-                self.last(number == len(held))
+            for number, (rows, part) in enumerate(parts, 1):
+                self.last(number == len(parts))
                 with self.policy.autocast(self.dtype):
                     out = self.forward_loss(part, totals)
                 self.backward(ranks.ranks() * out.loss)
@@ -140,17 +141,20 @@ class Engine(ABC):
         del is_last  # nothing is to be done where nothing is reduced
 
     def step(self) -> float:
-        """The optimizer's step; gives the gradients' L2 norm over all weights, before clipping."""
+        """The optimizer's step; gives the gradients' L2 norm over all weights, before clipping.
+
+        One whose norm is not finite is left out, and not counted.
+        """
         self.lr = self.actor.lr * self.rate(self.version)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         norm = self.clip_and_step()
-        self.version += 1
+        self.version += math.isfinite(norm)
         return norm
 
     @abstractmethod
     def clip_and_step(self) -> float:
-        """Clips, steps, forgets the gradients; gives the norm."""
+        """Clips, steps if the norm is finite, forgets the gradients; gives the norm."""
 
     @abstractmethod
     def whole(self, weight: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """FSDP2: PyTorch's `fully_shard`, a layer of the text model or of the tower at a time."""
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -20,7 +22,7 @@ T = TypeVar("T")
 class Fsdp2(Engine):
     """Weights, gradients and moments sharded over the ranks.
 
-    Under bfloat16 the weights are gathered in it, half the bytes; the shards stay fp32, and
+    Under bfloat16 a layer's weights are gathered in it, half the bytes; the shards stay fp32, and
     gradients are summed in fp32.
     """
 
@@ -30,15 +32,13 @@ class Fsdp2(Engine):
         """A unit for each layer; the rest, embedding, head and norms, is one unit."""
         mesh = init_device_mesh(self.device.type, (ranks.ranks(),))
         half = self.dtype == "bfloat16"
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if half else None,
-            reduce_dtype=torch.float32,
-            cast_forward_inputs=False,  # autocast does
-        )
+        # Autocast casts inputs; the residual stream, the last norm and the head stay fp32.
+        exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = replace(exact, param_dtype=torch.bfloat16 if half else None)
         model = self.policy.model.model
         for layer in (*model.language_model.layers, *model.visual.blocks):
             fully_shard(layer, mesh=mesh, mp_policy=policy)
-        fully_shard(self.door, mesh=mesh, mp_policy=policy)
+        fully_shard(self.door, mesh=mesh, mp_policy=exact)
 
     def forward(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Inside of the root's forward its own weights are whole; a layer gathers its own."""
@@ -50,10 +50,12 @@ class Fsdp2(Engine):
         for weight in self.trained.values():
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
-        norm = clip_grad_norm_(self.trained.values(), self.actor.max_grad_norm)
-        self.optimizer.step()
+        found = clip_grad_norm_(self.trained.values(), self.actor.max_grad_norm)
+        norm = float(found.full_tensor() if isinstance(found, DTensor) else found)
+        if math.isfinite(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return norm
 
     def whole(self, weight: Tensor) -> Tensor:
         """Gathered from the ranks."""

@@ -1,5 +1,6 @@
 """Engines whose ranks hold every weight: one process, and PyTorch's DDP."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -31,10 +32,11 @@ class Single(Engine):
         for weight in self.trained.values():
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
-        norm = clip_grad_norm_(self.trained.values(), self.actor.max_grad_norm)
-        self.optimizer.step()
+        norm = float(clip_grad_norm_(self.trained.values(), self.actor.max_grad_norm))
+        if math.isfinite(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(norm)
+        return norm
 
     def whole(self, weight: Tensor) -> Tensor:
         """It is."""

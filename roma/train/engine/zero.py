@@ -61,26 +61,36 @@ class Zero(Engine):
         return self.stage == 3
 
     def wrap(self) -> None:
-        """DeepSpeed wraps once it has the optimizer."""
-        self.policy.model.to(self.device)
-
-    def make_optimizer(self) -> Any:
-        """Hands module and optimizer to DeepSpeed."""
+        """Stage 3 shards now, a weight at a time; DeepSpeed wraps once it has the optimizer."""
         deepspeed = _deepspeed()
-        zero = {"stage": self.stage} | self.options.get("zero_optimization", {})
-        config = {
+        model = self.policy.model
+        self._config = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_clipping": self.actor.max_grad_norm,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "torch_autocast": {"enabled": self.dtype == "bfloat16", "dtype": "bfloat16"},
             **self.options,
-            "zero_optimization": zero,
+            "zero_optimization": {
+                "stage": self.stage,
+                **self.options.get("zero_optimization", {}),
+            },
         }
-        self.ds, optimizer, *_ = deepspeed.initialize(
+        if self.stage < 3:
+            model.to(self.device)
+            return
+        deepspeed.zero.Init(
+            module=model, config_dict_or_path=self._config, mem_efficient_linear=False
+        )
+        for buffer in model.buffers():
+            buffer.data = buffer.to(self.device)
+
+    def make_optimizer(self) -> Any:
+        """Hands module and optimizer to DeepSpeed."""
+        self.ds, optimizer, *_ = _deepspeed().initialize(
             model=self.door,
             optimizer=super().make_optimizer(),
-            config=config,
+            config=self._config,
             dist_init_required=False,
         )
         return optimizer  # DeepSpeed's, around ours

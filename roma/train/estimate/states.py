@@ -127,7 +127,7 @@ def states(parameters: Parameters, engine: str, ranks: int, *, half: bool, cuda:
     if engine in ("zero3", "fsdp2"):
         # The layer that computes, the next one, and what belongs to no layer.
         size = 2 if half and engine == "fsdp2" else FLOAT
-        gathered = size * (2.0 * parameters.layer + parameters.outside)
+        gathered = size * 2.0 * parameters.layer + FLOAT * parameters.outside
     held = float(total) if engine not in ("zero3", "fsdp2") else total / ranks
     if engine in ("single", "ddp"):
         return States(held, 0.0, float(trained), 2.0 * trained, trained * float(cuda))
