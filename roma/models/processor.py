@@ -48,6 +48,8 @@ class Processor:
         self.image_token = "<|image_pad|>"
         added = tokenizer.get_added_vocab()
         self._has_think = any(tag in added for tag in THINK)
+        opens = self._has_think and self._template().rstrip().endswith(THINK[0])
+        self._opening = THINK[0] if opens else ""
         self._plain: Any = None  # the tokenizer's backend without the two tokens, if they are plain
         if plain_think_tokens is None:
             plain_think_tokens = not (self._has_think and self._template_thinks())
@@ -71,11 +73,15 @@ class Processor:
         self._plain = _without(self.tokenizer, THINK)
 
     def _template_thinks(self) -> bool:
+        return any(tag in self._template() for tag in THINK)
+
+    def _template(self) -> str:
+        """A prompt as the chat template has it."""
         chat = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
-        prompt = self.tokenizer.apply_chat_template(
+        prompt: str = self.tokenizer.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=True
         )
-        return any(tag in prompt for tag in THINK)
+        return prompt
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; added tokens in it are tokens, but for the two that are plain."""
@@ -160,10 +166,14 @@ class Processor:
         return self.encode(prompt)
 
     def decode(self, tokens: Tensor, mask: Tensor) -> list[str]:
-        """Texts of completions [B, T]: counted tokens, without special tokens."""
+        """Texts of completions [B, T]: counted tokens, without special tokens.
+
+        A Thinking model's template opens the reasoning in the prompt: its tag comes first here, so
+        that a text reads the same whoever wrote it.
+        """
         rows = [row[on].tolist() for row, on in zip(tokens.cpu(), mask.cpu(), strict=True)]
         texts: list[str] = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
-        return texts
+        return [self._opening + text for text in texts]
 
 
 def _without(tokenizer: Any, tags: Sequence[str]) -> Any:

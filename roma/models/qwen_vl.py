@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from roma.models import checkpointing, lora
@@ -66,21 +67,17 @@ class Policy(nn.Module):
         logging.disable_progress_bar()  # its bars would break into the trainer's own
 
         if not (Path(path) / "config.json").is_file():
-            fail(
-                "model",
-                "a Hugging Face model's folder",
-                f"no config.json in {str(path)!r}",
-                "check the path",
-            )
+            got = f"no config.json in {str(path)!r}"
+            fail("model", "a Hugging Face model's folder", got, "check the path")
         processor = Processor.load(path)
-        model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+        try:
+            model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+        except (KeyError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+            said = f"one of which transformers says: {str(error).strip().splitlines()[0]}"
+            fail("model", f"one that loads in {path}", said, "correct it, or fetch it again")
         if not hasattr(model.model, "get_rope_index"):
-            fail(
-                "model",
-                "one of the Qwen-VL family",
-                type(model).__name__,
-                "other families need a policy of their own",
-            )
+            remedy = "other families need a policy of their own"
+            fail("model", "one of the Qwen-VL family", type(model).__name__, remedy)
         if "mm_encoder_outputs" not in inspect.signature(model.model.forward).parameters:
             got = f"{transformers.__version__}, which would train without the images in silence"
             fail("transformers", "5.18 or newer", got, "pip install -U transformers")

@@ -1,7 +1,7 @@
 """What sampling engines share: the completions that they return, and the call that makes them."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -56,3 +56,11 @@ class Sampler(Protocol):
         Returns:
             Rollouts on the device of `prompts`.
         """
+
+
+@runtime_checkable
+class Closeable(Protocol):
+    """A sampler with an engine of its own, which is ended before the run."""
+
+    def close(self) -> None:
+        """Ends it; it cannot sample any more."""

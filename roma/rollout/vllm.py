@@ -86,10 +86,18 @@ class VllmSampler:
         ends = policy.model.generation_config.eos_token_id
         self.ends = [int(end) for end in (ends if isinstance(ends, list) else [ends])]
         self.names = weight_names(config) if weights else None
+        threads = torch.get_num_threads()
         with _random_state():
             self.llm, self.dtype, self.sleeps = _start(policy, options)
+        if torch.get_num_threads() != threads:  # on a GPU vLLM takes one, for the whole process
+            torch.set_num_threads(threads)
         self.held: int | None = None if weights else version()
         self.asleep, self.broken = False, False
+
+    def close(self) -> None:
+        """Ends the engine, which later would end whatever process group there is then."""
+        self.broken = True
+        self.llm.llm_engine.engine_core.shutdown()
 
     def sample(
         self,

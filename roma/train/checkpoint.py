@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from roma.models.export import check_base
 from roma.train.ranks import rank, ranks
 from roma.train.saved import manifest
 from roma.train.saved.agree import disk_is_full, on_all, on_first
@@ -71,6 +72,9 @@ class Resumable(Protocol):
 
     def put(self, weight: nn.Parameter, whole: Tensor, /) -> None:
         """Sets a weight."""
+
+    def whole(self, weight: Tensor, /) -> Tensor:
+        """A weight in whole."""
 
 
 def save(
@@ -153,7 +157,8 @@ def restore(path: str | Path, *, engine: Resumable, policy: Identifiable) -> dic
         policy: which model it is.
 
     Raises:
-        ValueError: it is the checkpoint of another model; the message says what differs.
+        ValueError: it is the checkpoint of another model, or its adapters are of another base; the
+            message says what differs.
     """
     path, weights = Path(path), dict[str, Tensor]()
 
@@ -167,6 +172,8 @@ def restore(path: str | Path, *, engine: Resumable, policy: Identifiable) -> dic
     for name in list(weights):
         engine.put(engine.parameters[name], weights.pop(name))
     engine.load(path)
+    if policy.has_adapters:
+        check_base(policy, path / "actor", whole=engine.whole)
     return state_of(path)
 
 

@@ -20,6 +20,7 @@ from roma.train import ranks
 from roma.train.batch import UpdateBatch
 from roma.train.config import Config
 from roma.train.engine import Engine
+from roma.train.saved.agree import on_all
 from roma.train.states import distinct_rows
 from roma.train.views import ViewMaker, Views
 from roma.views import seed_for
@@ -101,7 +102,10 @@ class Collector:
     def collect(self, examples: list[Example], step: int) -> tuple[Experience, dict[str, float]]:
         """The experience of a step, and its metrics."""
         config, self._step = self.config, step
-        prompts = self.encode(examples)
+        encoded: list[PromptBatch] = []
+        # An image that cannot be read on one rank is an error on all of them.
+        on_all(lambda: encoded.append(self.encode(examples)))
+        (prompts,) = encoded
         views = self.view_maker.start(self.policy, prompts, examples, step)
         if self.view_maker.rollouts_see_views:
             prompts = views.result().applied_to(prompts)

@@ -125,7 +125,8 @@ class JsonLines:
         path = Path(path)
         kept = []
         if resumed_at is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            # Not splitlines, which also cuts at separators that JSON leaves in a text.
+            for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n"):
                 if _step_of(line) <= resumed_at:
                     kept.append(line + "\n")
         partial = path.with_suffix(".partial")
@@ -135,7 +136,7 @@ class JsonLines:
 
     def write(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends a line for each row."""
-        lines = (json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
+        lines = (json.dumps({"step": step, **row}) + "\n" for row in rows)
         self._file.write("".join(lines))
         self._file.flush()
 

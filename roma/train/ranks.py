@@ -51,7 +51,8 @@ def started(device: torch.device, *, alone: bool = False) -> Iterator[torch.devi
     try:
         yield device
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def ranks() -> int:

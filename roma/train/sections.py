@@ -204,8 +204,8 @@ class JudgeConfig:
     retries: NonNegativeInt = 2
     """Further tries after a failed call."""
     prompt: str | None = None
-    """File of the question to the judge, with {question}, {answer} and {response}; null: the
-    package's own."""
+    """File of a Jinja template of the question to the judge, with {{ problem }}, {{ ground_truth }}
+    and {{ response }}; null: the package's own."""
 
 
 @dataclass(frozen=True, kw_only=True)

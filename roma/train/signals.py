@@ -117,7 +117,10 @@ _entered: list[Preemption] = []
 def _give_back_in_child() -> None:
     """A fork shares the pipe: what ends a worker would ask its parent to stop."""
     while _entered:
-        _entered.pop()._give_back()
+        own = _entered.pop()
+        own._give_back()
+        os.close(own._read)
+        os.close(own._write)
 
 
 os.register_at_fork(after_in_child=_give_back_in_child)

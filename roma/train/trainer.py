@@ -10,6 +10,7 @@ Every random draw is a function of (run seed, step, row id), so that a resumed r
 uninterrupted one.
 """
 
+import difflib
 import json
 import sys
 from collections import defaultdict
@@ -28,7 +29,7 @@ from roma.models.lora import add_adapters
 from roma.models.qwen_vl import Policy
 from roma.rewards import make_reward
 from roma.rollout import make_sampler
-from roma.rollout.base import Sampler
+from roma.rollout.base import Closeable, Sampler
 from roma.train import checkpoint, ranks
 from roma.train.alarms import Alarms
 from roma.train.collect import Collector
@@ -42,6 +43,7 @@ from roma.train.update import PolicyLoss
 from roma.train.views import ViewMaker, Views
 from roma.views import seed_for
 from roma_kernels.backends import choose
+from roma_kernels.errors import fail
 
 Progress = Callable[[int, Mapping[str, float]], None]
 
@@ -76,7 +78,11 @@ def train(config: Config, *, progress: Progress | None = None) -> Path:
                 remedy = "raise it to go on, or give trainer.resume=never to start anew"
                 print(f"nothing left to train: {finished}; {remedy}", file=sys.stderr)
             return start
-        return Trainer(config, device, start).fit(progress)
+        trainer = Trainer(config, device, start)
+        try:
+            return trainer.fit(progress)
+        finally:
+            trainer.close()
 
 
 class Trainer:
@@ -125,6 +131,11 @@ class Trainer:
         )
         return Within(engine, sampler) if options.name == "hf" else sampler
 
+    def close(self) -> None:
+        """Ends an engine of the sampler's own, while the ranks are still together."""
+        if isinstance(self.collector.sampler, Closeable):
+            self.collector.sampler.close()
+
     def fit(self, progress: Progress | None = None) -> Path:
         """Runs the remaining steps, or as many as there are before a request to stop."""
         trainer = self.config.trainer
@@ -158,6 +169,7 @@ class Trainer:
             while self.step < last:
                 self.step += 1
                 metrics = save_time | self.train_step(view_log)
+                self._check_best(metrics)
                 stop = preemption.requested()
                 if not stop and trainer.val_freq and self.step % trainer.val_freq == 0:
                     metrics |= self.validate()
@@ -178,6 +190,15 @@ class Trainer:
                         print(f"stopped by {preemption.name}: {saved}", file=sys.stderr)
                     break
         return out / f"global_step_{self.step}"
+
+    def _check_best(self, metrics: Mapping[str, float]) -> None:
+        """Raises ValueError if no step has the metric by which the best checkpoint is kept."""
+        best = self.config.trainer.best_metric
+        if best is None or best in metrics or best.startswith("val/"):
+            return
+        near = difflib.get_close_matches(best, metrics, n=1)
+        remedy = f"did you mean {near[0]}?" if near else "`roma train --list-metrics` has them"
+        fail("trainer.best_metric", "a metric that every step logs", repr(best), remedy)
 
     def train_step(self, view_log: JsonLines | None = None) -> dict[str, float]:
         """One step of training; returns its metrics, and logs its views."""
@@ -278,7 +299,7 @@ class Trainer:
             skip_broken=data.skip_broken,
             format_prompt=data.format_prompt,
         )
-        for _, reason in rows.skipped:
+        for _, reason in rows.skipped if ranks.rank() == 0 else ():
             print(f"skipped {reason}", file=sys.stderr)
         return rows
 

@@ -128,3 +128,11 @@ def test_marks_and_images_must_agree() -> None:
     made = small_model.policy().processor
     with pytest.raises(ValueError, match="one `<image>` per image, got 1 marks for 0 images"):
         made.prompt_ids("<image> sum ?", torch.empty(0, 3, dtype=torch.int64))
+
+
+def test_a_tag_that_the_prompt_has_opened_belongs_to_the_answer() -> None:
+    """A reward reads `<think> … </think>`; a Thinking model's template has written the first."""
+    own = tokenizer(TEMPLATE.replace("<|im_start|>{% endif", "<|im_start|><think>{% endif"))
+    for made, opening in ((processor(own), "<think>"), (processor(tokenizer()), "")):
+        ids = torch.tensor([made.encode("3 + 5")])
+        assert made.decode(ids, torch.ones_like(ids, dtype=torch.bool)) == [f"{opening}3 + 5"]

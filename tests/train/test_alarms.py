@@ -151,3 +151,12 @@ def test_several_at_once_are_several_lines() -> None:
         "step 3: actor/loss",
         "step 3: reward/failed",
     ]
+
+
+def test_a_penalty_counts_by_right_answers() -> None:
+    """It is a sum over them: more right ones are no jump."""
+    found = alarms()
+    for step in range(1, 41):
+        right = 0.05 if step <= 25 else 0.9
+        values = {"actor/roma_penalty_worst": 0.02 * right, "reward/accuracy": right}
+        assert not [line for line in found.check(step, values) if "penalty" in line]

@@ -251,3 +251,45 @@ def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
         checkpoint.starting_point(tmp_path, str(tmp_path))
     assert checkpoint.starting_point(tmp_path, "auto") is None
     assert checkpoint.starting_point(tmp_path / "none", "auto") is None
+
+
+def test_every_file_is_on_the_disk_before_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    sync, rename = os.fsync, Path.rename
+
+    def synced(descriptor: int) -> None:
+        seen.append(os.path.realpath(f"/proc/self/fd/{descriptor}"))
+        sync(descriptor)
+
+    def renamed(self: Path, target: Path) -> Path:
+        if self.name == ".global_step_1.partial":
+            every = {str(path) for path in self.rglob("*") if path.is_file()}
+            assert every and every <= set(seen)
+            seen.append("renamed")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    Run().save(tmp_path, 1)
+    assert seen.count("renamed") == 1 and seen[-1] == str(tmp_path)
+
+
+def test_a_checkpoint_in_use_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Some network file systems do not remove a folder of which a file is open."""
+    run = Run()
+    run.save(tmp_path, 1)
+
+    def busy(path: Path, *, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", busy)
+        run.save(tmp_path, 2, keep=1)
+    assert "global_step_1.deleted stays" in capsys.readouterr().err
+    run.save(tmp_path, 3, keep=1)
+    assert names(tmp_path) == ["checkpoint_tracker.json", "global_step_3"]

@@ -173,6 +173,13 @@ def _sampled(rank: int, store: Path, folder: Path, engine: str) -> None:
     )
     trainer = Trainer(chosen)
     as_questions(trainer)  # the first rank has text alone
+    sample, seeds = trainer.collector.sampler.sample, []
+
+    def recorded(*given: Any, **options: Any) -> Any:
+        seeds.append(options["seed"])
+        return sample(*given, **options)
+
+    trainer.collector.sampler.sample = recorded  # type: ignore[method-assign]
     before = {name: trainer.engine.whole(w).clone() for name, w in trainer.engine.trained.items()}
     found: list[dict[str, float]] = []
     path = trainer.fit(lambda _, metrics: found.append(dict(metrics)))
@@ -180,6 +187,9 @@ def _sampled(rank: int, store: Path, folder: Path, engine: str) -> None:
         name for name, w in trainer.engine.trained.items()
         if not torch.equal(trainer.engine.whole(w), before[name])
     ]  # fmt: skip
+    told: list[Any] = [None] * RANKS
+    dist.all_gather_object(told, seeds[:2])  # of the two steps; the third is the validation's
+    assert not set(told[0]) & set(told[1])
     assert all("lora_" in name for name in before) and len(moved) > 0.9 * len(before)
     if rank == 0:
         assert found[0]["actor/ref_kl"] == 0 < found[1]["actor/ref_kl"]
@@ -193,6 +203,12 @@ def _sampled(rank: int, store: Path, folder: Path, engine: str) -> None:
         again = resumed.engine.whole(resumed.engine.trained[name])
         assert torch.equal(again, trainer.engine.whole(weight))
     resumed.fit()
+    # Not on another base, such as its own merged export.
+    other = replace(chosen.worker.actor, model_path=str(path / "actor"))
+    moved = replace(chosen, worker=replace(chosen.worker, actor=other))
+    start = replace(chosen.trainer, resume=str(path), total_steps=3)
+    with pytest.raises(ValueError, match="adapters"):
+        Trainer(replace(moved, trainer=start))
     _leave()
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from roma import METRICS as LOSS_METRICS
 from roma.train.alarms import Alarms
 from roma.train.config import load_config
-from roma.train.loggers import ConsoleLogger, FileLogger, open_log
+from roma.train.loggers import ConsoleLogger, FileLogger, JsonLines, open_log
 from roma.train.metrics import LOGGED, MetricLog, Stopwatch, memory, peak_memory
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "METRICS.md"
@@ -269,3 +269,15 @@ def test_an_unknown_logger(tmp_path: Path) -> None:
         ValueError, match="expected console, file, tensorboard, wandb or trackio, got 'mlflow'"
     ):
         open_log(["mlflow"], tmp_path)
+
+
+def test_lines_with_odd_characters_survive_a_resume(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    texts = ["one\u2028two", "lone \ud800", "next\u0085line"]
+    first = JsonLines(path)
+    for step, text in enumerate(texts, 1):
+        first.write(step, [{"text": text}])
+    first.close()
+    JsonLines(path, resumed_at=2).close()
+    kept = [json.loads(line)["text"] for line in path.read_text().split("\n") if line]
+    assert kept == texts[:2]

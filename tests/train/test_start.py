@@ -137,3 +137,29 @@ def test_a_changed_optimizer_is_applied(tmp_path: Path, capsys: pytest.CaptureFi
     Policy.load(tmp_path / "global_step_1" / "actor").save_pretrained(other)
     train(config(tmp_path, "trainer.total_steps=3", *actor, f"worker.actor.model_path={other}"))
     assert "; the weights are the checkpoint's\n" in capsys.readouterr().err
+
+
+def test_a_best_metric_that_no_step_logs(tmp_path: Path) -> None:
+    """It kept no best checkpoint, without a word."""
+    wrong = config(tmp_path, "trainer.best_metric=reward/acuracy", "trainer.total_steps=1")
+    with pytest.raises(ValueError, match=r"best_metric: .* did you mean reward/accuracy\?"):
+        train(wrong)
+    with pytest.raises(ValueError, match=r"val_freq: expected a divisor of trainer\.save_freq"):
+        config(tmp_path, "trainer.best_metric=val/accuracy", "trainer.save_freq=3")
+
+
+def test_a_model_that_does_not_load_is_one_line(tmp_path: Path) -> None:
+    """A download that was cut."""
+    folder = tmp_path / "model"
+    shutil.copytree(small_model.folder() / "model", folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(
+        ValueError, match=r"model: expected one that loads, .*; fetch it again"
+    ) as e:
+        Policy.load(folder)
+    assert "\n" not in str(e.value)
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(told | {"model_type": "qwen99"}))
+    with pytest.raises(ValueError, match="model: expected one that loads"):
+        Policy.load(folder)

@@ -67,6 +67,15 @@ class Parameters:
         vision = _numel(model.model.visual)
         base, adapters = _numel(model), 0
         if actor.lora.rank is not None:
+            linear = {
+                name.rpartition(".")[2]
+                for name, module in body.named_modules()
+                if isinstance(module, nn.Linear)
+            }
+            for target in actor.lora.targets:
+                if target not in linear:
+                    known = f"some of {', '.join(sorted(linear))}"
+                    fail("worker.actor.lora.targets", known, repr(target), "correct the name")
             named = "|".join(map(re.escape, actor.lora.targets))
             adapters = sum(
                 actor.lora.rank * (m.in_features + m.out_features)

@@ -118,7 +118,7 @@ def prune(out: Path, step: int, keep: int, spared: set[Path]) -> None:
             continue
         hidden = out / f".{path.name}.deleted"  # a run that is killed leaves no half of one
         path.rename(hidden)
-        shutil.rmtree(hidden)
+        _remove(hidden)
 
 
 def sweep(out: Path) -> None:
@@ -128,8 +128,16 @@ def sweep(out: Path) -> None:
         if hidden.suffix == ".replaced" and not path.exists():
             hidden.rename(path)
         elif hidden.suffix in (".partial", ".replaced", ".deleted"):
-            shutil.rmtree(hidden)
+            _remove(hidden)
     sync(out)
+
+
+def _remove(hidden: Path) -> None:
+    """A folder of which a file is in use stays on some network file systems: no reason to stop."""
+    try:
+        shutil.rmtree(hidden)
+    except OSError as error:
+        _say(f"{hidden} stays: {error}")
 
 
 def _look(out: Path) -> tuple[list[Path], str | None]:

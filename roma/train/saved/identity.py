@@ -68,6 +68,8 @@ def check_same_model(path: Path, policy: Identifiable) -> None:
     more = f", and {len(differing) - 1} more" if len(differing) > 1 else ""
     got = f"another: {what} is {was} in the checkpoint and {now} here{more}"
     remedy = "resume with the model it was made from, or choose another trainer.out"
+    if ".lora_" in what:
+        remedy = "give worker.actor.lora as it was, or choose another trainer.out"
     fail(str(path), "a checkpoint of this model", got, remedy)
 
 
