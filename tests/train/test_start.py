@@ -157,7 +157,7 @@ def test_a_model_that_does_not_load_is_one_line(tmp_path: Path) -> None:
     shutil.copytree(small_model.folder() / "model", folder)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="model: expected one that loads in .*, or fetch") as told:
+    with pytest.raises(ValueError, match="model: expected one that loads in ") as told:
         Policy.load(folder)
     assert "\n" not in str(told.value)
     known = json.loads((folder / "config.json").read_text())
