@@ -116,8 +116,8 @@ def _fail_on_one(rank: int, store: Path, out: Path) -> None:
             if rank != failing:
                 assert str(caught.value.__cause__).startswith(f"[Errno 28] rank {failing}: ")
             dist.barrier()
-            dist.barrier()  # rank 0 has cleaned up
             assert names(out) == ["checkpoint_tracker.json", "global_step_1"]
+            dist.barrier()  # both have looked before the next one is begun
     run.engine.fails = None
     with pytest.raises(ValueError, match=r"trainer\.out: expected a folder that every rank sees"):
         run.save(out if rank == 0 else out / "of its own", 2)
