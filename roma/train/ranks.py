@@ -5,7 +5,7 @@ one of `WORLD_SIZE`, and each has a share of every mini-batch's prompts.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -100,12 +100,6 @@ def summed(values: Mapping[str, float]) -> dict[str, float]:
         for name, value in part.items():
             found[name] = found.get(name, 0.0) + value
     return found
-
-
-def own(items: Sequence[T]) -> Sequence[T]:
-    """This rank's of as many items for each rank, as they come: the first ones are rank 0's."""
-    size = len(items) // ranks()
-    return items[rank() * size : (rank() + 1) * size]
 
 
 def most(count: int) -> int:

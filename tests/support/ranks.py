@@ -3,13 +3,41 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 import traceback
+import zlib
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 RANKS = 2
+
+
+def join(rank: int, store: Path, timeout: float) -> None:
+    """A group of gloo for the process of a rank, which waits `timeout` seconds for the other."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+    # DeepSpeed's shared memory is named by it: another test's may still be there.
+    os.environ["MASTER_PORT"] = str(zlib.crc32(str(store).encode()))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=RANKS,
+        timeout=timedelta(seconds=timeout),
+    )
+
+
+def leave() -> None:
+    """Ends it. A rank that goes while the other still listens takes it down, now and then."""
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def _serve(rank: int, tasks: Connection) -> None:

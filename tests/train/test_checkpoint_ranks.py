@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from support.ranks import RANKS, Ranks
+from support.ranks import RANKS, Ranks, join, leave
 from support.tiny_run import TinyEngine, TinyRun, names
 
 from roma.train.checkpoint import starting_point
@@ -62,23 +61,8 @@ def _run() -> TinyRun:
     return run
 
 
-def _join(rank: int, store: Path) -> None:
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=RANKS,
-        timeout=timedelta(seconds=LIMIT / 2),
-    )
-
-
-def _leave() -> None:
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 def _save_and_find(rank: int, store: Path, out: Path) -> None:
-    _join(rank, store)
+    join(rank, store, LIMIT / 2)
     run, hashed = _run(), []
     digest = manifest._digest
     manifest._digest = lambda path: (hashed.append(path.name), digest(path))[1]
@@ -97,11 +81,11 @@ def _save_and_find(rank: int, store: Path, out: Path) -> None:
     assert starting_point(out, "auto") == out / "global_step_1"
     with pytest.raises(ValueError, match="shards/rank_1: other bytes than were written"):
         starting_point(out, str(out / "global_step_2"))
-    _leave()
+    leave()
 
 
 def _fail_on_one(rank: int, store: Path, out: Path) -> None:
-    _join(rank, store)
+    join(rank, store, LIMIT / 2)
     run = _run()
     run.save(out, 1)
     for failing in range(RANKS):
@@ -123,7 +107,7 @@ def _fail_on_one(rank: int, store: Path, out: Path) -> None:
         run.save(out if rank == 0 else out / "of its own", 2)
     run.save(out, 2)
     assert starting_point(out, "auto") == out / "global_step_2"
-    _leave()
+    leave()
 
 
 class Odd(Exception):
@@ -134,7 +118,7 @@ class Odd(Exception):
 
 
 def _any_error(rank: int, store: Path) -> None:
-    _join(rank, store)
+    join(rank, store, LIMIT / 2)
 
     def fail() -> int:
         if rank == 1:
@@ -146,16 +130,16 @@ def _any_error(rank: int, store: Path) -> None:
         on_all(fail)
     assert on_all(lambda: rank) == [0, 1]
     assert on_first(lambda: f"of {rank}") == "of 0"
-    _leave()
+    leave()
 
 
 def _one_is_asked(rank: int, store: Path) -> None:
-    _join(rank, store)
+    join(rank, store, LIMIT / 2)
     preemption = Preemption()
     assert not preemption.requested()
     preemption._own = "SIGUSR1" if rank == 1 else None
     assert preemption.requested() and preemption.name == "SIGUSR1"
-    _leave()
+    leave()
 
 
 def test_both_write_and_verify(ranks: Ranks, tmp_path: Path) -> None:

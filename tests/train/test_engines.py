@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +17,15 @@ import torch
 import torch.distributed as dist
 from support import small_model
 from support.engine_run import as_questions, run_config, trainer_of, weights
-from support.ranks import RANKS, Ranks
+from support.ranks import RANKS, Ranks, join, leave
 from support.small_run import config
 
 from roma.models.qwen_vl import Policy
 from roma.train.config import Config
 from roma.train.trainer import Trainer
 
-# ‖two ranks − one process‖ / ‖one process‖ over all weights after five steps; 4e-7 was measured.
+# ‖two ranks − one process‖ / ‖one process‖ over all weights after five steps; 2.6e-8 was
+# measured.
 CLOSE = 1e-5
 LIMIT = 300.0
 TIMES = ("timing_s", "perf")
@@ -41,8 +39,7 @@ OTHERS = {
     ),
     "half": ("trainer.total_steps=2", "trainer.dtype=bfloat16"),
 }
-# bfloat16 rounds by 2^-9 a product: the gradients' norms were within 1 %. A rank's own normalisers
-# double them.
+# bfloat16 rounds by 2^-9 a product, and a norm is of many; a rank's own normalisers double it.
 HALF = 0.05
 
 NO_DEEPSPEED = pytest.mark.skipif(
@@ -79,22 +76,6 @@ def _run(chosen: Config) -> tuple[Trainer, list[dict[str, float]]]:
     return trainer, found
 
 
-def _join(rank: int, store: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-    # DeepSpeed's shared memory is named by it: another test's may still be there.
-    os.environ["MASTER_PORT"] = str(zlib.crc32(str(store).encode()))
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS,
-        timeout=timedelta(seconds=LIMIT / 4),
-    )  # fmt: skip
-
-
-def _leave() -> None:
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 def distance(found: dict[str, Any], want: dict[str, Any]) -> float:
     """‖found − want‖ / ‖want‖ of all weights together."""
     assert found.keys() == want.keys()
@@ -104,7 +85,7 @@ def distance(found: dict[str, Any], want: dict[str, Any]) -> float:
 
 def _start(rank: int, store: Path, folder: Path) -> tuple[Any, ...]:
     """Joins, and gives what one process made of it: weights, metrics, metrics of the others."""
-    _join(rank, store)
+    join(rank, store, LIMIT / 4)
     *found, root = torch.load(folder / "one.pt", weights_only=False)
     small_model.folder = lambda: root
     return tuple(found)
@@ -156,7 +137,7 @@ def _five_steps(rank: int, store: Path, folder: Path, engine: str) -> None:
         resumed, _ = _run(run_config(folder / f"{engine}-from-{begun}", *named, start))
         off = distance(weights(resumed), whole)
         assert off <= bound, f"{engine} from {begun}: {off:.1e}"
-    _leave()
+    leave()
 
 
 def _sampled(rank: int, store: Path, folder: Path, engine: str) -> None:
@@ -209,7 +190,7 @@ def _sampled(rank: int, store: Path, folder: Path, engine: str) -> None:
     start = replace(chosen.trainer, resume=str(path), total_steps=3)
     with pytest.raises(ValueError, match="adapters"):
         Trainer(replace(moved, trainer=start))
-    _leave()
+    leave()
 
 
 @pytest.mark.slow

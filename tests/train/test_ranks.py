@@ -7,19 +7,16 @@ without a token. `tests/train/test_forms.py` holds one process to float64.
 from __future__ import annotations
 
 import importlib.util
-import os
 import time
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from support import small_model
-from support.ranks import RANKS, Ranks
+from support.ranks import RANKS, Ranks, join, leave
 from support.update_ranks import CUTS, Gradients, Tried, batch_of, one_process, parts_of
 
 from roma.models.qwen_vl import Policy
@@ -158,28 +155,9 @@ class Rank:
         )
 
 
-def _join(rank: int, store: Path, timeout: float) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-    # DeepSpeed's shared memory is named by it: another test's may still be there.
-    os.environ["MASTER_PORT"] = str(zlib.crc32(str(store).encode()))
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=RANKS,
-        timeout=timedelta(seconds=timeout),
-    )
-
-
-def _leave() -> None:
-    dist.barrier()  # a rank that goes while the other still listens takes it down, now and then
-    dist.destroy_process_group()
-
-
 def _all_cases(rank: int, store: Path, data: Path, engine: str) -> None:
     """Every case, and log-probs before the first update and after the last one."""
-    _join(rank, store, LIMIT / 4)
+    join(rank, store, LIMIT / 4)
     far = []
     for tied in (True, False):
         own = Rank(rank, data, engine, tied=tied)
@@ -199,14 +177,14 @@ def _all_cases(rank: int, store: Path, data: Path, engine: str) -> None:
     case = Case("right_on_one", "lean", True)
     assert own.distance(case, factor=1 / RANKS) > 1e3 * CLOSE
     assert own.distance(case, own_totals=True) > 1e3 * CLOSE
-    _leave()
+    leave()
 
 
 def _join_for_seconds(rank: int, store: Path) -> None:
     """For what must hang; first both ranks are waited for, who start when they can."""
-    _join(rank, store.with_suffix(".first"), LIMIT / 4)
-    _leave()
-    _join(rank, store, 5.0)
+    join(rank, store.with_suffix(".first"), LIMIT / 4)
+    leave()
+    join(rank, store, 5.0)
 
 
 def _one_skips(rank: int, store: Path, data: Path, engine: str) -> None:

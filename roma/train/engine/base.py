@@ -181,7 +181,10 @@ class Engine(ABC):
         state.save(self, folder)
 
     def load(self, folder: Path) -> None:
-        """Reads what `save` of any engine on any number of ranks wrote; every rank calls."""
+        """Reads what `save` of any engine on any number of ranks wrote; every rank calls.
+
+        Weights that are not adapters' are those of the export: `checkpoint.restore` puts them.
+        """
         state.load(self, folder)
 
     def export(self, folder: Path) -> None:

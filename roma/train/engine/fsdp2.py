@@ -1,25 +1,22 @@
 """FSDP2: PyTorch's `fully_shard`, a layer of the text model or of the tower at a time."""
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.utils import clip_grad_norm_
 
 from roma.train import ranks
-from roma.train.engine.base import Engine
-from roma.train.engine.state import MOMENTS
+from roma.train.engine.whole import Single
 
 T = TypeVar("T")
 
 
-class Fsdp2(Engine):
+class Fsdp2(Single):
     """Weights, gradients and moments sharded over the ranks.
 
     Under bfloat16 a layer's weights are gathered in it, half the bytes; the shards stay fp32, and
@@ -45,41 +42,14 @@ class Fsdp2(Engine):
         found: T = self.door(function, *args, **kwargs)
         return found
 
-    def clip_and_step(self) -> float:
-        """Every weight takes part in every step."""
-        for weight in self.trained.values():
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-        found = clip_grad_norm_(self.trained.values(), self.actor.max_grad_norm)
-        norm = float(found.full_tensor() if isinstance(found, DTensor) else found)
-        if math.isfinite(norm):
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm
-
     def whole(self, weight: Tensor) -> Tensor:
         """Gathered from the ranks."""
         weight = weight.detach()
         return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
-    @torch.no_grad()
-    def put(self, weight: nn.Parameter, whole: Tensor) -> None:
+    def own(self, like: Tensor, whole: Tensor) -> Tensor:
         """This rank's shard."""
-        weight.copy_(_shard(weight, whole))
-
-    def moment(self, weight: nn.Parameter, name: str) -> Tensor | None:
-        """Gathered from the ranks."""
-        found = self.optimizer.state.get(weight, {}).get(name)
-        return None if found is None else self.whole(found)
-
-    def put_moments(self, weight: nn.Parameter, moments: dict[str, Tensor], steps: int) -> None:
-        """This rank's shards."""
-        state = {name: _shard(weight, moments[name]).clone() for name in MOMENTS}
-        self.optimizer.state[weight] = {"step": torch.tensor(float(steps)), **state}
-
-
-def _shard(like: Tensor, whole: Tensor) -> Tensor:
-    if not isinstance(like, DTensor):
-        return whole.to(like.device)
-    whole = whole.to(like.device)
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+        whole = whole.to(like.device)
+        if not isinstance(like, DTensor):
+            return whole
+        return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)

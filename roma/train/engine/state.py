@@ -30,7 +30,6 @@ class Stateful(Protocol):
     """What is read and set of an engine; every rank calls each of them."""
 
     policy: Policy
-    parameters: dict[str, nn.Parameter]
     trained: dict[str, nn.Parameter]
     version: int
 

@@ -1,4 +1,7 @@
-"""Engines whose ranks hold every weight: one process, and PyTorch's DDP."""
+"""Engines whose ranks hold every weight: one process, and PyTorch's DDP.
+
+FSDP2 is built on the first: it, too, steps AdamW itself.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -32,7 +35,8 @@ class Single(Engine):
         for weight in self.trained.values():
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
-        norm = float(clip_grad_norm_(self.trained.values(), self.actor.max_grad_norm))
+        found = clip_grad_norm_(self.trained.values(), self.actor.max_grad_norm)
+        norm = float(self.whole(found))
         if math.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -42,19 +46,23 @@ class Single(Engine):
         """It is."""
         return weight.detach()
 
+    def own(self, like: Tensor, whole: Tensor) -> Tensor:
+        """What this rank holds of a tensor that is laid out as another one."""
+        return whole.to(like.device)
+
     @torch.no_grad()
     def put(self, weight: nn.Parameter, whole: Tensor) -> None:
         """A copy."""
-        weight.copy_(whole)
+        weight.copy_(self.own(weight, whole))
 
     def moment(self, weight: nn.Parameter, name: str) -> Tensor | None:
         """As the optimizer has it."""
         found: Tensor | None = self.optimizer.state.get(weight, {}).get(name)
-        return found
+        return None if found is None else self.whole(found)
 
     def put_moments(self, weight: nn.Parameter, moments: dict[str, Tensor], steps: int) -> None:
         """Copies."""
-        state = {name: moments[name].to(weight.device, copy=True) for name in MOMENTS}
+        state = {name: self.own(weight, moments[name]).clone() for name in MOMENTS}
         self.optimizer.state[weight] = {"step": torch.tensor(float(steps)), **state}
 
 

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from roma.train import ranks
-from roma.train.engine.base import Engine, Rate
+from roma.train.engine.base import Engine
 from roma.train.engine.state import MOMENTS
-from roma.train.sections import ActorConfig
-from roma.train.update import PolicyLoss
 from roma_kernels.errors import fail
 
 T = TypeVar("T")
@@ -28,11 +26,7 @@ class Zero(Engine):
     """Moments sharded over the ranks, from stage 2 on gradients too, at stage 3 weights too.
 
     Args:
-        policy_loss: see `Engine`.
-        device: see `Engine`.
-        actor: see `Engine`.
-        dtype: see `Engine`.
-        rate: see `Engine`.
+        given: the arguments of `Engine`.
         stage: 1, 2 or 3.
         options: a JSON of DeepSpeed's, or None.
 
@@ -40,20 +34,10 @@ class Zero(Engine):
         ValueError: DeepSpeed is missing or too old, or the JSON has what the configuration decides.
     """
 
-    def __init__(
-        self,
-        policy_loss: PolicyLoss,
-        device: torch.device,
-        actor: ActorConfig,
-        dtype: str,
-        rate: Rate,
-        *,
-        stage: int,
-        options: str | None = None,
-    ) -> None:
+    def __init__(self, *given: Any, stage: int, options: str | None = None) -> None:
         """Initialises DeepSpeed."""
         self.stage, self.options = stage, read_options(options, stage)
-        super().__init__(policy_loss, device, actor, dtype, rate)
+        super().__init__(*given)
 
     @property
     def sharded(self) -> bool:  # type: ignore[override]  # by the stage
