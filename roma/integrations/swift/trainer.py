@@ -1,0 +1,277 @@
+"""`RomaGRPOTrainer`: swift's GRPO trainer with the view terms of ROMA.
+
+    swift's own  rollout, rewards, advantages, the clean objective of every loss type
+    here         which rollouts are right, and the views of a micro-batch's pixel_values
+                 one forward of B clean rows and R rows on views, where swift has one of B
+                 loss + λ_aux·L_aux + λ_inv·L_inv (docs/MATH.md section 2)
+
+Views are drawn for the step in which a rollout was sampled, and so are the same in every reuse.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from swift.rl_core.data import GRPOBatch
+from swift.rlhf_trainers.grpo_trainer import GRPOTrainer, get_even_process_data
+from torch import Tensor
+
+from roma import RomaConfig, RomaLoss
+from roma.integrations.options import RomaOptions
+from roma.integrations.swift.checks import accuracy_index, check_settings
+from roma.integrations.swift.rows import images_per_row, joined
+from roma.integrations.terms import PREFIX, Totals, by_corruption, pairs_of, view_terms
+from roma.integrations.views import Pair, RowImages, ViewMaker
+from roma_kernels.errors import fail
+
+ACCURACY = "ROMA_ACCURACY_REWARD"
+_LOGGED = ("penalty_worst", "penalty_mean", "aux_loss", "aux_clipfrac")
+_BY_TOKENS = ("bnpo", "dapo", "cispo")  # sums over tokens divided by a number of tokens
+_PLAIN_CLIP = 0.2, 0.3  # where the trainer's own range clips something else
+
+
+@dataclass
+class _Note:
+    """What a micro-batch's loss needs beside swift's own batch.
+
+    Attributes:
+        correct: [B] bool.
+        counts: images of each of B rows.
+        step: of the rollout.
+        right: 0-dim: right rows with an image in the whole rollout batch, all ranks.
+    """
+
+    correct: Tensor
+    counts: list[int]
+    step: int
+    right: Tensor
+
+
+@dataclass
+class _Pass:
+    """One loss's forward, while swift's own code computes the clean objective.
+
+    Attributes:
+        rows: the clean images of the micro-batch and what its views do.
+        pairs: (view, row) of R further rows.
+        counts: images of each of B rows.
+        logp: [B + R, T] nats, once the forward has run.
+        weight: the sampler correction, if swift applies one.
+    """
+
+    rows: RowImages
+    pairs: list[Pair]
+    counts: list[int]
+    logp: Tensor | None = None
+    weight: Tensor | None = field(default=None)
+
+
+class RomaGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # swift has no types
+    """swift's GRPO trainer with views; `configure` before it is built.
+
+    Raises:
+        ValueError: a setting under which views were not tested, in one line, before training.
+    """
+
+    _configured: tuple[RomaOptions, str | int] | None = None
+
+    @classmethod
+    def configure(
+        cls, options: RomaOptions | None = None, accuracy_reward: str | int | None = None
+    ) -> None:
+        """Takes the options; None: from the environment (ROMA_OPTIONS, ROMA_ACCURACY_REWARD)."""
+        wanted = os.environ.get(ACCURACY, 0) if accuracy_reward is None else accuracy_reward
+        cls._configured = (RomaOptions.from_env() if options is None else options), wanted
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Builds swift's trainer, then checks what views need."""
+        if self._configured is None:
+            self.configure()
+        assert self._configured is not None
+        self.roma, wanted = self._configured
+        self._roma_pass: _Pass | None = None
+        self._roma_sums: dict[str, Tensor] = {}
+        given = list(kwargs.get("reward_funcs") or [])  # swift puts objects in the place of names
+        super().__init__(*args, **kwargs)
+        if not self.roma.active:
+            return
+        check_settings(self)
+        self._roma_accuracy = accuracy_index(self.reward_func_names, given, wanted)
+        self._roma_views = ViewMaker(self.roma, self.template.processor.image_processor)
+        self._roma_config = self._loss_config()
+
+    def _loss_config(self) -> RomaConfig:
+        """The auxiliary loss clips and sums as the trainer's own loss does."""
+        low, high = (
+            _PLAIN_CLIP
+            if self.loss_type in ("cispo", "sapo")
+            else (self.epsilon_low, self.epsilon_high)
+        )
+        aggregation: Any = "dapo" if self.loss_type in _BY_TOKENS else "grpo"
+        return self.roma.loss_config(
+            aggregation="dr_grpo" if self.loss_type == "dr_grpo" else aggregation,
+            max_length=self.max_completion_length if self.loss_type == "dr_grpo" else None,
+            clip_low=low,
+            clip_high=high,
+            dual_clip=self.args.delta,
+        )
+
+    def _postprocess_batch(
+        self, samples: list[Any], batch_encoded_inputs: list[dict[str, Any]]
+    ) -> None:
+        """Notes, for each micro-batch, which rollouts are right."""
+        super()._postprocess_batch(samples, batch_encoded_inputs)
+        if not (self.roma.active and self.model.training):
+            return
+        if self.dynamic_num_samples:
+            got, remedy = "several training samples from one trajectory", "set num_views=0"
+            fail("multi-turn scheduler", "one sample of each request", got, remedy)
+        rewards = self._rewards_per_func[:, self._roma_accuracy]
+        own = get_even_process_data(self, rewards > self.roma.accuracy_threshold)
+        correct = {id(sample): right for sample, right in zip(samples, own, strict=True)}
+        notes = []
+        chunks = self.split_by_mini_batches(samples)
+        for chunk, batch in zip(chunks, batch_encoded_inputs, strict=True):
+            right = torch.stack([correct[id(sample)] for sample in chunk])
+            images = [len(sample.images) for sample in chunk]
+            counts = images_per_row(batch["model_inputs"], images, self._roma_views.format.merge)
+            note = _Note(right, counts, self.state.global_step, right)
+            batch["grpo_batch"].roma = note
+            notes.append(note)
+        penalised = [
+            (note.correct & torch.tensor(note.counts, device=own.device).bool()).sum()
+            for note in notes
+        ]
+        total = self.accelerator.reduce(torch.stack(penalised).sum(), "sum")
+        for note in notes:
+            note.right = total
+
+    def _compute_loss_and_metrics(
+        self, model: Any, model_inputs: dict[str, Any], grpo_batch: GRPOBatch
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The loss and metrics of swift, and the view terms on log-probs of the same forward."""
+        if not (self.roma.active and self.model.training):
+            return super()._compute_loss_and_metrics(model, model_inputs, grpo_batch)
+        note: _Note = grpo_batch.roma
+        rows = self._roma_views.read(
+            model_inputs.get("pixel_values"),
+            model_inputs.get("image_grid_thw"),
+            note.counts,
+            step=note.step,
+        )
+        counted = grpo_batch.completion_mask.bool()
+        tokens = model_inputs["input_ids"][:, -counted.shape[1] :]
+        aux_view = self._roma_views.aux_view(
+            rows, [own[on].tolist() for own, on in zip(tokens.cpu(), counted.cpu(), strict=True)]
+        )
+        pairs = pairs_of(
+            note.correct, aux_view, grpo_batch.advantages * counted, rows.has_views, self.roma
+        )
+        running = self._roma_pass = _Pass(rows, pairs, note.counts)
+        if not self.old_policy():
+            # This very policy sampled: then its ratio is 1, whatever rows it is scored beside.
+            # (In bf16 a row's log-probs depend on them.)
+            grpo_batch = replace(grpo_batch, old_per_token_logps=None)
+        try:
+            loss, metrics = super()._compute_loss_and_metrics(model, model_inputs, grpo_batch)
+        finally:
+            self._roma_pass = None
+        if running.logp is None:
+            remedy = "use a version of ms-swift that was tested"
+            fail("swift's loss", "one forward with a graph", "none", remedy)
+        batch = len(counted)
+        steps = getattr(
+            self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps
+        )
+        mask = metrics["completion_mask"].bool()
+        out = view_terms(
+            running.logp[:batch],
+            running.logp[batch:],
+            pairs,
+            mask=mask,
+            advantages=grpo_batch.advantages,
+            correct=note.correct,
+            aux_view=aux_view,
+            has_views=rows.has_views,
+            totals=self._totals(note, grpo_batch, mask, steps),
+            config=self._roma_config,
+            num_views=self.roma.num_views,
+            old_logp=grpo_batch.old_per_token_logps,
+            weight=running.weight,
+        )
+        # The trainer divides by the number of micro-batches, and ranks are averaged.
+        scale = steps * self.accelerator.num_processes
+        right = note.correct.cpu() & rows.has_views
+        names = [rows.corruption(pair) for pair in pairs]
+        self._record(out, by_corruption(out, mask, right, pairs, names, self._roma_config), steps)
+        return loss + scale * out.loss, metrics
+
+    def _totals(self, note: _Note, grpo_batch: GRPOBatch, mask: Tensor, steps: int) -> Totals:
+        """Counts of the whole step, all ranks; each as swift's own loss counts."""
+        shards = steps * self.accelerator.num_processes
+        share = steps / self.args.steps_per_generation  # of a rollout batch that a step takes
+        if self.loss_type == "bnpo":
+            tokens = mask.sum().clamp(min=1) * shards
+        else:
+            tokens = grpo_batch.num_items_in_batch
+            tokens = tokens if self.loss_type in _BY_TOKENS else tokens * share
+        return Totals(len(mask) * shards, tokens, note.right * share)
+
+    def _record(self, out: RomaLoss, sums: Mapping[str, Tensor], steps: int) -> None:
+        """Metrics over all ranks; swift's logger takes the mean over micro-batches."""
+        names = sorted(self.roma.corruptions)
+        values = [out.metrics[f"roma_{name}"].double() * steps for name in _LOGGED]
+        none = torch.zeros(3, dtype=torch.float64)
+        table = torch.stack([sums.get(name, none) for name in names]).to(values[0].device)
+        flat = self.accelerator.reduce(torch.cat([torch.stack(values), table.flatten()]), "sum")
+        for name, value in zip(_LOGGED, flat.tolist(), strict=False):
+            self._metrics["train"][PREFIX + name].append(value)
+        for name, own in zip(names, flat[len(_LOGGED) :].view(-1, 3).cpu(), strict=True):
+            if own[1]:
+                self._roma_sums[name] = self._roma_sums.get(name, none) + own
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what each corruption did since the last log."""
+        if self.model.training:
+            for name, (divergence, number, worst) in self._roma_sums.items():
+                own = self._metrics["train"]
+                own[f"{PREFIX}penalty/{name}"] = [float(divergence / number)]
+                own[f"{PREFIX}worst_view/{name}"] = [float(worst / number)]
+            self._roma_sums = {}
+        super().log(logs, start_time)
+
+    def _get_rollout_is_correction(self, *args: Any, **kwargs: Any) -> Any:
+        """Keeps the sampler's weights: the auxiliary loss takes them too."""
+        ratio, weight = super()._get_rollout_is_correction(*args, **kwargs)
+        if self._roma_pass is not None and weight is not None:
+            self._roma_pass.weight = weight.detach()
+        return ratio, weight
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, model_inputs: dict[str, Any], grpo_batch: GRPOBatch, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Within a loss: one forward of the clean rows and the views' rows, side by side."""
+        running = self._roma_pass
+        if running is None:
+            return super()._get_per_token_logps_and_entropies(
+                model, model_inputs, grpo_batch, **kwargs
+            )
+        if running.logp is not None:
+            remedy = "use a version of ms-swift that was tested"
+            fail("swift's loss", "one forward", "a second one", remedy)
+        batch = len(model_inputs["input_ids"])
+        inputs = self._with_views(model_inputs, running)
+        logp, entropies = super()._get_per_token_logps_and_entropies(
+            model, inputs, grpo_batch, **kwargs
+        )
+        running.logp = logp
+        return logp[:batch], None if entropies is None else entropies[:batch]
+
+    def _with_views(self, model_inputs: dict[str, Any], running: _Pass) -> dict[str, Any]:
+        if not running.pairs:
+            return dict(model_inputs)
+        pixels = self._roma_views.pixels(running.rows, running.pairs)
+        rows: Sequence[int] = [row for _, row in running.pairs]
+        return joined(model_inputs, rows, running.counts, pixels)
