@@ -21,10 +21,10 @@ PREFIX = "roma/"
 
 
 class Totals(NamedTuple):
-    """What the sums of a micro-batch are divided by (docs/MATH.md section 3).
+    """What the sums of a micro-batch are divided by: counts over a step and all its ranks.
 
-    The losses of all micro-batches of a step are added, and those of ranks averaged: so each count
-    is that of a step on one rank, or of all ranks divided by their number.
+    The losses of micro-batches and ranks then add up (docs/MATH.md section 3). Where data
+    parallelism averages gradients, a trainer multiplies the loss by the number of ranks.
     """
 
     sequences: float | Tensor
@@ -163,16 +163,16 @@ def by_corruption(
     return sums
 
 
-def metrics_of(out: RomaLoss, micro_batches: int = 1) -> dict[str, float]:
-    """The loss's metrics of a micro-batch; their mean over those of a step is the step's value.
+def metrics_of(out: RomaLoss, shards: int = 1) -> dict[str, float]:
+    """The loss's metrics of a micro-batch; their mean over all shards of a step is the step's.
 
     Args:
         out: what `view_terms` returned.
-        micro_batches: that a step's totals were over.
+        shards: micro-batches times ranks that the totals were over.
     """
     kept = ("roma_penalty_worst", "roma_penalty_mean", "roma_aux_loss", "roma_aux_clipfrac")
     return {
-        PREFIX + name.removeprefix("roma_"): float(out.metrics[name]) * micro_batches
+        PREFIX + name.removeprefix("roma_"): float(out.metrics[name]) * shards
         for name in kept
     }
 

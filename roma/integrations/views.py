@@ -110,13 +110,7 @@ class ViewMaker:
             rows: of B rows.
             completions: B lists of token ids.
         """
-        options = self.options
-        drawn = []
-        for key, tokens in zip(rows.keys, completions, strict=True):
-            completion = hashlib.blake2b(np.asarray(tokens, np.int64).tobytes()).hexdigest()
-            seed = seed_for("auxiliary view", options.view_seed, rows.step, key, completion)
-            drawn.append(seed % options.num_views)
-        return torch.tensor(drawn)
+        return draw_aux_view(self.options, rows.keys, completions, step=rows.step)
 
     def pixels(self, rows: RowImages, pairs: Sequence[Pair]) -> Tensor:
         """The pixel_values of pairs (view, row), pair after pair, like the clean ones.
@@ -148,6 +142,25 @@ class ViewMaker:
                 fail("view", f"the clean image's size {expected}", got, "keep height and width")
         wanted = [made[i] for view, row in pairs for i in jobs[rows.keys[row], view]]
         return self.format.pixels(wanted, rows.like)
+
+
+def draw_aux_view(
+    options: RomaOptions, keys: Sequence[str], completions: Sequence[Sequence[int]], *, step: int
+) -> Tensor:
+    """[B] int64, CPU: a view in 0..K-1 of each row, a function of the arguments alone.
+
+    Args:
+        options: K and the seed.
+        keys: of each row, what its views are of.
+        completions: B lists of token ids.
+        step: of the run.
+    """
+    drawn = []
+    for key, tokens in zip(keys, completions, strict=True):
+        completion = hashlib.blake2b(np.asarray(tokens, np.int64).tobytes()).hexdigest()
+        seed = seed_for("auxiliary view", options.view_seed, step, key, completion)
+        drawn.append(seed % options.num_views)
+    return torch.tensor(drawn)
 
 
 def _digest(images: Sequence[Tensor]) -> str:

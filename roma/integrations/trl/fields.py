@@ -1,0 +1,233 @@
+"""Rows of TRL's multimodal inputs: pixel_values, grids, token types, of a batch or of one row.
+
+TRL keeps images packed over a micro-batch, each model family in its own way, and has functions that
+split them by row and join them again. These do that for any choice of rows.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl.data_utils import apply_chat_template, prepare_multimodal_messages
+from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
+
+from roma_kernels.errors import fail
+
+Fields = dict[str, Any]
+
+# view_fn(row, views, step) -> K rows, or None for a row that has no views
+ViewFunction = Callable[[Mapping[str, Any], int, int], Sequence[Mapping[str, Any]] | None]
+
+# What _get_per_token_logps_and_entropies takes, but for the tokens themselves.
+NAMES = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+_BY_TOKEN = ("token_type_ids", "mm_token_type_ids")
+
+
+def of(inputs: Mapping[str, Any]) -> Fields:
+    """The multimodal fields of a micro-batch, those that are there."""
+    return {name: inputs[name] for name in NAMES if inputs.get(name) is not None}
+
+
+def take(fields: Fields, rows: Sequence[int]) -> Fields:
+    """The fields of `rows`, in that order; a row may come several times.
+
+    Rows of text alone have no images: where none is left, the image fields are dropped.
+    """
+    split = split_pixel_values_by_grid(fields)
+    index = list(rows)
+    picked = {
+        name: value[index] if isinstance(value, Tensor) else [value[row] for row in index]
+        for name, value in split.items()
+    }
+    return without_blanks(unsplit_pixel_values_by_grid(picked))
+
+
+def without_blanks(inputs: Mapping[str, Any]) -> Fields:
+    """Without the image fields, if no row has an image: models fail on pixel_values of no rows."""
+    counts = inputs.get("num_images")
+    if counts is None or any(counts):
+        return dict(inputs)
+    return {k: v for k, v in inputs.items() if k not in NAMES or k in _BY_TOKEN}
+
+
+def counts(fields: Fields, rows: int) -> list[int]:
+    """Images (or tiles, where an image has several) of each row."""
+    found = fields.get("num_tiles", fields.get("num_images"))
+    if found is None or "pixel_values" not in fields:
+        return [0] * rows
+    return [int(count) for count in found]
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One view of one row, from a view_fn: another prompt, or other images; the same completion.
+
+    Attributes:
+        ids: [P'] int64: the prompt's tokens.
+        fields: the row's multimodal fields, as in a micro-batch of one row.
+    """
+
+    ids: Tensor
+    fields: Fields
+
+
+def alternatives(
+    trainer: Any, inputs: Sequence[Mapping[str, Any]], view_fn: ViewFunction, views: int, step: int
+) -> list[list[Alternative]]:
+    """K alternatives of each row of the dataset, tokenised as TRL tokenises the row itself.
+
+    Args:
+        trainer: the GRPOTrainer.
+        inputs: B rows.
+        view_fn: of the user.
+        views: K.
+        step: optimizer steps done.
+
+    Returns:
+        [B][K]; none for a row that has no views. Equal rows (the rollouts of a prompt) are asked
+        for once.
+
+    Raises:
+        ValueError: view_fn returned another number of rows, or a row without a prompt.
+    """
+    made: dict[int, list[Alternative]] = {}
+    known: list[tuple[Mapping[str, Any], int]] = []
+    found = []
+    for row in inputs:
+        same = next((number for other, number in known if other is row or other == row), None)
+        if same is None:
+            same = len(known)
+            known.append((row, same))
+            made[same] = _of_row(trainer, row, view_fn, views, step)
+        found.append(made[same])
+    return found
+
+
+def _of_row(
+    trainer: Any, row: Mapping[str, Any], view_fn: ViewFunction, views: int, step: int
+) -> list[Alternative]:
+    others = view_fn(row, views, step)
+    if others is None or len(others) == 0:
+        return []
+    if len(others) != views:
+        expected, remedy = f"{views} rows, num_views", "return that many, or None for no views"
+        fail("view_fn", expected, f"{len(others)} rows", remedy)
+    for other in others:
+        if "prompt" not in other:
+            got, remedy = f"the columns {', '.join(other)}", "copy the row: {**row, ...}"
+            fail("view_fn", "rows with a prompt", got, remedy)
+    return [_tokenised(trainer, other) for other in others]
+
+
+def _tokenised(trainer: Any, row: Mapping[str, Any]) -> Alternative:
+    images = row.get("images")
+    if images is None and row.get("image") is not None:
+        images = [row["image"]]
+    prompt = row["prompt"]
+    if not images:
+        (ids,), _, _ = trainer._tokenize_prompts([prompt])
+        return Alternative(torch.as_tensor(ids), {})
+    messages = prepare_multimodal_messages(prompt, images=list(images))
+    options = dict(trainer.chat_template_kwargs)
+    text = apply_chat_template({"prompt": messages}, trainer.processing_class, **options)["prompt"]
+    made = trainer.processing_class(images=[list(images)], text=[text], return_tensors="pt")
+    fields = {name: value for name, value in made.items() if name in NAMES}
+    return Alternative(made["input_ids"][0], {**fields, "num_images": [len(images)]})
+
+
+@dataclass(frozen=True)
+class Joined:
+    """One call's rows: B clean ones, then the pairs.
+
+    Attributes:
+        ids: [B + R, P + T]; prompts padded on the left.
+        attention: [B + R, P + T].
+        fields: of all rows.
+    """
+
+    ids: Tensor
+    attention: Tensor
+    fields: Fields
+
+
+def joined(
+    ids: Tensor,
+    attention: Tensor,
+    keep: int,
+    fields: Fields,
+    chosen: Sequence[tuple[int, Alternative]],
+    pad: int,
+) -> Joined:
+    """B clean rows and alternatives of them, with the completions of the rows that they are of.
+
+    Args:
+        ids: [B, P + T].
+        attention: [B, P + T].
+        keep: T.
+        fields: of the B rows.
+        chosen: R pairs of a row and an alternative of it.
+        pad: token id to pad with.
+    """
+    if not chosen:
+        return Joined(ids, attention, fields)
+    before = ids.shape[1] - keep
+    width = max(before, *(len(other.ids) for _, other in chosen))
+
+    def left(row: Tensor, length: int, fill: int) -> Tensor:
+        return torch.nn.functional.pad(row, (length - row.shape[-1], 0), value=fill)
+
+    rows = [row for row, _ in chosen]
+    prompts = torch.stack([left(other.ids, width, pad) for _, other in chosen]).to(ids.device)
+    seen = [left(torch.ones_like(other.ids), width, 0) for _, other in chosen]
+    marks = torch.stack(seen).to(attention)
+    all_ids = torch.cat([left(ids, width + keep, pad), torch.cat([prompts, ids[rows, before:]], 1)])
+    all_attention = torch.cat(
+        [left(attention, width + keep, 0), torch.cat([marks, attention[rows, before:]], 1)]
+    )
+    return Joined(
+        all_ids, all_attention, _joined_fields(fields, chosen, len(ids), width, keep, ids)
+    )
+
+
+def _joined_fields(
+    fields: Fields,
+    chosen: Sequence[tuple[int, Alternative]],
+    count: int,
+    width: int,
+    keep: int,
+    like: Tensor,
+) -> Fields:
+    """The fields of the clean rows and of the alternatives, side by side."""
+    own = [other.fields for _, other in chosen]
+    names = [name for name in NAMES if name in fields or any(name in other for other in own)]
+    made: Fields = {}
+    for name in names:
+        if name == "num_images":
+            clean = list(fields.get(name, [0] * count))
+            made[name] = clean + [other.get(name, [0])[0] for other in own]
+        elif name in _BY_TOKEN:
+            total = width + keep
+            clean = fields.get(name, like.new_zeros(count, total))
+            made[name] = like.new_zeros(count + len(own), total)
+            made[name][:count, total - clean.shape[1] :] = clean
+            for number, other in enumerate(own):
+                if name in other:
+                    kinds = other[name][0].to(like.device)
+                    made[name][count + number, width - len(kinds) : width] = kinds
+        else:
+            parts = [fields.get(name), *(other.get(name) for other in own)]
+            made[name] = torch.cat([part.to(like.device) for part in parts if part is not None])
+    return made
