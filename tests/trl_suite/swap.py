@@ -1,0 +1,172 @@
+"""A pytest plugin: another trainer under TRL's names, and a record of what each test gave.
+
+Two variables of the environment steer it. TRL_SUITE_TRAINER names the trainer (a key of TRAINERS);
+TRL_SUITE_RECORD is the JSON file that a run writes: {test: {outcome, seconds, why, logged}}.
+`trl.trainer.grpo_trainer` itself is left alone, so that what TRL's code looks up there stays TRL's.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import transformers
+import trl
+from trl import import_utils
+from trl_suite import processors
+
+TRAINER, RECORD = "TRL_SUITE_TRAINER", "TRL_SUITE_RECORD"
+CLOCK = re.compile("time|per_second|_flos")  # what two equal runs need not agree on
+
+
+def stock() -> tuple[type, type]:
+    """TRL's own."""
+    return trl.GRPOTrainer, trl.GRPOConfig
+
+
+def on() -> tuple[type, type]:
+    """Ours, with the defaults that a user gets."""
+    from roma.integrations.trl import RomaGRPOConfig, RomaGRPOTrainer
+
+    return RomaGRPOTrainer, RomaGRPOConfig
+
+
+def off() -> tuple[type, type]:
+    """Ours, with no views: everything that a test sees has to be TRL's."""
+    trainer, config = on()
+    quiet = dataclass(
+        type("GRPOConfig", (config,), {"__annotations__": {"num_views": int}, "num_views": 0})
+    )
+
+    class Quiet(trainer):  # type: ignore[misc, valid-type]
+        def __init__(self, *args, **kwargs):
+            if kwargs.get("args") is None:  # a test may leave the config out
+                kwargs["args"] = quiet(output_dir="trl_suite", report_to="none")
+            super().__init__(*args, **kwargs)
+
+    return Quiet, quiet
+
+
+def hair() -> tuple[type, type]:
+    """A defect that no test sees, but the numbers: the loss is a thousandth too large."""
+
+    class Hair(trl.GRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            return super()._compute_loss(model, inputs) * 1.001
+
+    return Hair, trl.GRPOConfig
+
+
+def broken() -> tuple[type, type]:
+    """A defect that many tests see: no gradient."""
+
+    class Broken(trl.GRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            return super()._compute_loss(model, inputs) * 0.0
+
+    return Broken, trl.GRPOConfig
+
+
+TRAINERS = {"stock": stock, "off": off, "on": on, "hair": hair, "broken": broken}
+
+
+def tell_availability() -> None:
+    """Answer `is_X_available` for an X that the installed TRL no longer asks about.
+
+    The tests' own helpers import such names; a checkout need not be of the installed version.
+    """
+
+    def missing(name: str):
+        match = re.fullmatch("is_(.+)_available", name)
+        if match is None:
+            raise AttributeError(name)
+        return lambda *_, **__: importlib.util.find_spec(match[1]) is not None
+
+    import_utils.__getattr__ = missing
+
+
+class Log:
+    """The numbers that trainers log while a test runs; the clock's left out."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, float | str]] = []
+        whole = transformers.Trainer.log
+
+        def log(trainer, logs, *args, **kwargs):
+            result = whole(trainer, logs, *args, **kwargs)
+            self.lines.append({k: self.exact(v) for k, v in logs.items() if not CLOCK.search(k)})
+            return result
+
+        transformers.Trainer.log = log
+
+    @staticmethod
+    def exact(value: object) -> float | str:
+        """A number as JSON keeps it bit for bit; what is none, or not finite, as text."""
+        if isinstance(value, int | float) and math.isfinite(value):
+            return value
+        return str(value)
+
+
+class Recorder:
+    """Collects reports; with xdist those of the workers arrive here too."""
+
+    def __init__(self, path: Path):
+        self.path, self.tests = path, {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Keep the outcome of a test's call, or of the set-up that kept it from being called."""
+        if report.when == "teardown" and report.passed:
+            return
+        if report.when == "setup" and report.passed:
+            return
+        outcome = "xfailed" if hasattr(report, "wasxfail") and report.skipped else report.outcome
+        why = ""
+        if report.failed:
+            why = getattr(getattr(report.longrepr, "reprcrash", None), "message", "")
+            why = (why or str(report.longrepr)).strip().splitlines()[0][:200]
+        elif isinstance(report.longrepr, tuple):
+            why = report.longrepr[2].removeprefix("Skipped: ")
+        name = report.nodeid.split("::", 1)[-1]
+        self.tests[name] = {
+            "outcome": outcome,
+            "seconds": round(report.duration, 2),
+            "why": why,
+            "logged": dict(report.user_properties).get("logged", []),
+        }
+
+    def pytest_sessionfinish(self) -> None:
+        """Write the record."""
+        self.path.write_text(json.dumps(self.tests))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Put the trainer under TRL's names before a test module is imported."""
+    processors.register()
+    tell_availability()
+    trainer, settings = TRAINERS[os.environ[TRAINER]]()
+    for home in (trl, trl.trainer):
+        home.GRPOTrainer, home.GRPOConfig = trainer, settings
+    config.pluginmanager.register(Listener(Log()), "trl_suite_log")
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Recorder(Path(os.environ[RECORD])), "trl_suite_record")
+
+
+class Listener:
+    """Hands each test the numbers that were logged while it ran."""
+
+    def __init__(self, log: Log):
+        self.log = log
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
+        """Collect for the time of the call."""
+        self.log.lines = []
+        try:
+            return (yield)
+        finally:
+            item.user_properties.append(("logged", self.log.lines))
