@@ -66,7 +66,17 @@ class RomaOptions:
             fail("view_device", "'cpu' or 'cuda'", repr(self.view_device), "choose one of them")
         self.loss_config()
         if self.num_views:
+            self._check_views()
+
+    def _check_views(self) -> None:
+        size = sum(c.pool == self.view_pool for c in self.corruptions.values())
+        if 0 < size < self.num_views:
+            expected = f"at most {size}, the corruptions of view_pool {self.view_pool!r}"
+            fail("num_views", expected, str(self.num_views), "the views of a prompt are distinct")
+        try:
             self.draw("a check")
+        except ValueError as error:  # of pool, max_level or strength, as `sample` calls them
+            raise ValueError(f"view_{error}") from error
 
     @property
     def active(self) -> bool:

@@ -94,18 +94,6 @@ def check_data(arguments: Mapping[str, Any]) -> None:
         fail("train_dataset", "a column image or images", got, remedy)
 
 
-def check_adapters(peft_config: Any) -> None:
-    """Checks that no adapter sits on the head, whose weight the loss reads itself.
-
-    Raises:
-        ValueError: one of the target modules is the head.
-    """
-    targets = getattr(peft_config, "target_modules", None)
-    if targets and not isinstance(targets, str) and "lm_head" in targets:
-        remedy = "leave lm_head out; all-linear does"
-        fail("peft_config.target_modules", "no adapter on the head", "lm_head", remedy)
-
-
 def accuracy_index(name: str | None, names: list[str]) -> int:
     """Which reward function tells whether an answer is right.
 

@@ -48,8 +48,8 @@ class RomaGRPOConfig(GRPOConfig):
             Direction of the k3 estimate: `"view/clean"` (its mean is KL(clean ‖ view)) or
             `"clean/view"`.
         worst_over (`str`, *optional*, defaults to `"sequence"`):
-            What shares one worst view: each `"sequence"`, each `"token"`, the whole `"batch"` (of one
-            call). With `"mean"` there is no maximum.
+            What shares one worst view: each `"sequence"`, each `"token"`, the whole `"batch"` of
+            one call. With `"mean"` there is no maximum.
         penalty_over (`str`, *optional*, defaults to `"all"`):
             Denominator of the penalty: `"all"` sequences or the `"correct"` ones.
         clip_low (`float`, *optional*):

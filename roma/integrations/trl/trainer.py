@@ -84,10 +84,8 @@ class RomaGRPOTrainer(GRPOTrainer):
         self.correct_fn, self.view_fn = correct_fn, view_fn
         self._look: _Look | None = None
         self._correct: Tensor | None = None
-        if self.roma.active:
-            checks.check_adapters(given.get("peft_config"))
-            if view_fn is None:
-                checks.check_data(given)
+        if self.roma.active and view_fn is None:
+            checks.check_data(given)
         with _head(ours=self.roma.active and config.roma_lm_head):
             super().__init__(*args, **kwargs)
         if not self.roma.active:
