@@ -1,5 +1,5 @@
 # make setup | demo | test | check | bench | wheels | kernels. Each first installs what it needs into .venv, once; after
-# that wheels, kernels-all, test-deepspeed and test-vllm alone use a network. Another interpreter: make PYTHON=python3.12 setup.
+# that wheels, kernels-all, example-trl and test-<package> alone use a network. Another interpreter: make PYTHON=python3.12 setup.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ PEERS := $(VENV)/.peers-done
 NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-deepspeed test-vllm check bench gpu wheels kernels kernels-all
+.PHONY: help setup demo test test-deepspeed test-vllm test-trl example-trl check bench gpu wheels kernels kernels-all
 
 help:
 	@echo "make setup   .venv with everything the tests and the demo need"
@@ -17,6 +17,8 @@ help:
 	@echo "make test    every test"
 	@echo "make test-deepspeed   the trainer under ZeRO-1, 2 and 3, with DeepSpeed in a folder of its own"
 	@echo "make test-vllm   rollouts by vLLM's CPU build, in an environment of its own"
+	@echo "make test-trl   ROMA in TRL, its oldest and newest version that fit"
+	@echo "make example-trl   TRL's GRPO with ROMA on a small Qwen3-VL, on a CPU: runs/example-trl"
 	@echo "make check   ruff, mypy, imports, links, README, doctests, every kernel compiled for every chip"
 	@echo "make bench   the loss against its peers, held to float64 first: bench/results, docs/BENCHMARKS.md"
 	@echo "make wheels  the peers' wheels for a machine with a GPU and without a network: .wheels"
@@ -39,16 +41,19 @@ demo: $(STAMP)
 	@$(BIN)/python -m experiments.digits --out runs/demo
 
 # Two test processes on two cores: more threads in each would only wait for one another.
-test test-deepspeed test-vllm check: export OMP_NUM_THREADS ?= 1
+test test-deepspeed test-vllm test-trl example-trl check: export OMP_NUM_THREADS ?= 1
 
 test: $(STAMP)
 	@echo "test: every test, two at a time"
 	@$(BIN)/pytest -q -n 2 --dist worksteal
 
 # Not in .venv's own packages: transformers and accelerate import it wherever they find it.
-test-deepspeed: $(STAMP)
-	@test -d $(VENV)/deepspeed || $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation \
-		--constraint constraints.txt --target $(VENV)/deepspeed deepspeed einops hjson msgpack py-cpuinfo
+$(VENV)/deepspeed: $(STAMP)
+	@test -d $@ || $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation \
+		--constraint constraints.txt --target $@ deepspeed einops hjson msgpack py-cpuinfo
+	@touch $@
+
+test-deepspeed: $(VENV)/deepspeed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=$(VENV)/deepspeed \
 		$(BIN)/pytest -q -n 0 tests/train/test_ranks.py tests/train/test_engines.py \
 		tests/train/test_engine_options.py tests/train/test_estimate_ranks.py
@@ -65,6 +70,24 @@ $(VENV)/vllm/.ready: tests/vllm_engine/requirements.txt
 test-vllm: $(VENV)/vllm/.ready
 	@PYTHONPATH=.:kernels:tests/vllm_engine/cpu $(VENV)/vllm/bin/python -m pytest -q \
 		--confcutdir tests/vllm_engine tests/vllm_engine
+
+# Each version in a folder of its own. They go with the transformers that is here.
+TRL_OLDEST := 1.15.0
+TRL_NEWEST := 1.16.0
+
+$(VENV)/trl-%: $(STAMP)
+	@test -d $@ || $(BIN)/python -m pip install --quiet --no-deps --target $@ trl==$*
+	@touch $@
+
+test-trl: $(VENV)/trl-$(TRL_OLDEST) $(VENV)/trl-$(TRL_NEWEST) $(VENV)/deepspeed
+	@for version in $(TRL_NEWEST) $(TRL_OLDEST); do \
+		echo "test-trl: TRL $$version"; \
+		PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=$(VENV)/trl-$$version:$(VENV)/deepspeed \
+			$(BIN)/pytest -q -n 2 --dist worksteal tests/trl_stack || exit 1; \
+	done
+
+example-trl: $(VENV)/trl-$(TRL_NEWEST)
+	@PYTHONPATH=$(VENV)/trl-$(TRL_NEWEST) $(BIN)/python examples/trl/train.py --out runs/example-trl
 
 check: $(STAMP)
 	@echo "check: ruff"
