@@ -74,6 +74,11 @@ class Run:
     logs: list[dict[str, float]]
     weights: dict[str, Tensor]
 
+    @property
+    def calls(self) -> list[Any]:
+        """What was captured of each loss in training (probe.py)."""
+        return self.trainer.calls
+
     def norms(self) -> list[float]:
         return [entry["grad_norm"] for entry in self.logs if "grad_norm" in entry]
 
@@ -150,30 +155,24 @@ def prepare_swift(model: Path) -> None:
     orms["right"], orms["length"] = Right, Length
 
 
-def train(trainer: str, words: list[str]) -> Run:
-    """One run of `swift rlhf` in this process, with the trainer of that dotted name."""
-    import importlib
-
+def train(words: list[str], options: str | None = "", **configured: Any) -> Run:
+    """One run of `swift rlhf` in this process, with our trainer; options None: with swift's."""
+    import swift_stack.probe as probe
     from swift import rlhf_main
     from swift.trainers import TrainerFactory
 
-    module, name = trainer.rsplit(".", 1)
-    stock = getattr(importlib.import_module(module), name)
-    kept = []
+    from roma.integrations.options import RomaOptions
+    from roma.integrations.swift.trainer import RomaGRPOTrainer
 
-    class Kept(stock):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            kept.append(self)
-
+    if options is not None:
+        RomaGRPOTrainer.configure(RomaOptions.parse(options), **configured)
     before = TrainerFactory.TRAINER_MAPPING["grpo"]
-    here = importlib.import_module(__name__)
-    here.Kept = Kept
-    TrainerFactory.TRAINER_MAPPING["grpo"] = f"{__name__}.Kept"
+    chosen = "Stock" if options is None else "Ours"
+    TrainerFactory.TRAINER_MAPPING["grpo"] = f"swift_stack.probe.{chosen}"
     try:
         rlhf_main(words)
     finally:
         TrainerFactory.TRAINER_MAPPING["grpo"] = before
-    made = kept[0]
+    made = probe.KEPT.pop()
     weights = {name: value.detach().clone() for name, value in made.model.state_dict().items()}
     return Run(made, made.state.log_history, weights)

@@ -39,10 +39,10 @@ def images_per_row(inputs: Mapping[str, Any], images: Sequence[int], merge: int)
         fail("image_grid_thw", expected, str(len(grid)), remedy)
     if kinds is not None:
         tokens = (grid.prod(1) // merge**2).split(list(images))
-        expected = [int(own.sum()) for own in tokens]
+        wanted = [int(own.sum()) for own in tokens]
         found = (kinds == _IMAGE_TOKEN).sum(1).tolist()
-        if found != expected:
-            fail("image tokens of the rows", str(expected), str(found), remedy)
+        if found != wanted:
+            fail("image tokens of the rows", str(wanted), str(found), remedy)
     return list(images)
 
 

@@ -68,7 +68,7 @@ class _Pass:
     weight: Tensor | None = field(default=None)
 
 
-class RomaGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # swift has no types
+class RomaGRPOTrainer(GRPOTrainer):
     """swift's GRPO trainer with views; `configure` before it is built.
 
     Raises:
@@ -122,12 +122,14 @@ class RomaGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # swift has no types
         self, samples: list[Any], batch_encoded_inputs: list[dict[str, Any]]
     ) -> None:
         """Notes, for each micro-batch, which rollouts are right."""
-        super()._postprocess_batch(samples, batch_encoded_inputs)
-        if not (self.roma.active and self.model.training):
-            return
-        if self.dynamic_num_samples:
-            got, remedy = "several training samples from one trajectory", "set num_views=0"
+        noted = self.roma.active and self.model.training
+        if noted and self.dynamic_num_samples:
+            got = "several training samples from one trajectory"
+            remedy = "use a scheduler that returns one, or set num_views=0 in ROMA_OPTIONS"
             fail("multi-turn scheduler", "one sample of each request", got, remedy)
+        super()._postprocess_batch(samples, batch_encoded_inputs)
+        if not noted:
+            return
         rewards = self._rewards_per_func[:, self._roma_accuracy]
         own = get_even_process_data(self, rewards > self.roma.accuracy_threshold)
         correct = {id(sample): right for sample, right in zip(samples, own, strict=True)}
@@ -137,9 +139,8 @@ class RomaGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # swift has no types
             right = torch.stack([correct[id(sample)] for sample in chunk])
             images = [len(sample.images) for sample in chunk]
             counts = images_per_row(batch["model_inputs"], images, self._roma_views.format.merge)
-            note = _Note(right, counts, self.state.global_step, right)
-            batch["grpo_batch"].roma = note
-            notes.append(note)
+            batch["grpo_batch"].roma = _Note(right, counts, self.state.global_step, right.sum())
+            notes.append(batch["grpo_batch"].roma)
         penalised = [
             (note.correct & torch.tensor(note.counts, device=own.device).bool()).sum()
             for note in notes
@@ -166,8 +167,14 @@ class RomaGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # swift has no types
         aux_view = self._roma_views.aux_view(
             rows, [own[on].tolist() for own, on in zip(tokens.cpu(), counted.cpu(), strict=True)]
         )
+        if self.overlong_filter:
+            counted = counted & ~grpo_batch.truncated_mask[:, None]
         pairs = pairs_of(
-            note.correct, aux_view, grpo_batch.advantages * counted, rows.has_views, self.roma
+            note.correct & counted.any(1),
+            aux_view,
+            grpo_batch.advantages * counted,
+            rows.has_views,
+            self.roma,
         )
         running = self._roma_pass = _Pass(rows, pairs, note.counts)
         if not self.old_policy():
