@@ -44,9 +44,9 @@ def folder() -> Path:
 
 def join() -> None:
     """A group of one process, if there is none."""
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # verl's Worker asks
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # verl's Worker asks
     if not dist.is_initialized():
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         store = Path(_KEPT.name) / "store"
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
 
@@ -240,7 +240,8 @@ def step(engine_worker, data, config=None) -> tuple[dict, dict[str, Tensor]]:
         "micro_batch_size_per_gpu": engine.engine_config.micro_batch_size_per_gpu,
         "use_fused_kernels": False,
     }.items():
-        tu.assign_non_tensor(data, **{name: value})
+        if name not in data:
+            tu.assign_non_tensor(data, **{name: value})
     with engine.train_mode():
         engine.optimizer_zero_grad()
         output = engine.forward_backward_batch(data, loss_of(config or actor()))

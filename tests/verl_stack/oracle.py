@@ -13,6 +13,7 @@ from torch import Tensor
 from verl_stack import cases
 
 from roma.integrations.views import ViewMaker
+from roma.testing import tolerance
 from roma.views import degrade_batch, seed_for
 
 
@@ -170,6 +171,32 @@ def whole(case: Case, dtype: torch.dtype) -> tuple[float, dict[str, Tensor], dic
     loss.backward()
     made = {name: w.grad for name, w in net.named_parameters() if w.grad is not None}
     return float(loss), made, metrics
+
+
+def check_whole(got: dict[str, Tensor], case: Case) -> None:
+    """Asserts that an engine's gradients are the model's, and that the bound bites."""
+    _, want, _ = whole(case, torch.float64)
+    _, eager, _ = whole(case, torch.float32)
+    assert sorted(got) == sorted(want)
+    limit = 2 * furthest(eager, want) + 2 * tolerance.eps(torch.float32)
+    assert furthest(got, want) <= limit
+    # Other views, a penalty on a wrong rollout and a weight off by 0.2 % are far outside.
+    for planted in ({"view_seed": 1}, {"accuracy_threshold": -1.0}, {"lambda_aux": 0.501}):
+        _, other, _ = whole(of_options(case, **planted), torch.float64)
+        assert furthest(other, want) > tolerance.PLANTED * limit, planted
+
+
+def furthest(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+    """The largest error as a share of its tensor's largest entry, over all tensors.
+
+    All gradients come from the same activations, so a tensor's share is a draw from one
+    distribution: the largest of the eager pass's shares bounds that of another order of sums.
+    """
+    return max(
+        float((got[name].double() - w.double()).abs().max() / w.double().abs().max())
+        for name, w in want.items()
+        if w.any() or got[name].any()  # a merger that feeds no layer has the gradient 0
+    )
 
 
 def of_options(case: Case, **changes) -> Case:

@@ -78,7 +78,6 @@ def read_rows(micro_batch: Any, maker: ViewMaker, step: int) -> Rows:
         [_count(own) for own in media],
         step=step,
     )
-    completions = [own.tolist() for own in micro_batch["responses"].unbind()]
     weight = micro_batch.get("rollout_is_weights", None)
     return Rows(
         media,
@@ -88,7 +87,7 @@ def read_rows(micro_batch: Any, maker: ViewMaker, step: int) -> Rows:
         padded(micro_batch["old_log_probs"]),
         None if weight is None else padded(weight),
         right_of(micro_batch, maker.options),
-        maker.aux_view(images, completions),
+        maker.aux_view(images, completions_of(micro_batch)),
     )
 
 
@@ -173,6 +172,16 @@ def padded(value: Tensor) -> Tensor:
     return value.to_padded_tensor(0) if value.is_nested else value
 
 
+def completions_of(batch: Any) -> list[list[int]]:
+    """Per row the tokens of its completion, without padding."""
+    answers = batch["responses"]
+    rows = answers.unbind()
+    if not answers.is_nested:
+        there = batch["attention_mask"][:, -answers.shape[1] :].bool()
+        rows = [row[own] for row, own in zip(rows, there, strict=True)]
+    return [row.tolist() for row in rows]
+
+
 def media_of(batch: Any) -> list[dict[str, Any]]:
     """Per row its multi_modal_inputs; empty for text alone."""
     given = per_row(batch, "multi_modal_inputs")
@@ -181,12 +190,14 @@ def media_of(batch: Any) -> list[dict[str, Any]]:
 
 def per_row(batch: Any, key: str) -> list[Any]:
     """The value of each row under a key, unwrapped; [] where there is no such key."""
+    from tensordict import NonTensorData
+
     if key not in batch:
         return []
     value = batch[key]
     if isinstance(value, Tensor):
         return value.tolist()
-    return [getattr(own, "data", own) for own in value]
+    return [own.data if isinstance(own, NonTensorData) else own for own in value]
 
 
 def _count(own: Mapping[str, Any]) -> int:

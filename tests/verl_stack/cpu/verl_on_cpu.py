@@ -34,6 +34,7 @@ class PlatformCPU(PlatformCUDA):
         memory_reserved=_nothing,
         mem_get_info=lambda *_: (0, 0),
         empty_cache=_nothing,
+        get_device_name=lambda *_: "cpu",
         get_device_capability=lambda *_: (None, None),
     )
 
