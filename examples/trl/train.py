@@ -1,4 +1,4 @@
-"""TRL's GRPO on images, with ROMA: a small Qwen3-VL learns colours on a CPU in a minute.
+"""TRL's GRPO on images, with ROMA: a small Qwen3-VL learns which way stripes run on a CPU in a minute.
 
     make example-trl
 
@@ -22,11 +22,12 @@ def main() -> None:
     options = parser.parse_args()
 
     folder = tiny.model(options.out / "model")
+    tiny.warm_start(folder)
     trainer = RomaGRPOTrainer(
         model=Qwen3VLForConditionalGeneration.from_pretrained(folder),
         processing_class=tiny.processor(folder),
         reward_funcs=tiny.accuracy,
-        train_dataset=tiny.squares(64),
+        train_dataset=tiny.stripes(64),
         args=RomaGRPOConfig(
             output_dir=str(options.out),
             num_views=2,  # + two degraded views of each image
@@ -35,9 +36,9 @@ def main() -> None:
             per_device_train_batch_size=8,
             num_generations=8,
             gradient_accumulation_steps=2,
-            max_completion_length=4,
+            max_completion_length=2,
             max_steps=options.steps,
-            learning_rate=2e-3,
+            learning_rate=1e-4,
             logging_steps=5,
             save_steps=options.steps,
             log_completions=True,
@@ -48,7 +49,7 @@ def main() -> None:
     )
     trainer.train()
     for entry in trainer.state.log_history:
-        print({k: round(v, 4) for k, v in entry.items() if k.startswith(("roma/", "reward"))})
+        print({k: float(f"{v:.3g}") for k, v in entry.items() if k.startswith(("roma/", "reward"))})
     last = options.out / f"checkpoint-{options.steps}"
     loaded = Qwen3VLForConditionalGeneration.from_pretrained(last)
     print(f"{last} loads in transformers: {sum(p.numel() for p in loaded.parameters())} parameters")

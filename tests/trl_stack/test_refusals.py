@@ -31,7 +31,7 @@ def build(folder, tmp_path, **given):
         "model": Qwen3VLForConditionalGeneration.from_pretrained(folder),
         "processing_class": tiny.processor(folder),
         "reward_funcs": tiny.accuracy,
-        "train_dataset": tiny.squares(4),
+        "train_dataset": tiny.stripes(4),
         "args": options(tmp_path, **settings),
     }
     return RomaGRPOTrainer(**{**arguments, **given})
@@ -44,7 +44,10 @@ def test_a_set_up_that_fits_is_taken(folder, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"num_views": 5}, "num_views: expected at most 4, the corruptions of view_pool 'seen', got 5"),
+        (
+            {"num_views": 5},
+            "num_views: expected at most 4, the corruptions of view_pool 'seen', got 5",
+        ),
         ({"view_pool": "bad"}, "view_pool: expected"),
         ({"num_views": -1}, "num_views: expected 0 or more"),
         ({"lambda_inv": -1.0}, "lambda_inv: expected a finite number ≥ 0"),
@@ -59,7 +62,7 @@ def test_an_option_out_of_range_is_refused_when_it_is_set(tmp_path, given, messa
 
 
 def test_data_without_images_are_refused(folder, tmp_path):
-    text = tiny.squares(4).remove_columns("images")
+    text = tiny.stripes(4).remove_columns("images")
     with pytest.raises(ValueError, match="train_dataset: expected a column image or images"):
         build(folder, tmp_path, train_dataset=text)
     build(folder, tmp_path, train_dataset=text, options={"num_views": 0})

@@ -13,7 +13,12 @@ from transformers import Qwen3VLForConditionalGeneration as Qwen3VL
 
 from roma.integrations.trl import RomaGRPOConfig, RomaGRPOTrainer
 
-ASK = ("which colour is the square", "say the colour", "is the square red", "say which square is red")
+ASK = (
+    "which way do the stripes run",
+    "say which way they run",
+    "do they run down",
+    "the stripes are which way",
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +87,7 @@ def paraphrased(row, views, step):
 
 def test_paraphrased_prompts_of_a_text_model(folder, tmp_path):
     model, tokenizer = text_model(folder)
-    rows = Dataset.from_dict({"prompt": [asked(ASK[0])] * 4, "answer": list(tiny.COLOURS)})
+    rows = Dataset.from_dict({"prompt": [asked(ASK[0])] * 4, "answer": list(tiny.PATTERNS)})
     trainer = Kept(
         model=model,
         processing_class=tokenizer,
@@ -118,7 +123,7 @@ def test_a_view_fn_that_degrades_images_is_what_the_trainer_does_itself(folder, 
             model=Qwen3VL.from_pretrained(folder),
             processing_class=tiny.processor(folder),
             reward_funcs=lambda completions, **_: [float(i % 2) for i in range(len(completions))],
-            train_dataset=tiny.squares(4),
+            train_dataset=tiny.stripes(4),
             args=options(tmp_path, view_seed=3),
             **given,
         )
