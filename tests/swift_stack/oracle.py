@@ -44,6 +44,7 @@ def loss(
     logp = call.logp.detach().to(dtype).requires_grad_()
     mask, length = call.mask.to(dtype), call.mask.sum(1).clamp(min=1).to(dtype)
     gain, batch = call.advantages.to(dtype), len(mask)
+    weight = getattr(call, "weight", torch.ones(())).to(dtype)  # the sampler correction
     clean = logp[:batch]
     fixed = clean.detach()
     old = fixed if call.old is None else call.old.to(dtype)
@@ -59,7 +60,7 @@ def loss(
 
     def clipped(scored: Tensor, low: float, high: float) -> Tensor:
         ratio = (scored - old).exp()
-        return -torch.minimum(ratio * gain, ratio.clamp(1 - low, 1 + high) * gain)
+        return -torch.minimum(ratio * gain, ratio.clamp(1 - low, 1 + high) * gain) * weight
 
     if kind == "cispo":
         ratio = (clean - old).exp().clamp(max=HIGH).detach()

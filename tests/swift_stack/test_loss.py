@@ -83,6 +83,12 @@ def test_several_updates_of_one_rollout_batch(run):
         hold(call, RomaOptions.parse(VIEWS), "grpo", steps=2)
 
 
+def test_resampled_groups(run):
+    made = run(VIEWS, dynamic_sample="true", max_steps=2)
+    for call in made.calls:
+        hold(call, RomaOptions.parse(VIEWS), "grpo", steps=1)
+
+
 def test_lora_and_a_reference(run):
     changed = {"tuner_type": "lora", "beta": 0.04, "learning_rate": 1e-2}
     made = run(VIEWS, max_steps=2, target_modules="all-linear", **changed)
@@ -101,3 +107,25 @@ def test_gradient_checkpointing_changes_nothing(run, reentrant):
         VIEWS, max_steps=2, gradient_checkpointing="true", gradient_checkpointing_kwargs=setting
     )
     assert plain.norms() == kept.norms()
+
+
+def test_the_sampler_correction_reaches_the_auxiliary_loss(run, monkeypatch):
+    from swift_stack.probe import Ours
+
+    prepared = Ours._prepare_batch_inputs
+
+    def with_sampler(self, samples):
+        batches = prepared(self, samples)
+        self.disable_rollout_importance_sampling = False
+        for batch in batches:
+            own = batch["grpo_batch"]
+            off = torch.linspace(-1, 1, own.old_per_token_logps.numel())
+            own.rollout_per_token_logps = own.old_per_token_logps + off.view_as(own.completion_mask)
+        return batches
+
+    monkeypatch.setattr(Ours, "_prepare_batch_inputs", with_sampler)
+    made = run(VIEWS, rollout_importance_sampling_mode="token_truncate", learning_rate=0)
+    (call,) = made.calls
+    off = torch.linspace(-1, 1, call.mask.numel(), dtype=torch.float64).view_as(call.mask)
+    call.weight = (-off).exp().clamp(max=2.0)
+    hold(call, RomaOptions.parse(VIEWS), "grpo", steps=1)

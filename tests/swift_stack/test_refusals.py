@@ -145,5 +145,5 @@ def test_register_puts_the_trainer_in_its_place(monkeypatch):
     register(RomaOptions(num_views=3), accuracy_reward="right")
     chosen = TrainerFactory.get_trainer_cls(SimpleNamespace(rlhf_type="grpo"))
     assert chosen.__name__ == "RomaGRPOTrainer"
-    assert chosen._configured == (RomaOptions(num_views=3), "right")
+    assert chosen._configured == (RomaOptions(num_views=3), "right", "roma")
     assert plugin_path().is_file()

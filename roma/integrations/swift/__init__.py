@@ -7,6 +7,7 @@ docs/SWIFT.md. Importing this imports no swift.
 """
 
 from pathlib import Path
+from typing import Literal
 
 from roma.integrations.options import RomaOptions
 
@@ -26,7 +27,10 @@ def plugin_path() -> Path:
 
 
 def register(
-    options: RomaOptions | None = None, *, accuracy_reward: str | int | None = None
+    options: RomaOptions | None = None,
+    *,
+    accuracy_reward: str | int | None = None,
+    lm_head: Literal["roma", "swift"] | None = None,
 ) -> None:
     """Puts `RomaGRPOTrainer` in the place of swift's own for `--rlhf_type grpo`.
 
@@ -37,6 +41,9 @@ def register(
         options: None: from the environment variable ROMA_OPTIONS.
         accuracy_reward: the reward that says whether an answer is right: its name, or its place
             among --reward_funcs; None: from the variable ROMA_ACCURACY_REWARD, else the first.
+        lm_head: what turns hidden states into log-probs: `roma.linear_logprob`, whose logits are
+            fp32, or swift's own code, whose logits have the model's type; None: from the variable
+            ROMA_LM_HEAD, else "roma".
 
     Raises:
         ImportError: swift is not installed.
@@ -49,5 +56,5 @@ def register(
 
     from roma.integrations.swift.trainer import RomaGRPOTrainer
 
-    RomaGRPOTrainer.configure(options, accuracy_reward)
+    RomaGRPOTrainer.configure(options, accuracy_reward, lm_head)
     TrainerFactory.TRAINER_MAPPING["grpo"] = TRAINER

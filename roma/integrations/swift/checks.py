@@ -18,6 +18,12 @@ _METHODS = {
         "compute_entropy",
         "origin_data",
     ],
+    "_get_per_token_logps_and_entropies_single": [
+        "model",
+        "model_inputs",
+        "grpo_batch",
+        "compute_entropy",
+    ],
     "_postprocess_batch": ["samples", "batch_encoded_inputs"],
     "_get_rollout_is_correction": [
         "old_per_token_logps",
@@ -28,7 +34,13 @@ _METHODS = {
     "old_policy": [],
     "log": ["logs", "start_time"],
 }
-_BATCH = ("completion_mask", "old_per_token_logps", "advantages", "num_items_in_batch")
+_BATCH = (
+    "completion_mask",
+    "truncated_mask",
+    "old_per_token_logps",
+    "advantages",
+    "num_items_in_batch",
+)
 _LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
 
 

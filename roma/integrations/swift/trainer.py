@@ -3,6 +3,7 @@
     swift's own  rollout, rewards, advantages, the clean objective of every loss type
     here         which rollouts are right, and the views of a micro-batch's pixel_values
                  one forward of B clean rows and R rows on views, where swift has one of B
+                 log-probs of fp32 logits, by `roma.linear_logprob` (docs/MATH.md section 7)
                  loss + λ_aux·L_aux + λ_inv·L_inv (docs/MATH.md section 2)
 
 Views are drawn for the step in which a rollout was sampled, and so are the same in every reuse.
@@ -19,6 +20,7 @@ from swift.rlhf_trainers.grpo_trainer import GRPOTrainer, get_even_process_data
 from torch import Tensor
 
 from roma import RomaConfig, RomaLoss
+from roma.integrations.lm_head import patch_lm_head
 from roma.integrations.options import RomaOptions
 from roma.integrations.swift.checks import accuracy_index, check_settings
 from roma.integrations.swift.rows import images_per_row, joined
@@ -26,10 +28,11 @@ from roma.integrations.terms import PREFIX, Totals, by_corruption, pairs_of, vie
 from roma.integrations.views import Pair, RowImages, ViewMaker
 from roma_kernels.errors import fail
 
-ACCURACY = "ROMA_ACCURACY_REWARD"
+ACCURACY, HEAD = "ROMA_ACCURACY_REWARD", "ROMA_LM_HEAD"
 _LOGGED = ("penalty_worst", "penalty_mean", "aux_loss", "aux_clipfrac")
 _BY_TOKENS = ("bnpo", "dapo", "cispo")  # sums over tokens divided by a number of tokens
-_PLAIN_CLIP = 0.2, 0.3  # where the trainer's own range clips something else
+_NO_LABEL = -100
+_OTHER_CLIP = ("cispo", "sapo")  # whose range, if any, is no trust region about 1
 
 
 @dataclass
@@ -75,26 +78,40 @@ class RomaGRPOTrainer(GRPOTrainer):
         ValueError: a setting under which views were not tested, in one line, before training.
     """
 
-    _configured: tuple[RomaOptions, str | int] | None = None
+    _configured: tuple[RomaOptions, str | int, str] | None = None
 
     @classmethod
     def configure(
-        cls, options: RomaOptions | None = None, accuracy_reward: str | int | None = None
+        cls,
+        options: RomaOptions | None = None,
+        accuracy_reward: str | int | None = None,
+        lm_head: str | None = None,
     ) -> None:
-        """Takes the options; None: from the environment (ROMA_OPTIONS, ROMA_ACCURACY_REWARD)."""
+        """Takes what `register` has; None: from ROMA_OPTIONS, _ACCURACY_REWARD, _LM_HEAD."""
         wanted = os.environ.get(ACCURACY, 0) if accuracy_reward is None else accuracy_reward
-        cls._configured = (RomaOptions.from_env() if options is None else options), wanted
+        head = os.environ.get(HEAD, "roma") if lm_head is None else lm_head
+        if head not in ("roma", "swift"):
+            fail("lm_head", "'roma' or 'swift'", repr(head), f"set {HEAD} to one of them")
+        cls._configured = (RomaOptions.from_env() if options is None else options), wanted, head
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Builds swift's trainer, then checks what views need."""
+    def __init__(self, model: Any = None, ref_model: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Puts the head on the models, builds swift's trainer, then checks what views need."""
         if self._configured is None:
             self.configure()
         assert self._configured is not None
-        self.roma, wanted = self._configured
+        self.roma, wanted, head = self._configured
         self._roma_pass: _Pass | None = None
         self._roma_sums: dict[str, Tensor] = {}
+        self._roma_head = self.roma.active and head == "roma"
         given = list(kwargs.get("reward_funcs") or [])  # swift puts objects in the place of names
-        super().__init__(*args, **kwargs)
+        if self._roma_head:
+            settings = kwargs["args"]
+            entropy = settings.log_entropy or settings.top_entropy_quantile < 1
+            outputs = ("log_probs", "entropy") if entropy else ("log_probs",)
+            for own in (model, ref_model):
+                if own is not None:
+                    patch_lm_head(own, temperature=settings.temperature, outputs=outputs)
+        super().__init__(model, ref_model, *args, **kwargs)
         if not self.roma.active:
             return
         check_settings(self)
@@ -103,20 +120,16 @@ class RomaGRPOTrainer(GRPOTrainer):
         self._roma_config = self._loss_config()
 
     def _loss_config(self) -> RomaConfig:
-        """The auxiliary loss clips and sums as the trainer's own loss does."""
-        low, high = (
-            _PLAIN_CLIP
-            if self.loss_type in ("cispo", "sapo")
-            else (self.epsilon_low, self.epsilon_high)
-        )
+        """The auxiliary loss sums as the trainer's own does, and clips so where that clips."""
+        clip: dict[str, Any] = {}
+        if self.loss_type not in _OTHER_CLIP:
+            clip = {"clip_low": self.epsilon_low, "clip_high": self.epsilon_high}
+            clip["dual_clip"] = self.args.delta
+        if self.loss_type == "dr_grpo":
+            longest = self.max_completion_length
+            return self.roma.loss_config(aggregation="dr_grpo", max_length=longest, **clip)
         aggregation: Any = "dapo" if self.loss_type in _BY_TOKENS else "grpo"
-        return self.roma.loss_config(
-            aggregation="dr_grpo" if self.loss_type == "dr_grpo" else aggregation,
-            max_length=self.max_completion_length if self.loss_type == "dr_grpo" else None,
-            clip_low=low,
-            clip_high=high,
-            dual_clip=self.args.delta,
-        )
+        return self.roma.loss_config(aggregation=aggregation, **clip)
 
     def _postprocess_batch(
         self, samples: list[Any], batch_encoded_inputs: list[dict[str, Any]]
@@ -282,3 +295,27 @@ class RomaGRPOTrainer(GRPOTrainer):
         pixels = self._roma_views.pixels(running.rows, running.pairs)
         rows: Sequence[int] = [row for _, row in running.pairs]
         return joined(model_inputs, rows, running.counts, pixels)
+
+    def _get_per_token_logps_and_entropies_single(
+        self,
+        model: Any,
+        model_inputs: dict[str, Any],
+        grpo_batch: GRPOBatch,
+        compute_entropy: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs [B, T] (B + R rows within a loss) by our head: of counted tokens, else 0."""
+        if not self._roma_head:
+            return super()._get_per_token_logps_and_entropies_single(
+                model, model_inputs, grpo_batch, compute_entropy=compute_entropy
+            )
+        counted, tokens = grpo_batch.completion_mask.bool(), model_inputs["input_ids"]
+        if self._roma_pass is not None:
+            rows = [row for _, row in self._roma_pass.pairs]
+            counted = torch.cat([counted, counted[rows]])
+        kept = counted.shape[1]
+        labels = torch.full_like(tokens, _NO_LABEL)
+        labels[:, -kept:] = tokens[:, -kept:].where(counted, _NO_LABEL)
+        inputs = {name: own for name, own in model_inputs.items() if name != "logits_to_keep"}
+        found = model(**inputs, labels=labels, fused_lm_head=True)
+        entropies = found.entropy[:, -kept:] if compute_entropy else None
+        return found.log_probs[:, -kept:], entropies
