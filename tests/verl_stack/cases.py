@@ -75,8 +75,8 @@ def loss_of(config):
     return functools.partial(ppo_loss, config=config)
 
 
-def worker(*, remove_padding: bool = False, lora: int = 0, checkpointing: bool = False, **engine):
-    """verl's TrainingWorker in this process, its engine built."""
+def config(*, remove_padding: bool = False, lora: int = 0, checkpointing: bool = False, **engine):
+    """verl's own configuration of a worker of the actor's."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import (
         FSDPEngineConfig,
@@ -84,37 +84,41 @@ def worker(*, remove_padding: bool = False, lora: int = 0, checkpointing: bool =
         HFModelConfig,
         TrainingWorkerConfig,
     )
+
+    return TrainingWorkerConfig(
+        model_type="language_model",
+        model_config=HFModelConfig(
+            path=str(folder()),
+            override_config={"attn_implementation": "sdpa"},
+            use_remove_padding=remove_padding,
+            enable_gradient_checkpointing=checkpointing,
+            lora_rank=lora,
+            lora_alpha=8,
+            target_modules=["q_proj", "v_proj"],
+        ),
+        engine_config=FSDPEngineConfig(
+            **{
+                "strategy": "fsdp2",
+                "use_torch_compile": False,
+                "use_dynamic_bsz": False,
+                "micro_batch_size_per_gpu": 6,
+                "mixed_precision": {
+                    name: "fp32" for name in ("param_dtype", "reduce_dtype", "buffer_dtype")
+                },
+                **engine,
+            }
+        ),
+        optimizer_config=FSDPOptimizerConfig(lr=1e-3, total_training_steps=10, clip_grad=1e9),
+        checkpoint_config=CheckpointConfig(),
+    )
+
+
+def worker(**options):
+    """verl's TrainingWorker in this process, its engine built; `options` as in `config`."""
     from verl.workers.engine_workers import TrainingWorker
 
     join()
-    made = TrainingWorker(
-        TrainingWorkerConfig(
-            model_type="language_model",
-            model_config=HFModelConfig(
-                path=str(folder()),
-                override_config={"attn_implementation": "sdpa"},
-                use_remove_padding=remove_padding,
-                enable_gradient_checkpointing=checkpointing,
-                lora_rank=lora,
-                lora_alpha=8,
-                target_modules=["q_proj", "v_proj"],
-            ),
-            engine_config=FSDPEngineConfig(
-                **{
-                    "strategy": "fsdp2",
-                    "use_torch_compile": False,
-                    "use_dynamic_bsz": False,
-                    "micro_batch_size_per_gpu": 6,
-                    "mixed_precision": {
-                        name: "fp32" for name in ("param_dtype", "reduce_dtype", "buffer_dtype")
-                    },
-                    **engine,
-                }
-            ),
-            optimizer_config=FSDPOptimizerConfig(lr=1e-3, total_training_steps=10, clip_grad=1e9),
-            checkpoint_config=CheckpointConfig(),
-        )
-    )
+    made = TrainingWorker(config(**options))
     made.reset()
     return made
 
