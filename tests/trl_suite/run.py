@@ -52,6 +52,7 @@ def run(trainer: str, tests: Path, work: Path, extra: list[str]) -> Record:
     command += ["-p", "trl_suite.swap", "-p", "no:cacheprovider", "--tb=short", *extra]
     environment = settings(work) | {
         "TRL_SUITE_TRAINER": trainer,
+        "TRL_SUITE_HOME": str(work),
         "TRL_SUITE_RECORD": str(record),
     }
     with (work / f"{trainer}.log").open("w") as log:
@@ -74,6 +75,8 @@ def settings(work: Path) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": str(2**30),  # logits of 150 000 words: keep their pages
+        "MALLOC_TRIM_THRESHOLD_": str(2**33),
         "TOKENIZERS_PARALLELISM": "false",
         "TRL_EXPERIMENTAL_SILENCE": "1",
     }

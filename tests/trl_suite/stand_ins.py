@@ -1,9 +1,11 @@
 """Stand-ins for the small models and datasets that TRL's tests load from the Hugging Face Hub.
 
-`build(folder)` writes folders of the very relative names (trl-internal-testing/...) into `folder`;
-a test that runs there loads them in place of the Hub's. Models are random, two layers of width 8
-or 16; tokenizers are trained on the spot; chat templates are read from the installed TRL, which
-knows a template by its exact text. Sentences: the Zen of Python, from the interpreter itself.
+`build(folder)` makes two folders there, `small` and `whole`, and in both folders of the relative
+names that the tests use (trl-internal-testing/...): a test that runs in one loads them in place of
+the Hub's. In `whole` the Qwen models have all of Qwen's ids, for tests that name some; in `small`
+all vocabularies are small, and a step takes a quarter of the time. Models are random, two layers of
+width 8 or 16; tokenizers are trained on the spot; chat templates are read from the installed TRL,
+which knows a template by its exact text. Sentences: the Zen of Python, from the interpreter itself.
 """
 
 import codecs
@@ -90,9 +92,9 @@ def _datasets(folder: Path) -> None:
     import numpy as np
     from datasets import Dataset, Features, Image, List, Value
 
-    # TRL's tests name the first twelve prompts; the other lengths are free.
-    cut = [4, 2, 3, 1, 4, 3, 1, 4, 3, 3, 2, 6, *[3] * 7]
-    prompts = [" ".join(s.split()[:n]) for s, n in zip(zen(), cut, strict=True)]
+    # TRL's tests name twelve prompts by these lengths. Twelve to train on, two to test on.
+    cut = [4, 2, 3, 1, 4, 3, 1, 4, 3, 3, 2, 6, 3, 3]
+    prompts = [" ".join(s.split()[:n]) for s, n in zip(zen(), cut, strict=False)]
     prompts[6] = "Readability"
     asked = [f"What follows after {p}?" for p in prompts]
     message = [{"content": Value("string"), "role": Value("string")}]
@@ -111,13 +113,13 @@ def _datasets(folder: Path) -> None:
         content = [{"type": "text", "text": text}, *[{"type": "image", "text": None}] * images]
         return [{"role": "user", "content": content}]
 
-    chat = [[{"role": "user", "content": text}] for text in asked]
     few, counts = 8, [1, 2, 1, 2, 1, 2, 1, 2]
+    chat = [[{"role": "user", "content": text}] for text in asked[:few]]
     made = {
         ("zen", "standard_prompt_only"): Dataset.from_dict({"prompt": prompts}),
         ("zen", "conversational_prompt_only"): Dataset.from_dict({"prompt": chat}),
         ("zen-image", "conversational_prompt_only"): Dataset.from_dict(
-            {"prompt": chat[:few], "image": [picture() for _ in range(few)]},
+            {"prompt": chat, "image": [picture() for _ in range(few)]},
             features=Features(prompt=message, image=Image()),
         ),
         ("zen-multi-image", "conversational_prompt_only"): Dataset.from_dict(
@@ -174,13 +176,16 @@ def _small(learnt, chat: str, added: tuple[str, ...] = (), **named: str):
     )
 
 
-def _qwen(learnt, chat: str, first: int = words.QWEN):
-    spelt = words.QWEN_WORDS if first == words.QWEN else words.QWEN_3_5_WORDS
+def _qwen(learnt, chat: str, *, whole: bool, third: bool = False):
+    """Qwen's added tokens after SMALL words; of the `whole`, where Qwen (`third`: 3.5) has them."""
+    first, spelt = words.QWEN, words.QWEN_WORDS
+    if third:
+        first, spelt = words.QWEN_3_5, words.QWEN_3_5_WORDS
     return words.tokenizer(
         learnt,
         list(words.QWEN_ADDED),
-        size=first,
-        words=spelt,
+        size=first if whole else SMALL,
+        words=spelt if whole else {},
         template=chat,
         eos="<|im_end|>",
         pad="<|endoftext|>",
@@ -198,10 +203,11 @@ def _ids(tokenizer) -> dict[str, int]:
     }
 
 
-def _language(folder: Path, learnt) -> None:
+def _language(folder: Path, learnt, *, whole: bool) -> None:
     for name, (chat, own) in LANGUAGE.items():
-        make = _qwen if "Qwen" in name else _small
-        tokenizer = make(learnt, template(chat))
+        text = template(chat)
+        qwen = "Qwen" in name
+        tokenizer = _qwen(learnt, text, whole=whole) if qwen else _small(learnt, text)
         config = EIGHT | own | _ids(tokenizer)
         _model(
             folder,
@@ -233,7 +239,7 @@ def _remote(folder: Path, tokenizer) -> None:
     (home / "config.json").write_text(json.dumps(config))
 
 
-def _qwen_vision(folder: Path, learnt) -> None:
+def _qwen_vision(folder: Path, learnt, *, whole: bool) -> None:
     from transformers import Qwen2VLImageProcessorPil
 
     rope = {"rope_type": "default", "rope_theta": 1e4}
@@ -261,7 +267,7 @@ def _qwen_vision(folder: Path, learnt) -> None:
     ]
     for stem, suffix, chat, text, vision in made:
         third = "3_5" in stem
-        tokenizer = _qwen(learnt, template(chat), words.QWEN_3_5 if third else words.QWEN)
+        tokenizer = _qwen(learnt, template(chat), whole=whole, third=third)
         kind = processors.StillQwen3VLProcessor if third else processors.StillQwen2VLProcessor
         image = Qwen2VLImageProcessorPil(
             patch_size=8,
@@ -363,10 +369,11 @@ def build(folder: Path) -> None:
     processors.register()
     chats = {chat for chat, _ in LANGUAGE.values()}
     learnt = words.merges([*zen() * 9, *map(template, sorted(chats))], 600)
-    _datasets(folder)
-    _language(folder, learnt)
-    _qwen_vision(folder, learnt)
-    _other_vision(folder, learnt)
+    for home, whole in ((folder / "small", False), (folder / "whole", True)):
+        _datasets(home)
+        _language(home, learnt, whole=whole)
+        _qwen_vision(home, learnt, whole=whole)
+        _other_vision(home, learnt)
 
 
 if __name__ == "__main__":

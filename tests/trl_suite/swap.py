@@ -1,11 +1,13 @@
 """A pytest plugin: another trainer under TRL's names, and a record of what each test gave.
 
-Two variables of the environment steer it. TRL_SUITE_TRAINER names the trainer (a key of TRAINERS);
-TRL_SUITE_RECORD is the JSON file that a run writes: {test: {outcome, seconds, why, logged}}.
+Variables of the environment steer it: TRL_SUITE_TRAINER names the trainer (a key of TRAINERS),
+TRL_SUITE_HOME the folder of the stand-ins, TRL_SUITE_RECORD the JSON file that a run writes:
+{test: {outcome, seconds, why, logged}}.
 `trl.trainer.grpo_trainer` itself is left alone, so that what TRL's code looks up there stays TRL's.
 """
 
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -20,7 +22,8 @@ import trl
 from trl import import_utils
 from trl_suite import processors
 
-TRAINER, RECORD = "TRL_SUITE_TRAINER", "TRL_SUITE_RECORD"
+TRAINER, RECORD, HOME = "TRL_SUITE_TRAINER", "TRL_SUITE_RECORD", "TRL_SUITE_HOME"
+QWEN_IDS = re.compile(r"\b(15|24)\d{4}\b")  # of the words from <|endoftext|> on
 CLOCK = re.compile("time|per_second|_flos")  # what two equal runs need not agree on
 
 
@@ -142,6 +145,13 @@ class Recorder:
     def pytest_sessionfinish(self) -> None:
         """Write the record."""
         self.path.write_text(json.dumps(self.tests))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test runs where the stand-ins are: the whole vocabulary for one that names Qwen's ids."""
+    source = inspect.getsource(item.function)
+    os.chdir(Path(os.environ[HOME]) / ("whole" if QWEN_IDS.search(source) else "small"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
