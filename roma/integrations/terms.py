@@ -8,6 +8,7 @@ The clean objective stays the trainer's, and so does the clean side: it is a con
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -96,7 +97,8 @@ def view_terms(
         correct: [B] bool.
         aux_view: [B] int64.
         has_views: [B] bool.
-        totals: denominators.
+        totals: denominators. Those of tokens and right rows may be shares of a larger count, so
+            that a micro-batch has more of its own.
         config: from `RomaOptions.loss_config`.
         num_views: K.
         old_logp: [B, T] nats of the policy that sampled; None: this very policy.
@@ -116,7 +118,13 @@ def view_terms(
     if weight is not None:
         gains = gains * weight  # min and clip scale with a positive factor
     correct = correct.to(logp.device) & seen
-    return roma_loss_from_logp(
+    tokens, aux_scale = _at_least(totals.tokens, counted.sum())
+    right, inv_scale = _at_least(1 if totals.correct is None else totals.correct, correct.sum())
+    if config.aggregation == "dapo" and config.lambda_aux > 0:
+        config = replace(config, lambda_aux=config.lambda_aux * aux_scale)
+    if config.penalty_over == "correct" and config.lambda_inv > 0:
+        config = replace(config, lambda_inv=config.lambda_inv * inv_scale)
+    out = roma_loss_from_logp(
         clean,
         views,
         mask=counted,
@@ -125,10 +133,29 @@ def view_terms(
         old_logp=clean if old_logp is None else old_logp.detach().float(),
         aux_view=aux_view.to(logp.device),
         total_sequences=totals.sequences,
-        total_tokens=totals.tokens,
-        total_correct=totals.correct,
+        total_tokens=tokens,
+        total_correct=None if totals.correct is None else right,
         config=config,
     )
+    scaled = {"roma_aux_clipfrac": aux_scale}
+    if config.aggregation == "dapo":
+        scaled["roma_aux_loss"] = aux_scale
+    if config.penalty_over == "correct":
+        scaled["roma_penalty_worst"] = inv_scale
+    for name, scale in scaled.items():
+        out.metrics[name] = out.metrics[name] * scale.to(out.metrics[name])
+    return out
+
+
+def _at_least(total: float | Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """A total that the loss accepts, and what its sums are to be multiplied by: 1 as a rule.
+
+    A trainer whose generations span several steps gives each step an equal share of the counts.
+    The share may be below what one micro-batch of it has; the loss refuses such a total.
+    """
+    given = torch.as_tensor(total, dtype=torch.float64, device=own.device).clamp(min=1)
+    raised = torch.maximum(given, own.to(given))
+    return raised, raised / given
 
 
 def by_corruption(
@@ -171,10 +198,7 @@ def metrics_of(out: RomaLoss, shards: int = 1) -> dict[str, float]:
         shards: micro-batches times ranks that the totals were over.
     """
     kept = ("roma_penalty_worst", "roma_penalty_mean", "roma_aux_loss", "roma_aux_clipfrac")
-    return {
-        PREFIX + name.removeprefix("roma_"): float(out.metrics[name]) * shards
-        for name in kept
-    }
+    return {PREFIX + name.removeprefix("roma_"): float(out.metrics[name]) * shards for name in kept}
 
 
 def corruption_metrics(sums: dict[str, Tensor]) -> dict[str, float]:
