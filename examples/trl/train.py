@@ -1,4 +1,4 @@
-"""TRL's GRPO on images, with ROMA: a small Qwen3-VL learns which way stripes run on a CPU in a minute.
+"""GRPO of TRL on images, with ROMA: a small Qwen3-VL learns which way stripes run, on a CPU.
 
     make example-trl
 

@@ -83,7 +83,11 @@ def _fused(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """The output's fields, [B, S − 1] from `labels` or [B, S] from `shift_labels`."""
+    """The output's fields, [B, S − 1] from `labels` or [B, S] from `shift_labels`.
+
+    With `states_at` [N], positions in a row of packed prompts, `shift_labels` and the fields are
+    [1, N]: one state may predict the first token of several completions (`roma.models.prefix`).
+    """
     labels, shift_labels, num_items = given
     if labels is None and shift_labels is None:
         remedy = "pass labels=, −100 where nothing is scored, or call without fused_lm_head"
@@ -91,6 +95,7 @@ def _fused(
     if kwargs.get("logits_to_keep"):
         got, remedy = repr(kwargs["logits_to_keep"]), "mask with labels of −100 instead"
         fail("logits_to_keep", "nothing with fused_lm_head=True", got, remedy)
+    states_at = kwargs.pop("states_at", None)
     kwargs = {**kwargs, "use_cache": False, "return_dict": True}
     kwargs.pop("logits_to_keep", None)
     if getattr(model.config.get_text_config(), "output_router_logits", False):
@@ -103,7 +108,8 @@ def _fused(
         _check_labels("labels", labels, (batch, length))
         targets = labels[:, 1:]
     else:
-        _check_labels("shift_labels", shift_labels, (batch, length))
+        shape = (batch, length) if states_at is None else (1, len(states_at))
+        _check_labels("shift_labels", shift_labels, shape)
         targets = shift_labels
     head = head_of(model)
     device = device_of(head)
@@ -112,8 +118,11 @@ def _fused(
         fail("lm_head", "a weight that is there", "one that is offloaded", remedy)
     hidden, targets = hidden.to(device), targets.to(device)
     mask = targets != _IGNORED
-    # Positions in [B, S], whose last column has no label unless labels are shifted already.
-    rows = nn.functional.pad(mask, (0, length - mask.shape[1])).flatten().nonzero()[:, 0]
+    if states_at is None:
+        # Positions in [B, S], whose last column has no label unless labels are shifted already.
+        rows = nn.functional.pad(mask, (0, length - mask.shape[1])).flatten().nonzero()[:, 0]
+    else:
+        rows = states_at.to(device)[mask[0]]
     states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows)
     found = _at_head(head, states, targets[mask], settings)
     place = mask.flatten().nonzero()[:, 0]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from examples.trl import tiny
 from peft import LoraConfig
 from transformers import AutoTokenizer, CLIPImageProcessorPil, Qwen3VLForConditionalGeneration
 from trl import GRPOConfig, GRPOTrainer
 
+from examples.trl import tiny
 from roma.integrations.trl import RomaGRPOConfig, RomaGRPOTrainer, checks
 
 

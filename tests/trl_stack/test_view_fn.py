@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from examples.trl import tiny
 from PIL import Image
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers import Qwen3VLForConditionalGeneration as Qwen3VL
 
+from examples.trl import tiny
 from roma.integrations.trl import RomaGRPOConfig, RomaGRPOTrainer
 
 ASK = (
@@ -128,17 +128,17 @@ def test_a_view_fn_that_degrades_images_is_what_the_trainer_does_itself(folder, 
             **given,
         )
         if "view_fn" not in given:
-            pixels = trainer._maker.pixels
+            pixels = trainer._looks.maker.pixels
 
             def remembered(rows, pairs):
                 made = pixels(rows, pairs)
                 grids = [rows.grid[row : row + 1] for _, row in pairs]
-                images = trainer._maker.format.images(made, torch.cat(grids))
+                images = trainer._looks.maker.format.images(made, torch.cat(grids))
                 for (view, row), image in zip(pairs, images, strict=True):
                     seen[rows.images[row][0].numpy().tobytes(), view] = image.numpy()
                 return made
 
-            trainer._maker.pixels = remembered
+            trainer._looks.maker.pixels = remembered
         trainer.train()
         return trainer
 

@@ -94,6 +94,20 @@ def check_data(arguments: Mapping[str, Any]) -> None:
         fail("train_dataset", "a column image or images", got, remedy)
 
 
+def image_processor(trainer: Any) -> Any:
+    """The image processor of a trainer.
+
+    Raises:
+        ValueError: it has none.
+    """
+    found = getattr(trainer.processing_class, "image_processor", None)
+    if found is None:
+        got = f"{type(trainer.processing_class).__name__}, which takes text alone"
+        remedy = "train a vision-language model, give a view_fn, or set num_views=0"
+        fail("processing_class", "a processor with an image_processor", got, remedy)
+    return found
+
+
 def accuracy_index(name: str | None, names: list[str]) -> int:
     """Which reward function tells whether an answer is right.
 

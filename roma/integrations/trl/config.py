@@ -76,6 +76,12 @@ class RomaGRPOConfig(GRPOConfig):
         view_update (`str`, *optional*, defaults to `"lean"`):
             `"lean"`: only the pairs (view, rollout) that carry a gradient or take part in a maximum
             are run. `"joint"`: all of them. Loss and gradients are the same.
+        share_prompts (`bool`, *optional*, defaults to `False`):
+            Whether a prompt is run once for all its rollouts in a micro-batch, on the clean images
+            and on each view. The gradient is the same up to rounding. It saves most where a
+            micro-batch holds whole groups (`per_device_train_batch_size` a multiple of
+            `num_generations`); TRL then shuffles groups, not rollouts. For models with full
+            attention in every layer; changes their attention implementation.
         roma_lm_head (`bool`, *optional*, defaults to `True`):
             Whether log-probabilities come from `roma.linear_logprob` (fp32 logits, on every back
             end) or from TRL's own fused head.
@@ -145,9 +151,16 @@ class RomaGRPOConfig(GRPOConfig):
         default=True, metadata={"help": "Log-probs by roma.linear_logprob, or by TRL's own head."}
     )
 
+    share_prompts: bool = field(
+        default=False, metadata={"help": "Run a prompt once for all its rollouts."}
+    )
+
     def __post_init__(self) -> None:
         """Checks ROMA's options after TRL's."""
         super().__post_init__()
+        if self.share_prompts and not self.roma_lm_head:
+            remedy = "leave it at True"
+            fail("roma_lm_head", "True, because share_prompts is", "False", remedy)
         if self.view_update not in ("lean", "joint"):
             got, remedy = repr(self.view_update), "choose one of them"
             fail("view_update", "'lean' or 'joint'", got, remedy)

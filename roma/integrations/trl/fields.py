@@ -156,11 +156,13 @@ class Joined:
         ids: [B + R, P + T]; prompts padded on the left.
         attention: [B + R, P + T].
         fields: of all rows.
+        keep: T.
     """
 
     ids: Tensor
     attention: Tensor
     fields: Fields
+    keep: int
 
 
 def joined(
@@ -182,7 +184,7 @@ def joined(
         pad: token id to pad with.
     """
     if not chosen:
-        return Joined(ids, attention, fields)
+        return Joined(ids, attention, fields, keep)
     before = ids.shape[1] - keep
     width = max(before, *(len(other.ids) for _, other in chosen))
 
@@ -197,9 +199,8 @@ def joined(
     all_attention = torch.cat(
         [left(attention, width + keep, 0), torch.cat([marks, attention[rows, before:]], 1)]
     )
-    return Joined(
-        all_ids, all_attention, _joined_fields(fields, chosen, len(ids), width, keep, ids)
-    )
+    both = _joined_fields(fields, chosen, len(ids), width, keep, ids)
+    return Joined(all_ids, all_attention, both, keep)
 
 
 def _joined_fields(

@@ -10,7 +10,6 @@ One forward, because further ones break reentrant checkpointing and hang where w
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,30 +21,18 @@ from trl.trainer import grpo_trainer
 from roma import RomaConfig
 from roma.integrations.lm_head import fused_head
 from roma.integrations.options import RomaOptions
-from roma.integrations.terms import Totals, pairs_of, view_terms
+from roma.integrations.terms import Totals, view_terms
 from roma.integrations.trl import checks, fields
 from roma.integrations.trl.config import RomaGRPOConfig
-from roma.integrations.trl.fields import Fields, ViewFunction
+from roma.integrations.trl.fields import ViewFunction
+from roma.integrations.trl.look import Look, Looks
 from roma.integrations.trl.record import Record
-from roma.integrations.views import Pair, RowImages, ViewMaker, draw_aux_view
+from roma.integrations.trl.sharing import SharedPrompts, whole_groups
+from roma.integrations.views import ViewMaker
 from roma.views import CORRUPTIONS
 from roma_kernels.errors import fail
 
 _CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")  # loss types that clip the ratio
-
-
-@dataclass
-class _Look:
-    """A micro-batch's views: what is run with the clean rows, and what came of it."""
-
-    pairs: list[Pair]
-    names: list[str]  # corruptions of the pairs
-    aux_view: Tensor  # [B]
-    has_views: Tensor  # [B] bool
-    images: RowImages | None = None
-    others: list[list[fields.Alternative]] | None = None
-    logp: Tensor | None = None  # [B, T]
-    pair_logp: Tensor | None = None  # [R, T]
 
 
 class RomaGRPOTrainer(GRPOTrainer):
@@ -82,7 +69,7 @@ class RomaGRPOTrainer(GRPOTrainer):
             fail("args", "a RomaGRPOConfig", got, remedy)
         self.roma: RomaOptions = config.roma_options()
         self.correct_fn, self.view_fn = correct_fn, view_fn
-        self._look: _Look | None = None
+        self._look: Look | None = None
         self._correct: Tensor | None = None
         if self.roma.active and view_fn is None:
             checks.check_data(given)
@@ -91,17 +78,29 @@ class RomaGRPOTrainer(GRPOTrainer):
         if not self.roma.active:
             return
         self._accuracy = checks.accuracy_index(config.accuracy_reward, self.reward_func_names)
-        self._maker: ViewMaker | None = None
-        if view_fn is None:
-            processor = getattr(self.processing_class, "image_processor", None)
-            if processor is None:
-                got = f"{type(self.processing_class).__name__}, which takes text alone"
-                remedy = "train a vision-language model, give a view_fn, or set num_views=0"
-                fail("processing_class", "a processor with an image_processor", got, remedy)
-            self._maker = ViewMaker(self.roma, processor)
+        maker = None if view_fn else ViewMaker(self.roma, checks.image_processor(self))
+        self._looks = Looks(self.roma, maker, self._tokenizer.pad_token_id)
         names = [f"view_{k}" for k in range(self.roma.num_views)] if view_fn else list(CORRUPTIONS)
         self._record = Record(self, names)
+        self._shared = self._sharing() if config.share_prompts else None
         self._never_sample_images()
+
+    def _sharing(self) -> SharedPrompts:
+        if getattr(self, "aux_loss_enabled", False):
+            expected, remedy = "a model without experts", "set router_aux_loss_coef=0"
+            fail("share_prompts", expected, "one with a load-balancing loss", remedy)
+        model = self.accelerator.unwrap_model(self.model)
+        base = getattr(model, "get_base_model", lambda: model)()
+        return SharedPrompts(base)
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """TRL's; where prompts are shared and micro-batches hold whole groups, they stay whole."""
+        size = self.num_generations
+        whole = self.args.per_device_train_batch_size % size == 0
+        if not (self.roma.active and self._shared and whole):
+            return super()._prepare_inputs(generation_batch)
+        with whole_groups(size):
+            return super()._prepare_inputs(generation_batch)
 
     def _never_sample_images(self) -> None:
         """A sampled image token has no image: the teacher-forced pass would fail on it."""
@@ -180,7 +179,7 @@ class RomaGRPOTrainer(GRPOTrainer):
         inputs = fields.without_blanks(inputs)
         mode = "train" if self.model.training else "eval"
         with profiling_context(self, "roma_views"):
-            look = self._looks(inputs)
+            look = self._looks.of(inputs, lean=self.args.view_update == "lean")
         self._look = look
         try:
             loss: Tensor = super()._compute_loss(model, inputs)
@@ -218,42 +217,6 @@ class RomaGRPOTrainer(GRPOTrainer):
             right = correct.cpu() & look.has_views
             self._record.worst(out, inputs["roma_row"], mask=mask, correct=right, **told)
         return loss + out.loss.to(loss.dtype) * self.accelerator.num_processes
-
-    def _looks(self, inputs: dict[str, Any]) -> _Look:
-        """Draws the views of a micro-batch, and picks the pairs that are run."""
-        ids, mask = inputs["completion_ids"], inputs["completion_mask"].bool()
-        completions = [row[own].tolist() for row, own in zip(ids.cpu(), mask.cpu(), strict=True)]
-        own = fields.of(inputs)
-        if self._maker is not None:
-            (step,) = {int(s) for s in inputs["roma_step"]}
-            images = self._maker.read(
-                own.get("pixel_values"),
-                own.get("image_grid_thw"),
-                fields.counts(own, len(ids)),
-                step=step,
-            )
-            drawn = self._maker.aux_view(images, completions)
-            look = _Look([], [], drawn, images.has_views, images=images)
-        else:
-            others = inputs["roma_views"]
-            (step,) = {int(s) for s in inputs["roma_step"]}
-            keys = [" ".join(map(str, own[0].ids.tolist())) if own else "" for own in others]
-            drawn = draw_aux_view(self.roma, keys, completions, step=step)
-            seen = torch.tensor([bool(own) for own in others])
-            look = _Look([], [], drawn, seen, others=others)
-        pairs = pairs_of(
-            inputs["roma_correct"],
-            look.aux_view,
-            inputs["advantages"],
-            look.has_views,
-            self.roma,
-            lean=self.args.view_update == "lean",
-        )
-        named = [
-            f"view_{pair[0]}" if look.images is None else look.images.corruption(pair)
-            for pair in pairs
-        ]
-        return replace(look, pairs=pairs, names=named)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -293,31 +256,21 @@ class RomaGRPOTrainer(GRPOTrainer):
         if look.logp is not None:
             got, remedy = "two", "use a version of TRL that was tested"
             fail("trl.GRPOTrainer._compute_loss", "one scoring of the micro-batch", got, remedy)
-        rows = self._rows(look, input_ids, attention_mask, logits_to_keep, own)
-        logp, entropy, aux_loss = score(
-            model, rows.ids, rows.attention, logits_to_keep, None, **options, **rows.fields
-        )
         count = len(input_ids)
+        with profiling_context(self, "roma_degrade"):
+            rows = self._looks.rows(look, input_ids, attention_mask, logits_to_keep, own)
+        packed = None
+        if self._shared is not None:
+            with self.accelerator.autocast():
+                packed = self._shared.score(model, rows, look.identities(), look.pairs)
+        if packed is None:
+            logp, entropy, aux_loss = score(
+                model, rows.ids, rows.attention, logits_to_keep, None, **options, **rows.fields
+            )
+        else:
+            (logp, entropy), aux_loss = packed, None
         look.logp, look.pair_logp = logp[:count], logp[count:]
         return look.logp, None if entropy is None else entropy[:count], aux_loss
-
-    def _rows(
-        self, look: _Look, ids: Tensor, attention: Tensor, keep: int, own: Fields
-    ) -> fields.Joined:
-        """The clean rows, then the pairs."""
-        if not look.pairs:
-            return fields.Joined(ids, attention, own)
-        if look.others is not None:
-            chosen = [(row, look.others[row][view]) for view, row in look.pairs]
-            pad = self._tokenizer.pad_token_id
-            return fields.joined(ids, attention, keep, own, chosen, pad)
-        assert self._maker is not None and look.images is not None
-        picked = [*range(len(ids)), *(row for _, row in look.pairs)]
-        both = fields.take(own, picked)
-        with profiling_context(self, "roma_degrade"):
-            views = self._maker.pixels(look.images, look.pairs)
-        both["pixel_values"] = torch.cat([own["pixel_values"], views])
-        return fields.Joined(ids[picked], attention[picked], both)
 
     def _loss_config(self) -> RomaConfig:
         """The options of the two terms, in TRL's aggregation and clip range."""
