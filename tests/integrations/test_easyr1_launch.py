@@ -153,8 +153,8 @@ class TestMain:
     def test_switched_off_nothing_is_replaced(self, modules):
         main = modules["verl.trainer.main"]
         main.Runner, seen = object(), []
-        stock = dict(vars(main))
         main.main = lambda: seen.append(list(sys.argv))
+        stock = dict(vars(main))
         assert launch.main(["a.b=c", "roma.num_views=0"]) == 0
         assert seen == [["roma", "a.b=c"]]
         assert all(vars(main)[name] is value for name, value in stock.items())
@@ -180,7 +180,8 @@ class TestMain:
 
         main.main = theirs
         sys.modules["verl.trainer"].main = main
-        launch.main(["roma.lambda_inv=4"])
+        launch.main(["roma.lambda_inv=4", "a.b=c"])
+        assert main.Runner is stock and sys.argv == ["roma"]  # as they were
         assert config.worker.actor.roma_options == RomaOptions(lambda_inv=4)
         assert seen["worker"].__name__ == "RomaWorker" and issubclass(seen["worker"], FSDPWorker)
         assert seen["trainer"].__mro__[1:3] == (CorrectnessTrainer, RayPPOTrainer)

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     """
     options, rest = options_of(arguments)
     module = easyr1("trainer.main")
-    sys.argv = [sys.argv[0], *rest]  # where EasyR1 reads its own
+    stock, argv = getattr(module, "Runner", None), sys.argv
     if options.active:
         check_main(module)
         import ray
@@ -39,7 +39,11 @@ def main(arguments: Sequence[str]) -> int:
         # The configuration is built inside of main, so the options come by the runner.
         runner = ray.remote(num_cpus=1)(Runner)
         module.Runner = SimpleNamespace(remote=functools.partial(runner.remote, options))
-    module.main()
+    sys.argv = [argv[0], *rest]  # where EasyR1 reads its own
+    try:
+        module.main()
+    finally:
+        module.Runner, sys.argv = stock, argv
     return 0
 
 
