@@ -97,8 +97,8 @@ def view_terms(
         correct: [B] bool.
         aux_view: [B] int64.
         has_views: [B] bool.
-        totals: denominators. Those of tokens and right rows may be shares of a larger count, so
-            that a micro-batch has more of its own.
+        totals: denominators. They may be a step's shares of the counts of a generation that spans
+            several, and so be less than what a micro-batch has of its own.
         config: from `RomaOptions.loss_config`.
         num_views: K.
         old_logp: [B, T] nats of the policy that sampled; None: this very policy.
@@ -118,12 +118,16 @@ def view_terms(
     if weight is not None:
         gains = gains * weight  # min and clip scale with a positive factor
     correct = correct.to(logp.device) & seen
-    tokens, aux_scale = _at_least(totals.tokens, counted.sum())
-    right, inv_scale = _at_least(1 if totals.correct is None else totals.correct, correct.sum())
-    if config.aggregation == "dapo" and config.lambda_aux > 0:
-        config = replace(config, lambda_aux=config.lambda_aux * aux_scale)
-    if config.penalty_over == "correct" and config.lambda_inv > 0:
-        config = replace(config, lambda_inv=config.lambda_inv * inv_scale)
+    # Both terms are linear in their denominators, and a trainer's share of a count may be less than
+    # a micro-batch's own: so the loss divides by its own counts, and λ carries the rest.
+    shares = _shares(totals, counted, correct)
+    by_token = "tokens" if config.aggregation == "dapo" else "sequences"
+    by_row = "correct" if config.penalty_over == "correct" else "sequences"
+    scaled = replace(
+        config,
+        lambda_aux=config.lambda_aux * shares[by_token],
+        lambda_inv=config.lambda_inv * shares[by_row],
+    )
     out = roma_loss_from_logp(
         clean,
         views,
@@ -132,30 +136,32 @@ def view_terms(
         correct=correct,
         old_logp=clean if old_logp is None else old_logp.detach().float(),
         aux_view=aux_view.to(logp.device),
-        total_sequences=totals.sequences,
-        total_tokens=tokens,
-        total_correct=None if totals.correct is None else right,
-        config=config,
+        config=scaled,
     )
-    scaled = {"roma_aux_clipfrac": aux_scale}
-    if config.aggregation == "dapo":
-        scaled["roma_aux_loss"] = aux_scale
-    if config.penalty_over == "correct":
-        scaled["roma_penalty_worst"] = inv_scale
-    for name, scale in scaled.items():
-        out.metrics[name] = out.metrics[name] * scale.to(out.metrics[name])
+    divided = {
+        "roma_penalty_worst": by_row,
+        "roma_penalty_mean": "sequences",
+        "roma_aux_loss": by_token,
+        "roma_aux_clipfrac": "tokens",
+    }
+    for name, count in divided.items():
+        out.metrics[name] = out.metrics[name] * shares[count]
     return out
 
 
-def _at_least(total: float | Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """A total that the loss accepts, and what its sums are to be multiplied by: 1 as a rule.
-
-    A trainer whose generations span several steps gives each step an equal share of the counts.
-    The share may be below what one micro-batch of it has; the loss refuses such a total.
-    """
-    given = torch.as_tensor(total, dtype=torch.float64, device=own.device).clamp(min=1)
-    raised = torch.maximum(given, own.to(given))
-    return raised, raised / given
+def _shares(totals: Totals, counted: Tensor, correct: Tensor) -> dict[str, Tensor]:
+    """A micro-batch's own counts, as the loss takes them, over those of the step."""
+    own = {
+        "sequences": correct.new_tensor(len(correct), dtype=torch.float32),
+        "tokens": counted.sum().clamp(min=1).float(),
+        "correct": correct.sum().clamp(min=1).float(),
+    }
+    right = 1 if totals.correct is None else totals.correct
+    given = {"sequences": totals.sequences, "tokens": totals.tokens, "correct": right}
+    return {
+        name: count / torch.as_tensor(given[name], device=count.device).float().clamp(min=1)
+        for name, count in own.items()
+    }
 
 
 def by_corruption(
