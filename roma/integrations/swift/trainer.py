@@ -11,7 +11,7 @@ Views are drawn for the step in which a rollout was sampled, and so are the same
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ class _Pass:
     pairs: list[Pair]
     counts: list[int]
     logp: Tensor | None = None
-    weight: Tensor | None = field(default=None)
+    weight: Tensor | None = None
 
 
 class RomaGRPOTrainer(GRPOTrainer):
