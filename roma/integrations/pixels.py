@@ -4,9 +4,9 @@ A view is made of what the model sees: at its resolution, after every resize, cr
 that an image processor did, on its very grid. Images of any mode and tool images need nothing else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -42,29 +42,39 @@ class PixelFormat:
         Raises:
             ValueError: it is neither of the two layouts.
         """
-        patch = int(getattr(image_processor, "patch_size", 0) or 0)
-        merge = int(getattr(image_processor, "merge_size", 0) or 0)
-        frames = int(getattr(image_processor, "temporal_patch_size", 0) or 0)
+        sizes = ("patch_size", "merge_size", "temporal_patch_size")
+        patch, merge, frames = (_whole(image_processor, name) for name in sizes)
         packed = bool(patch and merge and frames)
-        side = patch * merge * -(-32 // (patch * merge)) if packed else _PROBE
-        levels = torch.arange(side * side, dtype=torch.int64).remainder(256).to(torch.uint8)
-        probe = levels.view(side, side, 1).expand(side, side, 3).contiguous()
+        # Two blocks by three, and another noise in each channel: what is moved shows.
+        block = patch * merge
+        rows, columns = _PROBE, _PROBE
+        if packed:
+            rows, columns = block * max(2, -(-16 // block)), block * max(3, -(-32 // block))
+        noise = torch.Generator().manual_seed(0)
+        probe = torch.randint(256, (rows, columns, 3), generator=noise, dtype=torch.uint8)
+        probe.view(-1, 3)[:256] = torch.arange(256, dtype=torch.uint8)[:, None]
         named = type(image_processor).__name__
-        made = image_processor(
-            images=[probe.numpy()], return_tensors="pt", **_plain(image_processor)
-        )
+        try:
+            made = image_processor(
+                images=[probe.numpy()], return_tensors="pt", **_plain(image_processor)
+            )
+        except (TypeError, ValueError) as error:  # what they raise where an option is missing
+            _unknown(named, f"an error on a plain image: {error}")
+        if not isinstance(made, Mapping) or not isinstance(made.get("pixel_values"), Tensor):
+            _unknown(named, "no pixel_values")
         values = made["pixel_values"].float()
         if packed and "image_grid_thw" in made:
             formed = cls(torch.zeros(3, 256), patch, merge, frames)
-            channels = formed._planes(values, side // patch, side // patch)
-        elif values.shape == (1, 3, side, side):
+            channels = formed._planes(values, rows // patch, columns // patch)
+        elif values.shape == (1, 3, rows, columns):
             formed, channels = cls(torch.zeros(3, 256), 0, 0, 1), values[0]
         else:
             _unknown(named, f"pixel_values of shape {list(values.shape)}")
         table = torch.stack([c.flatten()[:256] for c in channels])
-        again = table[:, levels.long()].view(3, side, side)
+        levels = probe.permute(2, 0, 1).long()
+        again = torch.stack([table[c][levels[c]] for c in range(3)])
         if not torch.equal(again, channels) or not (table.diff() > 0).all():
-            _unknown(named, "values that are no function of one pixel")
+            _unknown(named, "pixels that were moved or mixed")
         return cls(table, formed.patch, formed.merge, formed.frames)
 
     def images(self, pixel_values: Tensor, grid: Tensor | None = None) -> list[Tensor]:
@@ -89,6 +99,11 @@ class PixelFormat:
                     got, remedy = f"{time} frames", "videos have no views: give them a view_fn"
                     fail(f"pixel_values, image {number}", "one frame", got, remedy)
             parts = pixel_values.split([rows * columns for _, rows, columns in sizes])
+            for number, part in enumerate(parts):
+                frames = part.view(len(part), 3, self.frames, -1)
+                if not torch.equal(frames, frames[:, :, :1].expand_as(frames)):
+                    got, remedy = "frames that differ", "videos have no views: give them a view_fn"
+                    fail(f"pixel_values, image {number}", "one frame", got, remedy)
             planes = [
                 self._planes(part, rows, columns)
                 for part, (_, rows, columns) in zip(parts, sizes, strict=True)
@@ -117,7 +132,7 @@ class PixelFormat:
         """[3, H, W] of floats to [H, W, 3] of levels."""
         table = self.table.to(planes.device)
         low, step = table[:, :1, None], (table[:, 255:, None] - table[:, :1, None]) / 255
-        levels = ((planes.float() - low) / step).round().clamp(0, 255).long()
+        levels = ((planes.float() - low) / step).round().nan_to_num(0).clamp(0, 255).long()
         again = torch.stack([table[c][levels[c]] for c in range(3)]).to(planes.dtype)
         # Rounded to 16 bits two levels may have one value: then either does.
         if not torch.equal(again, planes):
@@ -144,12 +159,18 @@ class PixelFormat:
         return every.reshape(rows * columns, 3 * self.frames * p * p)
 
 
+def _whole(image_processor: Any, name: str) -> int:
+    """A size in whole pixels or patches; 0 if there is none (Pixtral's patch_size is a mapping)."""
+    size = getattr(image_processor, name, None)
+    return size if isinstance(size, int) else 0
+
+
 def _plain(image_processor: Any) -> dict[str, bool]:
     """Options that switch off all that moves pixels, of those that the processor has."""
     moves = ("do_resize", "do_center_crop", "do_pad", "do_image_splitting", "crop_to_patches")
     return {name: False for name in moves if getattr(image_processor, name, None) is not None}
 
 
-def _unknown(name: str, got: str) -> Any:
+def _unknown(name: str, got: str) -> NoReturn:
     expected = "pixel_values [n, 3, H, W] or Qwen-VL's patches"
     fail(f"image processor {name}", expected, got, "give the trainer a view_fn of your own")
