@@ -1,5 +1,6 @@
 """`RomaOptions`: what a user of a foreign trainer sets, under the same names in each of them."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -64,6 +65,9 @@ class RomaOptions:
             fail("num_views", "0 or more", repr(self.num_views), remedy)
         if self.view_device not in ("cpu", "cuda"):
             fail("view_device", "'cpu' or 'cuda'", repr(self.view_device), "choose one of them")
+        if not math.isfinite(self.accuracy_threshold):
+            got, remedy = repr(self.accuracy_threshold), "correct the option"
+            fail("accuracy_threshold", "a finite number", got, remedy)
         self.loss_config()
         if self.num_views:
             self._check_views()
@@ -148,7 +152,8 @@ class RomaOptions:
             >>> RomaOptions.parse("num_views=4, lambda_inv=3").lambda_inv
             3.0
         """
-        if text.strip().endswith((".yaml", ".yml")):
+        file = text.strip().endswith((".yaml", ".yml"))
+        if file and ("=" not in text or Path(text.strip()).is_file()):
             given = _read(Path(text.strip()))
         else:
             pairs = [part.split("=", 1) for part in text.split(",") if part.strip()]
@@ -176,16 +181,22 @@ def _typed(name: str, value: Any) -> Any:
     """A value as its field's type, from text or YAML."""
     kind: Any = _TYPES[name]
     kinds = get_args(kind) or (kind,)
-    if isinstance(value, str) and value.lower() in ("none", "null", "") and type(None) in kinds:
+    if type(None) in kinds and (value is None or str(value).lower() in ("none", "null", "")):
         return None
-    for number in (int, float):
-        if number in kinds and not isinstance(value, bool) and value is not None:
-            try:
-                return number(value)
-            except ValueError:
-                what = "a whole number" if number is int else "a number"
-                fail(f"{VARIABLE}, {name}", what, repr(value), "correct the value")
-    return value
+    what = {int: "a whole number", float: "a number"}.get(kinds[0])
+    if what is None:  # text: its choices are checked with the options
+        if not isinstance(value, str):
+            fail(f"{VARIABLE}, {name}", "text", repr(value), "correct the value")
+        return value
+    made: float | None = None
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        try:
+            made = kinds[0](value)
+        except (ValueError, OverflowError):
+            made = None
+    if made is None or (kinds[0] is int and not isinstance(value, str) and made != value):
+        fail(f"{VARIABLE}, {name}", what, repr(value), "correct the value")
+    return made
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -194,7 +205,11 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         got, remedy = f"{str(path)!r}, and no file there", "correct the path"
         fail(VARIABLE, "a YAML file", got, remedy, error=FileNotFoundError)
-    read = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        read = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        got = "an error: " + " ".join(str(error).split())
+        fail(f"{VARIABLE}, {path}", "YAML", got, "mend the file")
     if not isinstance(read, dict):
         fail(f"{VARIABLE}, {path}", "a mapping", type(read).__name__, "write `num_views: 2`")
     return {str(name): value for name, value in read.items()}
