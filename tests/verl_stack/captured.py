@@ -16,6 +16,7 @@ class Seen:
     logp: list[Tensor]
     rows: list[Tensor]  # their input_ids
     pixels: list[Tensor | None]
+    settings: dict[str, object]
     gradient: list[Tensor] = field(default_factory=list)
 
 
@@ -26,6 +27,8 @@ def watch(engine):
     stock = engine.prepare_model_outputs
 
     def prepare_model_outputs(*args, **named):
+        from tensordict import NonTensorData
+
         from roma.integrations.verl.micro_batch import media_of
 
         output = stock(*args, **named)
@@ -39,6 +42,7 @@ def watch(engine):
             [_completion(values.detach()[a:b], batch, i) for i, (a, b) in enumerate(spans)],
             [own.clone() for own in batch["input_ids"].unbind()],
             [own.get("pixel_values") for own in media],
+            {key: value.data for key, value in batch.items() if isinstance(value, NonTensorData)},
         )
 
         def keep(gradient: Tensor) -> None:

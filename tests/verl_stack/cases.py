@@ -75,7 +75,14 @@ def loss_of(config):
     return functools.partial(ppo_loss, config=config)
 
 
-def config(*, remove_padding: bool = False, lora: int = 0, checkpointing: bool = False, **engine):
+def config(
+    *,
+    remove_padding: bool = False,
+    lora: int = 0,
+    checkpointing: bool = False,
+    fused: bool = False,
+    **engine,
+):
     """verl's own configuration of a worker of the actor's."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import (
@@ -92,6 +99,8 @@ def config(*, remove_padding: bool = False, lora: int = 0, checkpointing: bool =
             override_config={"attn_implementation": "sdpa"},
             use_remove_padding=remove_padding,
             enable_gradient_checkpointing=checkpointing,
+            use_fused_kernels=fused,
+            fused_kernel_options={"impl_backend": "torch"},
             lora_rank=lora,
             lora_alpha=8,
             target_modules=["q_proj", "v_proj"],
@@ -242,7 +251,7 @@ def step(engine_worker, data, config=None) -> tuple[dict, dict[str, Tensor]]:
         "use_dynamic_bsz": engine.engine_config.use_dynamic_bsz,
         "max_token_len_per_gpu": engine.engine_config.max_token_len_per_gpu,
         "micro_batch_size_per_gpu": engine.engine_config.micro_batch_size_per_gpu,
-        "use_fused_kernels": False,
+        "use_fused_kernels": engine.engine_config.use_fused_kernels,
     }.items():
         if name not in data:
             tu.assign_non_tensor(data, **{name: value})

@@ -74,6 +74,9 @@ def compare(worker, data, given, case, config=None):
     """One step against the oracle at the log-probs that it scored; returns what was needed."""
     with watch(worker.engine) as seen:
         output, _ = cases.step(worker, data, config)
+    for forward in seen:  # the wider batch has every setting of verl's
+        for name in ("use_remove_padding", "use_fused_kernels", "calculate_entropy", "temperature"):
+            assert forward.settings[name] == data[name]
     views, sampled = oracle.drawn(case)
     found = by_row(seen, given, views)
     loss, metrics, want = differentiated(case, found, sampled, torch.float64)
@@ -104,6 +107,17 @@ def test_loss_and_gradient_from_the_log_probs_that_it_scored(worker_of, kind, sp
     found, _, _ = compare(worker, data, given, case)
     # Lean: all views of right rollouts with an image, the sampled one of the others with a gain.
     assert [len(own["views"]) for own in found] == [2, 1, 0, 2, 2, 1]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_verls_fused_head(monkeypatch, packed):
+    """Its form in torch; verl puts it into the class of the model, and here it is taken out."""
+    from transformers import Qwen3VLForConditionalGeneration as Model
+
+    monkeypatch.setattr(Model, "forward", Model.forward)
+    worker = cases.worker(fused=True, remove_padding=packed)
+    given, data = prepared(worker, micro_batch_size_per_gpu=3)
+    compare(worker, data, given, oracle.Case(given, RomaOptions()))
 
 
 @pytest.mark.parametrize(

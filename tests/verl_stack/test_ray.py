@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,9 +22,10 @@ def test_a_worker_under_ray_reads_its_rows_from_the_queue(tmp_path):
     torch.save(given, store)
     worker.set_loss_fn(cases.loss_of(cases.actor()))
     want = worker.train_mini_batch(cases.batch(given, mini_batch_size=6))["metrics"]
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ["PYTHONPATH"]])
     made = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "verl_stack.under_ray", str(store)],
-        env={**os.environ, "ROMA_TEST_MODEL": str(cases.folder())},
+        env={**os.environ, "ROMA_TEST_MODEL": str(cases.folder()), "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=600,

@@ -86,13 +86,17 @@ def test_options_are_refused_by_the_launcher():
     assert "ROMA_OPTIONS: expected one of num_views" in made.stderr
 
 
-def test_the_launcher_hands_the_environment_to_rays_workers():
-    """verl's own main and its real configuration, printed and not run."""
-    made = run(
-        "-m roma.integrations.verl --cfg job trainer.n_gpus_per_node=3",
-        ROMA_OPTIONS="num_views=3,view_level_table=None",
-        VERL_ENGINE_VENDOR=None,
-        VERL_USE_EXTERNAL_MODULES="verl_on_cpu",
+def test_the_examples_command_hands_its_environment_to_rays_workers():
+    """verl's own main composes its real configuration of it, prints it and does not run."""
+    changed = {
+        "PYTHON": f"{sys.executable} -W ignore",
+        "ROMA_OPTIONS": "num_views=3,view_level_table=None",
+        "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu",
+    }
+    given = {name: value for name, value in os.environ.items() if name != "VERL_ENGINE_VENDOR"}
+    command = ["sh", "examples/verl/run.sh", "trainer.n_gpus_per_node=3", "--cfg", "job"]
+    made = subprocess.run(
+        command, env={**given, **changed}, capture_output=True, text=True, timeout=180
     )
     assert made.returncode == 0, made.stderr
     assert "roma: on; RomaOptions(num_views=3" in made.stdout
@@ -133,7 +137,7 @@ def test_a_loss_without_a_clip_range(worker_of, loss, said):
 
 def test_a_batch_without_advantages(worker_of):
     given = [{k: v for k, v in row.items() if k != "advantages"} for row in cases.rows()]
-    with pytest.raises(ValueError, match="micro-batch: expected the key advantages, got extra"):
+    with pytest.raises(ValueError, match="micro-batch: expected the key advantages, got batch_num"):
         cases.step(worker_of(), cases.batch(given))
 
 

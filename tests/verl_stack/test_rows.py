@@ -8,6 +8,7 @@ import torch
 from verl_stack import cases, oracle
 
 from roma.integrations.options import RomaOptions
+from roma.testing import tolerance
 
 RIGHT = [True, False, True, True, True, False]  # rows of cases.SCORES above a half
 WITH_IMAGE = [True, True, False, True, True, True]
@@ -53,6 +54,19 @@ def test_other_places_of_the_accuracy(given):
     data = cases.batch(given)
     data["acc"] = torch.tensor(RIGHT).float()
     assert correct_of(data, RomaOptions()).tolist() == RIGHT
+
+
+def test_the_examples_reward_names_its_accuracy(given):
+    from runpy import run_path
+
+    from roma.integrations.verl.micro_batch import correct_of
+
+    compute = run_path("examples/verl/reward.py")["compute_score"]
+    texts = [r"<think> 3 + 5 </think> \boxed{8}", r"\boxed{8}", "<think> </think> 8"] * 2
+    values = [compute("digits", text, "8") for text in texts]
+    assert values[1]["score"] == 0.9  # right, without the tags
+    data = cases.batch(infos(given, values))
+    assert correct_of(data, RomaOptions()).tolist() == [True, True, False] * 2
 
 
 @pytest.mark.parametrize("info", [{"score": 1.0, "format": 1.0}, {}, None])
@@ -147,6 +161,18 @@ def test_narrow_keeps_the_graph_of_the_clean_rows():
     assert [own.tolist() for own in made.unbind()] == [[0.0, 1.0], [2.0]]
     made.values().sum().backward()
     assert values.grad.tolist() == [1, 1, 1, 0, 0, 0]
+
+
+def test_entropy_is_of_the_clean_rows(worker_of, given):
+    config = cases.actor(entropy_coeff=0.01)
+    made = {}
+    for views in (0, 2):
+        worker = worker_of("plain", RomaOptions(num_views=views))
+        data = cases.batch(given, calculate_entropy=True, micro_batch_size_per_gpu=3)
+        output, _ = cases.step(worker, data, config)
+        made[views] = output["metrics"]["actor/entropy_loss"].aggregate()
+    # Other sums of products in the wider forward: roundings at the size of a logit, up to 30.
+    assert 0 < abs(made[0]) and abs(made[2] - made[0]) <= tolerance.few(30.0)
 
 
 def test_aggregation_modes_are_all_known():

@@ -42,7 +42,11 @@ def main() -> None:
     options = check()
     state = "on" if options.active else "off: verl's own code runs"
     print(f"roma: {state}; {options}", flush=True)
-    sys.argv[1:] = [*sys.argv[1:], *overrides(variables)]
+    # Beside the user's own: Hydra takes overrides in one piece.
+    given = sys.argv[1:]
+    own = [place for place, text in enumerate(given) if "=" in text and not text.startswith("-")]
+    first = own[0] if own else len(given)
+    sys.argv[1:] = [*given[:first], *overrides(variables), *given[first:]]
     from verl.trainer.main_ppo import main as train
 
     train()

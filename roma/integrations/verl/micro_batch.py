@@ -15,7 +15,7 @@ from roma.integrations.options import RomaOptions
 from roma.integrations.views import Pair, RowImages, ViewMaker
 from roma_kernels.errors import fail
 
-# What a forward and the slice of its completions take; what is not of a row is kept whole.
+# What a forward and the slice of its completions take of each row.
 _FORWARD = (
     "input_ids",
     "position_ids",
@@ -138,13 +138,18 @@ def widen(micro_batch: Any, rows: Rows, pairs: Sequence[Pair], pixels: Tensor) -
     Returns:
         A TensorDict of B + R rows with what a forward takes; the micro-batch itself without pairs.
     """
+    from tensordict import NonTensorData
     from verl.utils import tensordict_utils as tu
 
     if not pairs:
         return micro_batch
     count = len(micro_batch)
-    keys = [key for key, value in micro_batch.items() if key in _FORWARD or not value.shape]
-    # What verl's own index leaves of a nested tensor's ragged dimension is that of its rows.
+    # verl's settings (packed or padded, which head) are one value that stands for all rows.
+    keys = [
+        key
+        for key, value in micro_batch.items()
+        if key in _FORWARD or isinstance(value, NonTensorData)
+    ]
     picked = [*range(count), *(row for _, row in pairs)]
     wide = tu.index_select_tensor_dict(micro_batch.select(*keys), picked)
     clean = [rows.media[row]["pixel_values"] for _, row in pairs]
