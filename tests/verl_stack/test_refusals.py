@@ -39,12 +39,14 @@ ENTRY = {"entry_points_txt": f"[verl.plugins]\nroma = {PLUGIN}\n", "METADATA": "
 ASK = "import roma.integrations.verl as r; r.check(); print('checked')"
 
 
+@pytest.mark.slow
 def test_the_entry_point_loads_the_engine(tmp_path):
     path = installed(tmp_path, "roma_vlm-0.1.0", **ENTRY)
     made = run(ASK, PYTHONPATH=path, VERL_USE_EXTERNAL_MODULES="verl_on_cpu")
     assert made.returncode == 0 and "checked" in made.stdout, made.stderr
 
 
+@pytest.mark.slow
 def test_without_the_vendor_nothing_is_loaded(tmp_path):
     path = installed(tmp_path, "roma_vlm-0.1.0", **ENTRY)
     code = "import verl, sys; print('roma.integrations.verl.engine' in sys.modules)"
@@ -52,6 +54,7 @@ def test_without_the_vendor_nothing_is_loaded(tmp_path):
     assert run(code, PYTHONPATH=path, **named).stdout.endswith("False\n")
 
 
+@pytest.mark.slow
 def test_an_engine_that_does_not_load_ends_the_process(tmp_path):
     """By the entry point, whose exceptions verl keeps to itself."""
     installed(tmp_path, "roma_vlm-0.1.0", **ENTRY)
@@ -65,6 +68,7 @@ def test_an_engine_that_does_not_load_ends_the_process(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variables",
     [
@@ -80,12 +84,14 @@ def test_check_names_the_engine_that_verl_would_take(variables):
     assert "FSDPEngineWithLMHead; set VERL_ENGINE_VENDOR=roma and VERL_USE_EXTERNAL" in said
 
 
+@pytest.mark.slow
 def test_options_are_refused_by_the_launcher():
     made = run("-m roma.integrations.verl --cfg job", ROMA_OPTIONS="num_view=2")
     assert made.returncode != 0
     assert "ROMA_OPTIONS: expected one of num_views" in made.stderr
 
 
+@pytest.mark.slow
 def test_the_examples_command_hands_its_environment_to_rays_workers():
     """verl's own main composes its real configuration of it, prints it and does not run."""
     changed = {

@@ -93,6 +93,6 @@ class Objective:
             dual_clip=self.dual_clip,
         )
         if self.mode == "token-sum":
-            # A sum is the mean times the count: the package divides by at least 1.
+            # A sum is the mean times the count.
             made = replace(made, lambda_aux=self.options.lambda_aux * tokens)
         return made
