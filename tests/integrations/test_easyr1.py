@@ -211,6 +211,57 @@ def test_the_bound_bites(stack, model, processor):
         assert (ours - theirs - wanted).norm() / wanted.norm() > 10 * BOUND
 
 
+def rank(number, own_classes, store, out):
+    """In a process of its own: half of the rows, and what ROMA adds to their gradient."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=2)
+    stack = standin.DataParallelPPOActor, standin.DataProto
+    if own_classes:
+        from verl.protocol import DataProto
+        from verl.workers.actor.dp_actor import DataParallelPPOActor
+
+        stack = DataParallelPPOActor, DataProto
+    model, processor = standin.small_model(), standin.image_processor()
+    sizes = {"global_batch_size_per_device": 4, "micro_batch_size_per_device_for_update": 2}
+    on = actor_for(stack, model, processor, OPTIONS, **sizes)
+    off = actor_for(stack, model, processor, None, **sizes)
+    on.world_size = off.world_size = 2
+    half = data_for(stack, off, processor).split(4)[number]
+    (ours,), metrics = gradients(on, half)
+    (theirs,), _ = gradients(off, half)
+    torch.save((ours - theirs, metrics), out)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_average_to_one(stack, model, processor, tmp_path):
+    """What FSDP does with the gradients of ranks is a mean; of the metrics too."""
+    context = torch.multiprocessing.get_context("spawn")
+    own = not issubclass(stack[0], standin.DataParallelPPOActor)
+    outs = [tmp_path / f"rank {number}" for number in range(2)]
+    given = [(number, own, tmp_path / "store", out) for number, out in enumerate(outs)]
+    ranks = [context.Process(target=rank, args=args) for args in given]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [0, 0]
+    shards = [torch.load(out, weights_only=False) for out in outs]
+    whole = actor_for(stack, model, processor, OPTIONS)
+    whole.maker_processor = processor
+    data = data_for(stack, stack[0](config_for(stack), model, None), processor)
+    _, wanted = formula(whole, data, OPTIONS, list(range(8)), "dapo")
+    mean = (shards[0][0] + shards[1][0]) / 2
+    assert (mean - wanted).norm() / wanted.norm() < BOUND
+    assert (shards[0][0] - wanted).norm() / wanted.norm() > 0.1  # neither shard alone is
+    metrics = whole.update_policy(data)
+    names = [name for name in metrics if name.startswith("roma/")]
+    assert names == [name for name in shards[0][1] if name.startswith("roma/")]
+    for name in names:
+        seen = np.mean([np.mean(shard[1][name]) for shard in shards])
+        np.testing.assert_allclose(seen, np.mean(metrics[name]), rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("options", [None, options_with(num_views=0)], ids=["none", "no views"])
 def test_switched_off_it_is_theirs_bit_for_bit(stack, model, processor, options):
     mine = actor_for(stack, model, processor, options, micro_batch_size_per_device_for_update=2)

@@ -122,7 +122,10 @@ def data(*_):
 def worker_class(module):
     """EasyR1's FSDPWorker without FSDP and vLLM."""
 
-    class CpuWorker(module.FSDPWorker):
+    class First(module.Worker):
+        """EasyR1 makes the class of a process from the first base of its worker."""
+
+    class CpuWorker(First, module.FSDPWorker):
         def __init__(self, config, role):
             if not torch.distributed.is_initialized():
                 torch.distributed.init_process_group("gloo")
@@ -152,6 +155,11 @@ def worker_class(module):
 
     dispatch = module.register(dispatch_mode=module.Dispatch.ONE_TO_ALL)
     CpuWorker.save_checkpoint = dispatch(save_checkpoint)
+    # Classes travel by name, so both have one: EasyR1's, whose place is taken, and this.
+    module.FSDPWorker.__qualname__ = "StockFSDPWorker"
+    module.StockFSDPWorker = module.FSDPWorker
+    CpuWorker.__module__, CpuWorker.__qualname__ = __name__, "CpuWorker"
+    globals()["CpuWorker"] = CpuWorker
     return CpuWorker
 
 
