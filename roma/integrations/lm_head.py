@@ -213,9 +213,16 @@ def trl_uses_our_head() -> _InTrl:
 
 
 def _keep_in_trl() -> None:
-    """A trainer of TRL would put its head over one that is there already, without a word."""
+    """A trainer of TRL would put its head over one that is there already, without a word.
+
+    So TRL is imported, which takes seconds, if one that does so is installed.
+    """
     if importlib.util.find_spec("trl") is None:
         return
+    from packaging.version import Version
+
+    if Version(importlib.metadata.version("trl")) < Version("1.0"):
+        return  # it has no fused head, and ms-swift has its own way with this one
     try:
         utils = importlib.import_module("trl.trainer.utils")
     except (ImportError, RuntimeError):
