@@ -3,7 +3,7 @@
 Variables of the environment steer it: TRL_SUITE_TRAINER names the trainer (a key of TRAINERS),
 TRL_SUITE_HOME the folder of the stand-ins, TRL_SUITE_RECORD the JSON file that a run writes:
 {test: {outcome, seconds, why, logged}}.
-`trl.trainer.grpo_trainer` itself is left alone, so that what TRL's code looks up there stays TRL's.
+The names are set in the test module alone: TRL stays as it is for whoever else looks there.
 """
 
 import importlib.util
@@ -13,7 +13,6 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,8 @@ from trl import import_utils
 from trl_suite import processors
 
 TRAINER, RECORD, HOME = "TRL_SUITE_TRAINER", "TRL_SUITE_RECORD", "TRL_SUITE_HOME"
-QWEN_IDS = re.compile(r"\b(15|24)\d{4}\b")  # of the words from <|endoftext|> on
+# Ids from <|endoftext|> on; and tests that rely on no end of a completion being sampled by chance.
+WHOLE = re.compile(r"\b(15|24)\d{4}\b|mask_truncated")
 CLOCK = re.compile("time|per_second|_flos")  # what two equal runs need not agree on
 
 
@@ -41,18 +41,9 @@ def on() -> tuple[type, type]:
 
 def off() -> tuple[type, type]:
     """Ours, with no views: everything that a test sees has to be TRL's."""
-    trainer, config = on()
-    quiet = dataclass(
-        type("GRPOConfig", (config,), {"__annotations__": {"num_views": int}, "num_views": 0})
-    )
+    from trl_suite.quiet import QuietConfig, QuietTrainer
 
-    class Quiet(trainer):  # type: ignore[misc, valid-type]
-        def __init__(self, *args, **kwargs):
-            if kwargs.get("args") is None:  # a test may leave the config out
-                kwargs["args"] = quiet(output_dir="trl_suite", report_to="none")
-            super().__init__(*args, **kwargs)
-
-    return Quiet, quiet
+    return QuietTrainer, QuietConfig
 
 
 def hair() -> tuple[type, type]:
@@ -147,20 +138,25 @@ class Recorder:
         self.path.write_text(json.dumps(self.tests))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the trainer and its config under TRL's names in the modules of the tests."""
+    trainer, settings = TRAINERS[os.environ[TRAINER]]()
+    for module in {item.module for item in items}:
+        assert (module.GRPOTrainer, module.GRPOConfig) == stock()
+        module.GRPOTrainer, module.GRPOConfig = trainer, settings
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A test runs where the stand-ins are: the whole vocabulary for one that names Qwen's ids."""
+    """A test runs where the stand-ins are: the whole vocabulary where that matters."""
     source = inspect.getsource(item.function)
-    os.chdir(Path(os.environ[HOME]) / ("whole" if QWEN_IDS.search(source) else "small"))
+    os.chdir(Path(os.environ[HOME]) / ("whole" if WHOLE.search(source) else "small"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Put the trainer under TRL's names before a test module is imported."""
+    """Make ready what the test module imports, and listen."""
     processors.register()
     tell_availability()
-    trainer, settings = TRAINERS[os.environ[TRAINER]]()
-    for home in (trl, trl.trainer):
-        home.GRPOTrainer, home.GRPOConfig = trainer, settings
     config.pluginmanager.register(Listener(Log()), "trl_suite_log")
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Recorder(Path(os.environ[RECORD])), "trl_suite_record")
