@@ -72,7 +72,9 @@ def digest(images: Sequence[np.ndarray]) -> str:
 
 def shown(image: Image.Image, processor: Any) -> np.ndarray:
     """[H, W, 3] uint8: a file's image as a Qwen-VL model sees it."""
-    rgb, size = image.convert("RGB"), processor.size
+    clear = image.convert("RGBA")  # what is transparent is white; convert("RGB") would show it
+    white = Image.new("RGBA", clear.size, "white")
+    rgb, size = Image.alpha_composite(white, clear).convert("RGB"), processor.size
     factor = processor.patch_size * processor.merge_size
     low, high = size["shortest_edge"], size["longest_edge"]
     height, width = smart_resize(rgb.height, rgb.width, factor, low, high)

@@ -17,7 +17,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from examples.trl import tiny
 from roma.integrations.trl import RomaGRPOConfig, RomaGRPOTrainer
+from roma.testing.tolerance import Bound, check, many
 
+LAMBDAS = {"lambda_inv": 1.7, "lambda_aux": 0.6}
+PARTS = ("model.visual", "model.language_model.embed", "model.language_model.layers", "lm_head")
 SCALE = 5  # of the weights: views then move log-probs by 0.2 nats, as drawn they move by 0.02
 
 
@@ -195,3 +198,30 @@ def run(folder: Path, out: Path, **how: Any) -> Any:
     trainer = build(folder, out, **how)
     trainer.train()
     return trainer
+
+
+def vector(named: dict[str, Tensor], part: str = "") -> Tensor:
+    """The weights of a part of the model, in one."""
+    return torch.cat([x.flatten() for name, x in sorted(named.items()) if name.startswith(part)])
+
+
+def held(trainer: Any, oracle: Any, number: int = 0) -> dict[str, Bound]:
+    """Gradient and losses of a step against the formulas: plain PyTorch's own error, twice.
+
+    The largest weight hides the others, so each part of the model is compared by itself.
+    """
+    eager = oracle.gradient(number, torch.float32)
+    want, got = oracle.gradient(number), trainer.steps[number].gradients
+    # A loss is a mean of products of advantages and ratios of a small head's log-probs.
+    for mine, loss in zip(trainer.steps[number].losses, oracle.losses, strict=True):
+        assert abs(mine - loss) <= many(1 + abs(loss))
+    return {
+        part: check(
+            f"gradient of {part}",
+            vector(got, part),
+            vector(want, part),
+            vector(eager, part),
+            dtype=torch.float32,
+        )
+        for part in PARTS
+    }
