@@ -9,7 +9,7 @@ PEERS := $(VENV)/.peers-done
 NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-deepspeed test-vllm test-trl test-swift test-verl example-trl check bench gpu wheels kernels kernels-all
+.PHONY: help setup demo test test-deepspeed test-vllm test-trl test-swift test-verl test-easyr1 example-trl check bench gpu wheels kernels kernels-all
 
 help:
 	@echo "make setup   .venv with everything the tests and the demo need"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-trl   ROMA in TRL, its oldest and newest version that fit"
 	@echo "make test-swift   the same in ms-swift, in an environment of its own"
 	@echo "make test-verl   the same in verl, in an environment of its own"
+	@echo "make test-easyr1 EASYR1=/path   the same in a clone of EasyR1, which is on no index"
 	@echo "make example-trl   TRL's GRPO with ROMA on a small Qwen3-VL, on a CPU: runs/example-trl"
 	@echo "make check   ruff, mypy, imports, links, README, doctests, every kernel compiled for every chip"
 	@echo "make bench   the loss against its peers, held to float64 first: bench/results, docs/BENCHMARKS.md"
@@ -43,7 +44,7 @@ demo: $(STAMP)
 	@$(BIN)/python -m experiments.digits --out runs/demo
 
 # Two test processes on two cores: more threads in each would only wait for one another.
-test test-deepspeed test-vllm test-trl test-swift test-verl example-trl check: export OMP_NUM_THREADS ?= 1
+test test-deepspeed test-vllm test-trl test-swift test-verl test-easyr1 example-trl check: export OMP_NUM_THREADS ?= 1
 
 test: $(STAMP)
 	@echo "test: every test, two at a time"
@@ -58,7 +59,8 @@ $(VENV)/deepspeed: $(STAMP)
 test-deepspeed: $(VENV)/deepspeed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=$(VENV)/deepspeed \
 		$(BIN)/pytest -q -n 0 tests/train/test_ranks.py tests/train/test_engines.py \
-		tests/train/test_engine_options.py tests/train/test_estimate_ranks.py
+		tests/train/test_engine_options.py tests/train/test_estimate_ranks.py \
+		tests/integrations/test_lm_head_ranks.py
 	@PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=$(VENV)/deepspeed \
 		$(BIN)/pytest -q -n 0 tests/train/test_checkpoint_kill.py -k zero2
 
@@ -107,6 +109,17 @@ $(VENV)/verl/.ready: tests/verl_stack/requirements.txt
 test-verl: $(VENV)/verl/.ready
 	@PYTHONPATH=.:kernels:tests/vllm_engine/cpu:tests/verl_stack/cpu $(VENV)/verl/bin/python -m pytest -q \
 		--confcutdir tests/verl_stack tests/verl_stack
+
+# EASYR1 is the absolute path of a clone: Ray starts its workers elsewhere.
+$(VENV)/easyr1/.ready: tests/integrations/recorded/requirements.txt
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --requirement $<
+	@touch $@
+
+test-easyr1: $(VENV)/easyr1/.ready
+	@test -d "$(EASYR1)/verl" || { echo "test-easyr1: give EASYR1=/path/of/a/clone of EasyR1"; exit 2; }
+	@PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/tests:$(EASYR1) $(VENV)/easyr1/bin/python -m pytest \
+		-q --confcutdir tests/integrations tests/integrations/test_easyr1*.py
 
 example-trl: $(VENV)/trl-$(TRL_NEWEST)
 	@PYTHONPATH=$(VENV)/trl-$(TRL_NEWEST) $(BIN)/python examples/trl/train.py --out runs/example-trl
