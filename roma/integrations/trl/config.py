@@ -33,7 +33,7 @@ class RomaGRPOConfig(GRPOConfig):
             YAML file with another table of levels.
         view_seed (`int`, *optional*, defaults to `0`):
             Seed of the draws. They depend on it, on the step and on the clean images alone, never
-            on a global generator: switching ROMA on does not change what is sampled.
+            on a global generator.
         view_device (`str`, *optional*, defaults to `"cpu"`):
             Where DALI makes the views: `"cpu"` or `"cuda"`.
 
