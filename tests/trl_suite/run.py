@@ -111,7 +111,7 @@ def difference(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> str:
     if len(theirs) != len(ours):
         return f"logged {len(theirs)} times with TRL's, {len(ours)} times with the other"
     for step, (a, b) in enumerate(zip(theirs, ours, strict=True)):
-        for key in a.keys() | b.keys():
+        for key in [*a, *(k for k in b if k not in a)]:
             if a.get(key) != b.get(key):
                 return f"entry {step} of the log, {key}: {a.get(key)} became {b.get(key)}"
     return ""
@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tests", type=Path, required=True, help="the tests folder of a checkout")
     parser.add_argument("--trainer", default="off", help="off, on, stock, hair or broken")
     parser.add_argument("--work", type=Path, help="keep stand-ins, logs and records here")
-    parser.add_argument("--stock", type=Path, help="the record of an earlier run with TRL's own")
+    parser.add_argument("--stock", type=Path, help="the record of TRL's own run of the same tests")
     args, extra = parser.parse_known_args(arguments)
     tests = args.tests.resolve()
     if not (tests / "test_grpo_trainer.py").is_file():
