@@ -28,6 +28,7 @@ from roma.integrations.trl.fields import ViewFunction
 from roma.integrations.trl.look import Look, Looks
 from roma.integrations.trl.record import Record
 from roma.integrations.trl.sharing import SharedPrompts, whole_groups
+from roma.integrations.trl.text_rows import TextRows, of_prompts
 from roma.integrations.views import ViewMaker
 from roma.views import CORRUPTIONS
 from roma_kernels.errors import fail
@@ -82,6 +83,7 @@ class RomaGRPOTrainer(GRPOTrainer):
         self._looks = Looks(self.roma, maker, self._tokenizer.pad_token_id)
         names = [f"view_{k}" for k in range(self.roma.num_views)] if view_fn else list(CORRUPTIONS)
         self._record = Record(self, names)
+        self._text_rows = TextRows(self)
         self._shared = self._sharing() if config.share_prompts else None
         self._never_sample_images()
 
@@ -116,10 +118,14 @@ class RomaGRPOTrainer(GRPOTrainer):
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         """TRL's; a prompt of text alone among others has no images, not None."""
+        if self.roma.active:  # before sampling, which runs sharded weights too
+            self._text_rows.compare(of_prompts(prompts))
         made = super()._generate(prompts)
         images = made[6]
         if images is not None:
             images = [own if own is not None else [] for own in images]
+        if self.roma.active and self.tools:  # whose answers may have images
+            self._text_rows.compare(images or [[] for _ in prompts])
         return (*made[:6], images, *made[7:])
 
     def _calculate_rewards(
@@ -149,9 +155,11 @@ class RomaGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's batch, and for each rollout what its views need."""
-        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if not self.roma.active:
-            return output
+            stock: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            return stock
+        with self._text_rows.logged():
+            output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         assert self._correct is not None
         count, step = len(inputs), self.state.global_step
         correct = self._correct
