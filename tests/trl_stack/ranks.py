@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.ranks import RANKS, join, leave
+import torch.distributed as dist
+from support.ranks import RANKS, join
 
-LIMIT = 240.0
+LIMIT = 240.0  # seconds of a run; a rank that waits for another fails in a quarter of it
 WORDS = ("which", "colour", "is", "the", "square", "are", "squares", "say")
 
 
@@ -51,8 +52,10 @@ RIGHT: dict[str, Callable[[int, int], bool]] = {
 # row of the dataset -> is it text alone
 TEXT: dict[str, Callable[[int], bool]] = {
     "none": lambda row: False,
+    "all": lambda row: True,
     "every_other": lambda row: row % 2 == 1,
-    # With shuffle_dataset=False: the first rank has text alone, the second images.
+    "one_in_four": lambda row: row % 4 == 1,
+    # The first rank has text alone, the second images.
     "first_rank": lambda row: row % 4 < 2,
 }
 
@@ -67,9 +70,9 @@ def build(folder: Path, out: Path, job: Job, ranks: int = 1) -> Any:
         ranks: number of processes that share the 16.
     """
     from datasets import Dataset
-    from examples.trl import tiny
     from transformers import Qwen3VLForConditionalGeneration
 
+    from examples.trl import tiny
     from roma.integrations.trl import RomaGRPOConfig, RomaGRPOTrainer
 
     options = {
@@ -118,7 +121,7 @@ def knows(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
 
 
 def adapters(**given: Any) -> Any:
-    """LoRA on the language model, with factors that are not zero: they change the policy at once."""
+    """LoRA on the language model, with factors that are not zero: they matter at once."""
     from peft import LoraConfig
 
     targets = r".*language_model.*\.(q_proj|v_proj|down_proj)"
@@ -288,12 +291,27 @@ def on_a_rank(rank: int, store: Path, folder: Path, job: Job) -> None:
     assert job.engine not in ("fsdp2", "zero3") or all(map(_sharded, _parameters(trainer)))
     if rank == 0:
         torch.save(found, store.parent / "rank.pt")
-    leave()
+    dist.barrier()
+
+
+def refused_on_a_rank(rank: int, store: Path, folder: Path, job: Job, message: str) -> None:
+    """Each of two ranks is told the same before the first step, and none waits."""
+    import pytest
+
+    _meet(rank, store, job.engine)
+    trainer = build(folder, store.parent / "out", job, RANKS)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    dist.barrier()
 
 
 def _meet(rank: int, store: Path, engine: str) -> None:
+    """Joins, once in a process: DeepSpeed keeps the groups that it made."""
+    if dist.is_initialized():
+        return
     os.environ |= {"LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "localhost"}
-    join(rank, store, LIMIT / 2)
+    join(rank, store, LIMIT / 4)
     if engine != "ddp":
         _pretend_cards()
 

@@ -18,7 +18,7 @@ from trl_stack.ranks import Job
 # are sums of some 10^4 products, which in another order differ by √10^4 · 2^-24 = 6e-6 of their
 # size. AdamW moves a weight by lr whatever its gradient's size, so all weights move by 1e-2 of
 # their norm: 1e-2 · 6e-6 = 6e-8 if no component cancels. Components smaller than the noise may go
-# either way; 2e-7 was measured. Planted errors are at 6e-3 and above.
+# either way; 1.5e-7 was measured. Planted errors are at 2.7e-3 and 5.6e-3.
 CLOSE = 1e-5
 METRICS = 1e-4  # of a metric, relative
 SEEN = 1e-2  # nats that the worst view is away in some step, so that there is something to compare
@@ -41,7 +41,7 @@ def pair() -> Iterator[Callable[[str], Ranks]]:
 
     def of(engine: str) -> Ranks:
         nonlocal last
-        if engine != last or engine.startswith("zero"):
+        if engine != last:
             running.stop()
         last = engine
         return running
@@ -112,7 +112,7 @@ def seen(found: Found) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ENGINES, scope="module")
 def test_two_ranks_are_one_process(pair, one, folder, tmp_path, engine) -> None:
     job = Job(engine)
     want = one(job)
@@ -121,7 +121,7 @@ def test_two_ranks_are_one_process(pair, one, folder, tmp_path, engine) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ENGINES, scope="module")
 def test_adapters_with_checkpointing(pair, one, folder, tmp_path, engine) -> None:
     """The reference is the model without its adapters, on clean images."""
     job = Job(engine, lora=True, options={**CHECKPOINTED, "learning_rate": 1e-2})
@@ -135,7 +135,7 @@ def test_adapters_with_checkpointing(pair, one, folder, tmp_path, engine) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ENGINES, scope="module")
 def test_a_rank_with_nothing_to_look_at_twice(pair, one, folder, tmp_path, engine) -> None:
     """The first rank has no right rollout and no advantage: none of its views is run."""
     job = Job(engine, right="last_rank", options={"penalty_over": "correct"})
@@ -145,7 +145,7 @@ def test_a_rank_with_nothing_to_look_at_twice(pair, one, folder, tmp_path, engin
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", pytest.param("zero3", marks=NO_DEEPSPEED)])
+@pytest.mark.parametrize("engine", ENGINES, scope="module")
 def test_shared_prompts(pair, one, folder, tmp_path, engine) -> None:
     options = {"share_prompts": True, "gradient_checkpointing": True}
     want = one(Job())  # of a row for each rollout
@@ -156,22 +156,24 @@ def test_shared_prompts(pair, one, folder, tmp_path, engine) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"num_iterations": 2, "loss_type": "grpo"},
-        {"steps_per_generation": 4, "loss_type": "grpo"},
+        {"num_iterations": 2, "loss_type": "grpo", "penalty_over": "correct"},
+        {"steps_per_generation": 4, "loss_type": "grpo", "penalty_over": "correct"},
         {"penalty_over": "correct", "loss_type": "dr_grpo", "view_update": "joint"},
     ],
     ids=["num_iterations", "steps_per_generation", "joint"],
 )
-def test_other_options(pair, one, folder, tmp_path, options) -> None:
-    job = Job("ddp", options=options)
+@pytest.mark.parametrize("engine", ["ddp"], scope="module")
+def test_other_options(pair, one, folder, tmp_path, engine, options) -> None:
+    job = Job(engine, options=options)
     equal(two(pair, folder, tmp_path, job), one(job))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plant", ["unscaled", "own_views"])
-def test_an_error_is_found(pair, one, folder, tmp_path, plant) -> None:
+@pytest.mark.parametrize("engine", ["ddp"], scope="module")
+def test_an_error_is_found(pair, one, folder, tmp_path, engine, plant) -> None:
     """One that a rank can make: the bound is passed a hundred times over."""
-    job = Job("ddp", plant=plant)
+    job = Job(engine, plant=plant)
     found, want = two(pair, folder, tmp_path, job), one(job)
     off = distance(found["weights"], want["weights"])
     print(f"{plant}: {off:.1e}")
@@ -181,9 +183,62 @@ def test_an_error_is_found(pair, one, folder, tmp_path, plant) -> None:
 
 
 @pytest.mark.slow
-def test_text_alone_between_images(pair, one, folder, tmp_path) -> None:
-    """Every micro-batch has an image."""
-    job = Job("ddp", text="every_other")
+@pytest.mark.parametrize("text", ["every_other", "first_rank"])
+@pytest.mark.parametrize("engine", ["ddp"], scope="module")
+def test_text_alone_beside_images(pair, one, folder, tmp_path, engine, text) -> None:
+    """Under DDP, a whole rank of text alone too."""
+    job = Job(engine, text=text)
     want = one(job)
     assert lines(want)[0]["roma/has_views"] == 0.5
     equal(two(pair, folder, tmp_path, job), want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES[1:], scope="module")
+def test_text_alone_is_refused_where_ranks_would_wait(pair, folder, tmp_path, engine) -> None:
+    """The first rank has text alone, the second images: TRL hangs, or gloo ends it."""
+    job, told = Job(engine, text="first_rank"), r"4 or more on 1 of 2 ranks"
+    pair(engine).run(ranks.refused_on_a_rank, tmp_path / "store", folder, job, told)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", SHARDED, scope="module")
+def test_text_alone_everywhere(pair, one, folder, tmp_path, engine) -> None:
+    """A generation without images has no views, and nobody waits."""
+    job = Job(engine, text="all")
+    want = one(job)
+    assert seen(want) == 0
+    equal(two(pair, folder, tmp_path, job), want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", SHARDED, scope="module")
+def test_text_alone_in_each_micro_batch(pair, one, folder, tmp_path, engine) -> None:
+    """Fewer than a micro-batch has: each has an image, and is taken."""
+    options = {"num_generations": 2}
+    job = Job(engine, text="one_in_four", options=options)
+    equal(two(pair, folder, tmp_path, job), one(job))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES, scope="module")
+def test_a_resumed_run_goes_on_as_it_would_have(pair, one, folder, tmp_path, engine) -> None:
+    """Two of four steps, and on from the files of both ranks."""
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    job = Job(engine, options=options)
+    through = two(pair, folder, tmp_path, job)
+    start = str(tmp_path / "out" / "checkpoint-2")
+    again = two(pair, folder, tmp_path, replace(job, resume=start))
+    off = distance(again["weights"], through["weights"])
+    print(f"resumed {off:.1e}")
+    assert off == 0
+    equal(through, one(job), 4)
+    assert lines(again) == lines(through)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES[2:3], scope="module")
+def test_text_alone_is_taken_where_nobody_waits(pair, one, folder, tmp_path, engine) -> None:
+    """ZeRO-2 shards no weight, and reduces gradients of adapters alone: none is in the tower."""
+    job = Job(engine, lora=True, text="first_rank", options={"learning_rate": 1e-2})
+    equal(two(pair, folder, tmp_path, job), one(job))
