@@ -61,6 +61,20 @@ def test_an_option_out_of_range_is_refused_when_it_is_set(tmp_path, given, messa
         options(tmp_path, **given)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"delta": 0.9}, "dual_clip: expected a finite number ≥ 1"),
+        ({"epsilon": 1.5}, "clip_low: expected a number ≤ 1"),
+    ],
+)
+def test_a_clip_range_that_the_view_loss_refuses_is_told_when_the_trainer_is_built(
+    folder, tmp_path, given, message
+):
+    with pytest.raises(ValueError, match=message):
+        build(folder, tmp_path, options=given)
+
+
 def test_data_without_images_are_refused(folder, tmp_path):
     text = tiny.stripes(4).remove_columns("images")
     with pytest.raises(ValueError, match="train_dataset: expected a column image or images"):

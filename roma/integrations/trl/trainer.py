@@ -78,6 +78,7 @@ class RomaGRPOTrainer(GRPOTrainer):
             super().__init__(*args, **kwargs)
         if not self.roma.active:
             return
+        self._loss_config()  # a clip range or delta that the loss refuses is told now
         self._accuracy = checks.accuracy_index(config.accuracy_reward, self.reward_func_names)
         maker = None if view_fn else ViewMaker(self.roma, checks.image_processor(self))
         self._looks = Looks(self.roma, maker, self._tokenizer.pad_token_id)
