@@ -64,7 +64,7 @@ def test_an_option_out_of_range_is_refused_when_it_is_set(tmp_path, given, messa
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"delta": 0.9}, "dual_clip: expected a finite number ≥ 1"),
+        ({"delta": 0.9}, "dual_clip: expected a finite number > 1"),
         ({"epsilon": 1.5}, "clip_low: expected a number ≤ 1"),
     ],
 )
