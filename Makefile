@@ -9,7 +9,7 @@ PEERS := $(VENV)/.peers-done
 NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-deepspeed test-vllm test-trl test-swift test-verl test-easyr1 example-trl check bench gpu wheels kernels kernels-all
+.PHONY: help setup demo test test-deepspeed test-vllm test-trl test-trl-suite test-swift test-verl test-easyr1 example-trl check bench gpu wheels kernels kernels-all
 
 help:
 	@echo "make setup   .venv with everything the tests and the demo need"
@@ -18,9 +18,10 @@ help:
 	@echo "make test-deepspeed   the trainer under ZeRO-1, 2 and 3, with DeepSpeed in a folder of its own"
 	@echo "make test-vllm   rollouts by vLLM's CPU build, in an environment of its own"
 	@echo "make test-trl   ROMA in TRL, its oldest and newest version that fit"
-	@echo "make test-swift   the same in ms-swift, in an environment of its own"
-	@echo "make test-verl   the same in verl, in an environment of its own"
-	@echo "make test-easyr1 EASYR1=/path   the same in a clone of EasyR1, which is on no index"
+	@echo "make test-trl-suite TRL_TESTS=/path   TRL's own GRPO tests with our trainer in their place"
+	@echo "make test-swift   ROMA in ms-swift, in an environment of its own"
+	@echo "make test-verl   ROMA in verl, in an environment of its own"
+	@echo "make test-easyr1 EASYR1=/path   ROMA in a clone of EasyR1, which is on no index"
 	@echo "make example-trl   TRL's GRPO with ROMA on a small Qwen3-VL, on a CPU: runs/example-trl"
 	@echo "make check   ruff, mypy, imports, links, README, doctests, every kernel compiled for every chip"
 	@echo "make bench   the loss against its peers, held to float64 first: bench/results, docs/BENCHMARKS.md"
@@ -44,7 +45,7 @@ demo: $(STAMP)
 	@$(BIN)/python -m experiments.digits --out runs/demo
 
 # Two test processes on two cores: more threads in each would only wait for one another.
-test test-deepspeed test-vllm test-trl test-swift test-verl test-easyr1 example-trl check: export OMP_NUM_THREADS ?= 1
+test test-deepspeed test-vllm test-trl test-trl-suite test-swift test-verl test-easyr1 example-trl check: export OMP_NUM_THREADS ?= 1
 
 test: $(STAMP)
 	@echo "test: every test, two at a time"
@@ -89,6 +90,13 @@ test-trl: $(VENV)/trl-$(TRL_OLDEST) $(VENV)/trl-$(TRL_NEWEST) $(VENV)/deepspeed
 		PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=$(VENV)/trl-$$version:$(VENV)/deepspeed \
 			$(BIN)/pytest -q -n 2 --dist worksteal tests/trl_stack || exit 1; \
 	done
+
+# TRL's own tests with our trainer in their place: make test-trl-suite TRL_TESTS=trl/tests, of a clone of TRL.
+# jmespath: without it those of tools are skipped.
+test-trl-suite: $(VENV)/trl-$(TRL_NEWEST)
+	@test -d "$(TRL_TESTS)" || { echo "test-trl-suite: give TRL_TESTS=/path/of/trl/tests"; exit 2; }
+	@test -d $(VENV)/jmespath || $(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/jmespath jmespath
+	@PYTHONPATH=$(VENV)/trl-$(TRL_NEWEST):$(VENV)/jmespath $(BIN)/python tests/trl_suite/run.py --tests $(TRL_TESTS) -n 2
 
 # Environments of their own: both name their transformers. torchvision has no build for this torch.
 $(VENV)/swift/.ready: tests/swift_stack/requirements.txt
