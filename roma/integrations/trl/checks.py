@@ -94,6 +94,20 @@ def check_data(arguments: Mapping[str, Any]) -> None:
         fail("train_dataset", "a column image or images", got, remedy)
 
 
+def check_view_fn(arguments: Mapping[str, Any]) -> None:
+    """Checks that a view_fn sees the prompts that the model sees.
+
+    Args:
+        arguments: of GRPOTrainer, by name.
+
+    Raises:
+        ValueError: an environment writes into the prompts, after the dataset.
+    """
+    if arguments.get("environment_factory"):
+        got, remedy = "both", "leave the view_fn out: images then have degraded views"
+        fail("view_fn, environment_factory", "one of the two", got, remedy)
+
+
 def image_processor(trainer: Any) -> Any:
     """The image processor of a trainer.
 
@@ -124,4 +138,5 @@ def accuracy_index(name: str | None, names: list[str]) -> int:
 
 def bound(init: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call, by name; those that were not given are left out."""
-    return dict(inspect.signature(init).bind_partial(None, *args, **kwargs).arguments)
+    given = inspect.signature(init).bind_partial(None, *args, **kwargs).arguments
+    return {name: value for name, value in given.items() if name != "self"}

@@ -63,6 +63,17 @@ def without_blanks(inputs: Mapping[str, Any]) -> Fields:
     return {k: v for k, v in inputs.items() if k not in NAMES or k in _BY_TOKEN}
 
 
+def without_images(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a dataset; where none has an image, with an empty list of images for None.
+
+    TRL reads a list as no image, and hands None to the image processor.
+    """
+    if any(row.get("image") is not None or row.get("images") for row in rows):
+        return rows
+    named = any("image" in row or "images" in row for row in rows)
+    return [{**row, "images": []} for row in rows] if named else rows
+
+
 def counts(fields: Fields, rows: int) -> list[int]:
     """Images (or tiles, where an image has several) of each row."""
     found = fields.get("num_tiles", fields.get("num_images"))
@@ -107,13 +118,26 @@ def alternatives(
     known: list[tuple[Mapping[str, Any], int]] = []
     found = []
     for row in inputs:
-        same = next((number for other, number in known if other is row or other == row), None)
+        same = next((number for other, number in known if _equal(other, row)), None)
         if same is None:
             same = len(known)
             known.append((row, same))
             made[same] = _of_row(trainer, row, view_fn, views, step)
         found.append(made[same])
     return found
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Of what a dataset may hold, arrays too, which `==` compares number by number."""
+    if one is other:
+        return True
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if hasattr(one, "shape") and hasattr(other, "shape"):
+        return one.shape == other.shape and bool((one == other).all())
+    return bool(one == other)
 
 
 def _of_row(
@@ -141,7 +165,7 @@ def _tokenised(trainer: Any, row: Mapping[str, Any]) -> Alternative:
         (ids,), _, _ = trainer._tokenize_prompts([prompt])
         return Alternative(torch.as_tensor(ids), {})
     messages = prepare_multimodal_messages(prompt, images=list(images))
-    options = dict(trainer.chat_template_kwargs)
+    options = {"tools": trainer.tools, **trainer.chat_template_kwargs}
     text = apply_chat_template({"prompt": messages}, trainer.processing_class, **options)["prompt"]
     made = trainer.processing_class(images=[list(images)], text=[text], return_tensors="pt")
     fields = {name: value for name, value in made.items() if name in NAMES}
@@ -219,6 +243,8 @@ def _joined_fields(
         if name == "num_images":
             clean = list(fields.get(name, [0] * count))
             made[name] = clean + [other.get(name, [0])[0] for other in own]
+        elif name == "num_tiles":  # a row of pixel_values each
+            made[name] = fields[name] + [len(other.get("pixel_values", ())) for other in own]
         elif name in _BY_TOKEN:
             total = width + keep
             clean = fields.get(name, like.new_zeros(count, total))

@@ -30,10 +30,16 @@ class Record:
         """Remembers where to write."""
         self.trainer, self.names = trainer, list(names)
         self._sums = {mode: self._blank() for mode in ("train", "eval")}
-        self._written = 0  # completions in the last generation, all ranks
+        # Rows that the table got in all, and before the last generation of each mode: an evaluation
+        # may come between a generation and the steps that train on it.
+        self._written = 0
+        self._before = {"train": 0, "eval": 0}
 
     def _blank(self) -> Tensor:
         return torch.zeros(len(self.names), 3, dtype=torch.float64)
+
+    def _mode(self) -> str:
+        return "train" if self.trainer.model.training else "eval"
 
     def loss(
         self,
@@ -62,7 +68,7 @@ class Record:
             shards: micro-batches times ranks of the totals.
         """
         accelerator = self.trainer.accelerator
-        right = (correct & has_views).cpu()
+        right = correct.cpu() & has_views
         values = metrics_of(out, shards)
         values[PREFIX + "correct"] = float(correct.float().mean())
         values[PREFIX + "has_views"] = float(has_views.float().mean())
@@ -86,7 +92,8 @@ class Record:
     def completions(self, correct: Tensor) -> None:
         """Adds columns to the table of completions; every rank calls it after a generation."""
         flags = [bool(flag) for flag in self.trainer.accelerator.gather(correct).tolist()]
-        self._written = len(flags)
+        self._before[self._mode()] = self._written
+        self._written += len(flags)
         blank: list[Any] = [None] * len(flags)
         for column, values in zip(_COLUMNS, (flags, blank, blank), strict=True):
             self.trainer._logs["extra"][column].extend(values)
@@ -124,8 +131,9 @@ class Record:
             if right and (view[b], b) in named
         ]
         extra = self.trainer._logs["extra"]
+        behind = self._written - self._before[self._mode()]
         for row, penalty, name in gather_object(own):
             for column, entry in (("roma/penalty", penalty), ("roma/worst_view", name)):
-                place = len(extra[column]) - self._written + row
+                place = len(extra[column]) - behind + row
                 if place >= 0:
                     extra[column][place] = entry

@@ -58,6 +58,9 @@ class SharedPrompts:
 
         Returns:
             Two tensors [B + R, T], 0 where there is no token; None if no row has one.
+
+        Raises:
+            ValueError: the model takes other inputs, or a completion has an image.
         """
         unknown = [name for name in rows.fields if name not in _KNOWN]
         if unknown:
@@ -66,7 +69,12 @@ class SharedPrompts:
         count, keep = len(rows.ids) - len(pairs), rows.keep
         members = [*((0, row) for row in range(count)), *((view + 1, row) for view, row in pairs)]
         tokens = rows.ids[:count, -keep:]
-        lengths = rows.attention[:count, -keep:].sum(1).cpu()
+        answered = rows.attention[:count, -keep:]
+        if bool(((tokens == self._image) & answered.bool()).any()):
+            # Its positions would have three axes, and its pixels would be those of one row.
+            expected, got = "images in prompts alone", "an image in a completion, from a tool"
+            fail("share_prompts", expected, got, "set share_prompts=False")
+        lengths = answered.sum(1).cpu()
         live = [n for n, (_, row) in enumerate(members) if lengths[row]]
         if not live:
             return None

@@ -64,7 +64,7 @@ class RomaGRPOTrainer(GRPOTrainer):
         given = checks.bound(GRPOTrainer.__init__, args, kwargs)
         config = given.get("args")
         if config is None:
-            config = kwargs["args"] = RomaGRPOConfig("roma-grpo")
+            config = given["args"] = RomaGRPOConfig("roma-grpo")
         if not isinstance(config, RomaGRPOConfig):
             got, remedy = type(config).__name__, "import RomaGRPOConfig from roma.integrations.trl"
             fail("args", "a RomaGRPOConfig", got, remedy)
@@ -72,10 +72,10 @@ class RomaGRPOTrainer(GRPOTrainer):
         self.correct_fn, self.view_fn = correct_fn, view_fn
         self._look: Look | None = None
         self._correct: Tensor | None = None
-        if self.roma.active and view_fn is None:
-            checks.check_data(given)
+        if self.roma.active:
+            (checks.check_data if view_fn is None else checks.check_view_fn)(given)
         with _head(ours=self.roma.active and config.roma_lm_head):
-            super().__init__(*args, **kwargs)
+            super().__init__(**given)
         if not self.roma.active:
             return
         self._loss_config()  # a clip range or delta that the loss refuses is told now
@@ -145,6 +145,10 @@ class RomaGRPOTrainer(GRPOTrainer):
             return rewards
         left_out = ("prompt", "completion", "completion_ids")
         columns = {k: [row[k] for row in inputs] for k in inputs[0] if k not in left_out}
+        columns |= {"trainer_state": self.state, "log_extra": self._log_completion_extra}
+        columns |= {"log_metric": self._log_metric}
+        if self.environments is not None:
+            columns["environments"] = self.environments
         flags = self.correct_fn(
             prompts=prompts, completions=completions, completion_ids=completion_ids_list, **columns
         )
@@ -159,6 +163,7 @@ class RomaGRPOTrainer(GRPOTrainer):
         if not self.roma.active:
             stock: dict[str, Any] = super()._generate_and_score_completions(inputs)
             return stock
+        inputs = fields.without_images(inputs)
         with self._text_rows.logged():
             output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         assert self._correct is not None
