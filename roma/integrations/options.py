@@ -1,5 +1,6 @@
 """`RomaOptions`: what a user of a foreign trainer sets, under the same names in each of them."""
 
+import functools
 import math
 import os
 from collections.abc import Mapping
@@ -87,9 +88,9 @@ class RomaOptions:
         """Whether there is anything to do; if not, a trainer runs its own code alone."""
         return self.num_views > 0 and (self.lambda_inv > 0 or self.lambda_aux > 0)
 
-    @property
+    @functools.cached_property
     def corruptions(self) -> Mapping[str, Corruption]:
-        """The table of levels."""
+        """The table of levels; a file is read once, when the options are checked."""
         if self.view_level_table is None:
             return CORRUPTIONS
         path = Path(self.view_level_table)
