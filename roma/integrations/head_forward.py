@@ -22,6 +22,7 @@ from roma.integrations.head_probe import Transform, backbone_of, device_of, head
 from roma_kernels.errors import fail
 
 _IGNORED = -100  # of labels
+_AT_PATCH_TIME = ("outputs", "temperature", "backend", "workspace")
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,10 @@ def _fused(
     if labels is None and shift_labels is None:
         remedy = "pass labels=, −100 where nothing is scored, or call without fused_lm_head"
         fail("labels", "ids [B, S] with fused_lm_head=True", "None", remedy)
+    for name in _AT_PATCH_TIME:
+        if name in kwargs:
+            remedy = "give it to patch_lm_head"
+            fail(name, "nothing in a call", repr(kwargs[name]), remedy)
     if kwargs.get("logits_to_keep"):
         got, remedy = repr(kwargs["logits_to_keep"]), "mask with labels of −100 instead"
         fail("logits_to_keep", "nothing with fused_lm_head=True", got, remedy)

@@ -10,7 +10,6 @@ log-probs of the labels in the place of logits. For TRL's own trainers: `trl_use
 
 import importlib
 import importlib.metadata
-import importlib.util
 import sys
 from types import ModuleType, TracebackType
 from typing import Any, TypeVar
@@ -217,11 +216,13 @@ def _keep_in_trl() -> None:
 
     So TRL is imported, which takes seconds, if one that does so is installed.
     """
-    if importlib.util.find_spec("trl") is None:
+    try:
+        found = importlib.metadata.version("trl")  # not a folder of that name
+    except importlib.metadata.PackageNotFoundError:
         return
     from packaging.version import Version
 
-    if Version(importlib.metadata.version("trl")) < Version("1.0"):
+    if Version(found) < Version("1.0"):
         return  # it has no fused head, and ms-swift has its own way with this one
     try:
         utils = importlib.import_module("trl.trainer.utils")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from roma import RomaConfig, view_divergence
 from roma.integrations.options import RomaOptions
+from roma_kernels.arguments import check_dtype, check_shape, check_tensor, check_values
 from roma_kernels.errors import fail
 
 CLEAN, AUXILIARY, PENALTY, FILLER = range(4)  # Rows.kind
@@ -184,7 +185,8 @@ def add_rows(
     Raises:
         ValueError: a shape or an option does not fit; the message names it and the remedy.
     """
-    _check(options, aggregation, penalty, kl_coef, max_length, aux_view, view_logp, mask)
+    _check_tensors(mask, advantages, correct, logp, view_logp, aux_view, options)
+    _check(options, aggregation, penalty, kl_coef, max_length, aux_view)
     count, device = len(mask), mask.device
     lengths, seen = mask.sum(1), torch.ones_like(correct) if has_views is None else has_views
     gains = advantages if advantages.ndim == 2 else advantages[:, None].expand(mask.shape)
@@ -256,6 +258,40 @@ def _slope(gap: Tensor, options: RomaOptions) -> Tensor:
     return torch.where(gap.abs() > limit, 0, slope)
 
 
+def _check_tensors(
+    mask: Tensor,
+    advantages: Tensor,
+    correct: Tensor,
+    logp: Tensor,
+    view_logp: Tensor,
+    aux_view: Tensor | None,
+    options: RomaOptions,
+) -> None:
+    """Types, shapes and, where they can be read without a wait, values."""
+    check_tensor("mask", mask)
+    check_dtype("mask", mask, (torch.bool,))
+    count, by_token = len(mask), tuple(mask.shape)
+    given = {"advantages": advantages, "correct": correct, "logp": logp, "view_logp": view_logp}
+    given |= {} if aux_view is None else {"aux_view": aux_view}
+    for name, value in given.items():
+        check_tensor(name, value, like=mask)
+    check_dtype("correct", correct, (torch.bool,))
+    check_shape("correct", correct, ("[B]", (count,)))
+    check_shape("advantages", advantages, ("[B]", (count,)), ("[B, T]", by_token))
+    check_shape("logp", logp, ("[B, T]", by_token))
+    remedy = "score every view of the clean rows"
+    check_shape(
+        "view_logp", view_logp, ("[K, B, T]", (options.num_views, *by_token)), remedy=remedy
+    )
+    finite = logp[mask].isfinite().all()
+    check_values(finite, lambda: "logp: expected finite nats where mask is, got NaN or inf")
+    if aux_view is not None:
+        check_shape("aux_view", aux_view, ("[B]", (count,)))
+        inside = ((aux_view >= 0) & (aux_view < options.num_views)).all()
+        top = options.num_views - 1
+        check_values(inside, lambda: f"aux_view: expected 0 to {top}, num_views - 1, got others")
+
+
 def _check(
     options: RomaOptions,
     aggregation: str,
@@ -263,8 +299,6 @@ def _check(
     kl_coef: float,
     max_length: int | None,
     aux_view: Tensor | None,
-    view_logp: Tensor,
-    mask: Tensor,
 ) -> None:
     """Refuses what rows cannot say, before anything is laid out."""
     if aggregation not in ("grpo", "dapo", "dr_grpo"):
@@ -290,7 +324,3 @@ def _check(
     if options.lambda_aux > 0 and aux_view is None:
         remedy = "draw one for each rollout, or set lambda_aux=0"
         fail("aux_view", "[B] int64, as lambda_aux is above 0", "None", remedy)
-    wanted = (options.num_views, *mask.shape)
-    if tuple(view_logp.shape) != wanted:
-        remedy = "score every view of the clean rows"
-        fail("view_logp", f"[K, B, T] = {list(wanted)}", str(list(view_logp.shape)), remedy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import inspect
 import math
 from typing import Any
@@ -256,3 +257,24 @@ def test_trls_signature():
     patch_lm_head(model, temperature=0.5, outputs=("log_probs", "entropy"))
     want = model(**inputs, fused_lm_head=True)
     assert torch.equal(got.log_probs, want.log_probs) and torch.equal(got.entropy, want.entropy)
+
+
+def test_a_folder_called_trl_is_no_trl(tmp_path, monkeypatch):
+    """An example's folder on the path, and no such package installed."""
+    (tmp_path / "trl").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = importlib.metadata.version
+
+    def version(name):
+        if name == "trl":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    patch_lm_head(heads.model("llama"))
+
+
+def test_an_option_given_to_the_call_is_refused():
+    model, ids = patch_lm_head(heads.model("llama")), torch.tensor([[1, 2, 3]])
+    with pytest.raises(ValueError, match="temperature: expected nothing in a call"):
+        model(input_ids=ids, labels=ids, fused_lm_head=True, temperature=3.0)

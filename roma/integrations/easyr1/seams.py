@@ -8,7 +8,7 @@ from roma_kernels.errors import fail
 
 COMMIT = "b44b311"
 VERSION = "0.3"
-INSTALL = "EasyR1, from a clone: pip install -e ."
+INSTALL = "git+https://github.com/hiyouga/EasyR1@b44b311"
 
 ACTOR = {
     "__init__": ("config", "actor_module", "actor_optimizer"),

@@ -36,10 +36,17 @@ def overrides(variables: dict[str, str]) -> list[str]:
 
 
 def main() -> None:
-    """Sets the environment, checks the engine, and runs verl's trainer with the arguments given."""
+    """Sets the environment, checks the engine, and runs verl's trainer with the arguments given.
+
+    Raises:
+        SystemExit: an option, or what is installed, does not fit.
+    """
     variables = environment()
     os.environ.update(variables)
-    options = check()
+    try:
+        options = check()
+    except (ValueError, ImportError, FileNotFoundError) as error:
+        raise SystemExit(str(error)) from None
     state = "on" if options.active else "off: verl's own code runs"
     print(f"roma: {state}; {options}", flush=True)
     # Beside the user's own: Hydra takes overrides in one piece.
