@@ -83,7 +83,7 @@ def warm_start(folder: Path, *, steps: int = 20, batch: int = 16) -> None:
 
 
 def stripes(rows: int, *, seed: int = 0, modes: tuple[str, ...] = ("RGB",)) -> Dataset:
-    """Questions about fine stripes, which blur, noise and a smaller image hide.
+    """Questions about fine stripes, which a smaller image hides.
 
     Args:
         rows: number of questions.
@@ -109,7 +109,3 @@ def accuracy(completions: list[Any], answer: list[str], **_: Any) -> list[float]
     """1 if the completion begins with the answer's word."""
     texts = [completion[0]["content"] for completion in completions]
     return [float(text.split()[:1] == [right]) for text, right in zip(texts, answer, strict=True)]
-
-
-squares = stripes
-COLOURS = PATTERNS

@@ -41,14 +41,13 @@ def main() -> None:
             learning_rate=1e-4,
             logging_steps=5,
             save_steps=options.steps,
-            log_completions=True,
             report_to="none",
             use_cpu=True,
             bf16=False,
         ),
     )
     trainer.train()
-    for entry in trainer.state.log_history:
+    for entry in trainer.state.log_history[:-1]:
         print({k: float(f"{v:.3g}") for k, v in entry.items() if k.startswith(("roma/", "reward"))})
     last = options.out / f"checkpoint-{options.steps}"
     loaded = Qwen3VLForConditionalGeneration.from_pretrained(last)

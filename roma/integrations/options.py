@@ -21,7 +21,8 @@ class RomaOptions:
 
     Attributes:
         num_views: K, views of each prompt's images; 0 switches ROMA off.
-        view_pool: the corruptions that they are drawn from: "seen", "unseen" or "extra".
+        view_pool: the corruptions that they are drawn from: "seen", "unseen" or "extra"; None:
+            views are a function's of the user, and any number of them (TRL's view_fn).
         view_max_level: the strongest level drawn.
         view_strength: "uniform" levels in (0, view_max_level], or "strong", most of them high.
         view_level_table: a YAML file with another table of levels (docs/VIEWS.md), or None.
@@ -43,7 +44,7 @@ class RomaOptions:
     """
 
     num_views: int = 2
-    view_pool: str = "seen"
+    view_pool: str | None = "seen"
     view_max_level: float = 2.0
     view_strength: Literal["uniform", "strong"] = "uniform"
     view_level_table: str | None = None
@@ -61,23 +62,25 @@ class RomaOptions:
 
     def __post_init__(self) -> None:
         """Checks every value, by drawing once and by building the loss's own options."""
-        if not isinstance(self.num_views, int) or self.num_views < 0:
-            remedy = "give a whole number; 0 switches ROMA off"
-            fail("num_views", "0 or more", repr(self.num_views), remedy)
+        whole = isinstance(self.num_views, int) and not isinstance(self.num_views, bool)
+        if not whole or self.num_views < 0:
+            expected, remedy = "a whole number, 0 or more", "0 switches ROMA off"
+            fail("num_views", expected, repr(self.num_views), remedy)
         if self.view_device not in ("cpu", "cuda"):
             fail("view_device", "'cpu' or 'cuda'", repr(self.view_device), "choose one of them")
         if not math.isfinite(self.accuracy_threshold):
             got, remedy = repr(self.accuracy_threshold), "correct the option"
             fail("accuracy_threshold", "a finite number", got, remedy)
         self.loss_config()
-        if self.num_views:
+        if self.num_views and self.view_pool is not None:
             self._check_views()
 
     def _check_views(self) -> None:
         size = sum(c.pool == self.view_pool for c in self.corruptions.values())
         if 0 < size < self.num_views:
             expected = f"at most {size}, the corruptions of view_pool {self.view_pool!r}"
-            fail("num_views", expected, str(self.num_views), "the views of a prompt are distinct")
+            remedy = "the views of a prompt are distinct; with a view_fn set view_pool to None"
+            fail("num_views", expected, str(self.num_views), remedy)
         try:
             self.draw("a check")
         except ValueError as error:  # of pool, max_level or strength, as `sample` calls them
@@ -101,6 +104,9 @@ class RomaOptions:
 
     def draw(self, *key: int | str) -> list[Any]:
         """K `ViewSpec`s of distinct corruptions, a function of view_seed and the key alone."""
+        if self.view_pool is None:
+            expected, remedy = "'seen', 'unseen' or 'extra'", "None is for a view_fn"
+            fail("view_pool", expected, "None", remedy)
         return sample(
             self.view_pool,
             self.num_views,
@@ -128,7 +134,7 @@ class RomaOptions:
             clip_high: ε_high.
             dual_clip: c, or None for none.
         """
-        return RomaConfig(
+        given: dict[str, Any] = dict(
             main=None,
             lambda_inv=self.lambda_inv,
             lambda_aux=self.lambda_aux,
@@ -141,6 +147,10 @@ class RomaOptions:
             clip_high=clip_high if self.clip_high is None else self.clip_high,
             dual_clip=dual_clip if self.dual_clip is None else self.dual_clip,
         )
+        try:
+            return RomaConfig(**given)
+        except ValueError as error:  # told by the names that the user has given
+            raise ValueError(str(error).removeprefix("RomaConfig.")) from error
 
     @classmethod
     def parse(cls, text: str) -> "RomaOptions":

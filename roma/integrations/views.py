@@ -65,6 +65,9 @@ class ViewMaker:
 
     def __init__(self, options: RomaOptions, image_processor: Any) -> None:
         """Finds out how the processor lays out an image."""
+        if options.view_device == "cuda" and not torch.cuda.is_available():
+            fail("view_device", "'cpu', as there is no GPU", "'cuda'", "leave it out")
+        options.draw("a check")  # a pool is there
         self.options, self.format = options, PixelFormat.of(image_processor)
         self._corruptions = options.corruptions
 

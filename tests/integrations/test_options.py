@@ -77,7 +77,7 @@ def test_the_environment(monkeypatch, tmp_path):
         ("lambda_inv=much", f"{VARIABLE}, lambda_inv: expected a number, got 'much'"),
         ("lambda_inv=nan", "lambda_inv: expected a finite number"),
         ("lambda_aux=-1", "lambda_aux: expected a finite number"),
-        ("num_views=-1", "num_views: expected 0 or more, got -1"),
+        ("num_views=-1", "num_views: expected a whole number, 0 or more, got -1"),
         ("num_views=9", "num_views: expected at most 4, .*'seen', got 9"),
         ("view_pool=rain", "view_pool: "),
         ("view_max_level=9", "view_max_level: "),

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from support.ranks import RANKS, join
 
 LIMIT = 240.0  # seconds of a run; a rank that waits for another fails in a quarter of it
-WORDS = ("which", "colour", "is", "the", "square", "are", "squares", "say")
+WORDS = ("which", "way", "do", "the", "stripes", "run", "say", "are")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def build(folder: Path, out: Path, job: Job, ranks: int = 1) -> Any:
         **_engine(job.engine if ranks > 1 else "", job.lora),
         **job.options,
     }
-    data = list(tiny.squares(16))
+    data = list(tiny.stripes(16))
     blank = TEXT[job.text]
     data = [{**row, "images": [] if blank(i) else row["images"]} for i, row in enumerate(data)]
     # DeepSpeed's configuration is known before the model is loaded, as TRL asks for ZeRO-3.

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, Qwen3VLForConditi
 from trl import GRPOConfig, GRPOTrainer
 
 from examples.trl import tiny
-from roma.integrations.trl import RomaGRPOConfig, RomaGRPOTrainer, checks
+from roma.integrations.trl import RomaGRPOConfig, RomaGRPOTrainer, checks, record
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_a_set_up_that_fits_is_taken(folder, tmp_path):
             "num_views: expected at most 4, the corruptions of view_pool 'seen', got 5",
         ),
         ({"view_pool": "bad"}, "view_pool: expected"),
-        ({"num_views": -1}, "num_views: expected 0 or more"),
+        ({"num_views": -1}, "num_views: expected a whole number, 0 or more"),
         ({"lambda_inv": -1.0}, "lambda_inv: expected a finite number ≥ 0"),
         ({"worst_over": "rollout"}, "worst_over: expected one of"),
         ({"view_update": "two_pass"}, "view_update: expected 'lean' or 'joint'"),
@@ -59,6 +59,49 @@ def test_a_set_up_that_fits_is_taken(folder, tmp_path):
 def test_an_option_out_of_range_is_refused_when_it_is_set(tmp_path, given, message):
     with pytest.raises(ValueError, match=message):
         options(tmp_path, **given)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (None, "correct_fn: expected a list of 4 booleans, got NoneType"),
+        (True, "correct_fn: expected a list of 4 booleans, got bool"),
+        ([None] * 4, "correct_fn: expected booleans, got None"),
+        (["False"] * 4, "correct_fn: expected booleans, got 'False'"),
+        ([0.2, 1, 1, 1], "correct_fn: expected booleans, got 0.2"),
+        ([True] * 3, "correct_fn: expected 4 booleans, got 3"),
+    ],
+)
+def test_flags_that_are_no_booleans_are_refused(made, message):
+    with pytest.raises(ValueError, match=message):
+        checks.check_flags(made, 4)
+    checks.check_flags(np.array([True, False, True, True]), 4)
+    checks.check_flags([1, 0, True, 0.0], 4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_views_on_a_gpu_that_is_not_there_are_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="view_device: expected 'cpu', as there is no GPU"):
+        build(folder, tmp_path, options={"view_device": "cuda"})
+
+
+def test_a_pool_is_needed_where_no_function_makes_the_views(folder, tmp_path):
+    with pytest.raises(ValueError, match="view_pool: expected 'seen', 'unseen' or 'extra'"):
+        build(folder, tmp_path, options={"view_pool": None})
+
+
+@pytest.mark.parametrize("name", ["roma/correct", "roma/has_views"])
+def test_a_run_in_which_roma_does_nothing_is_told(folder, tmp_path, monkeypatch, caplog, name):
+    monkeypatch.setattr(record, "_PATIENCE", 2)
+    blank = {"train_dataset": tiny.stripes(4).map(lambda row: {"images": []})}
+    given = {"reward_funcs": lambda completions, **_: [0.1] * len(completions)}
+    build(
+        folder,
+        tmp_path,
+        options={"max_steps": 2, "logging_steps": 1},
+        **(given if name == "roma/correct" else blank),
+    ).train()
+    assert f"{name} was 0 in 2 steps" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -187,17 +187,36 @@ def test_a_row_may_have_no_views(folder, tmp_path):
     [
         (lambda row, views, step: [row], "view_fn: expected 2 rows, num_views, got 1 rows"),
         (lambda row, views, step: [{"text": ""}] * 2, "view_fn: expected rows with a prompt"),
+        (lambda row, views, step: ["a", "b"], "view_fn: expected rows with a prompt, got str"),
+        (lambda row, views, step: row, "view_fn: expected a list of 2 rows, or None, got dict"),
+        (lambda row, views, step: [{"prompt": "a"}] * 2, "view_fn, prompt: expected a list"),
+        ("views", "view_fn: expected a function, got str"),
     ],
 )
-def test_a_view_fn_that_returns_something_else_is_refused(folder, tmp_path, made, message):
+def test_a_view_fn_that_returns_something_else_is_refused_at_once(folder, tmp_path, made, message):
+    model, tokenizer = text_model(folder)
+    with pytest.raises(ValueError, match=message):
+        RomaGRPOTrainer(
+            model=model,
+            processing_class=tokenizer,
+            reward_funcs=lambda completions, **_: [1.0] * len(completions),
+            train_dataset=Dataset.from_dict({"prompt": [asked(ASK[0])] * 4}),
+            view_fn=made,
+            args=options(tmp_path),
+        )
+
+
+def test_a_view_fn_may_make_more_views_than_a_pool_has(folder, tmp_path):
     model, tokenizer = text_model(folder)
     trainer = RomaGRPOTrainer(
         model=model,
         processing_class=tokenizer,
-        reward_funcs=lambda completions, **_: [1.0] * len(completions),
+        reward_funcs=lambda completions, **_: [float(i % 2) for i in range(len(completions))],
         train_dataset=Dataset.from_dict({"prompt": [asked(ASK[0])] * 4}),
-        view_fn=made,
-        args=options(tmp_path),
+        view_fn=lambda row, views, step: [
+            {**row, "prompt": asked(ASK[k % 4])} for k in range(views)
+        ],
+        args=options(tmp_path, num_views=6, view_pool=None),
     )
-    with pytest.raises(ValueError, match=message):
-        trainer.train()
+    trainer.train()
+    assert "roma/penalty/view_5" in trainer.state.log_history[0]

@@ -136,6 +136,22 @@ def accuracy_index(name: str | None, names: list[str]) -> int:
     return names.index(name)
 
 
+def check_flags(flags: Any, count: int) -> None:
+    """Checks what a correct_fn returned.
+
+    Raises:
+        ValueError: no list of `count` booleans (0 and 1 are taken for such).
+    """
+    remedy = "return True or False for each completion"
+    if not isinstance(flags, (list, tuple)) and not hasattr(flags, "tolist"):
+        fail("correct_fn", f"a list of {count} booleans", type(flags).__name__, remedy)
+    if len(flags) != count:
+        fail("correct_fn", f"{count} booleans", str(len(flags)), remedy)
+    for flag in flags.tolist() if hasattr(flags, "tolist") else flags:
+        if flag not in (True, False):
+            fail("correct_fn", "booleans", repr(flag), remedy)
+
+
 def bound(init: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call, by name; those that were not given are left out."""
     given = inspect.signature(init).bind_partial(None, *args, **kwargs).arguments

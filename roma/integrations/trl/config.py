@@ -24,7 +24,8 @@ class RomaGRPOConfig(GRPOConfig):
             is then TRL's.
         view_pool (`str`, *optional*, defaults to `"seen"`):
             Corruptions that the views are drawn from: `"seen"` (the four of the paper's training),
-            `"unseen"` or `"extra"`. The views of a prompt are of distinct corruptions.
+            `"unseen"` or `"extra"`. The views of a prompt are of distinct corruptions. `None` is
+            for a `view_fn` that makes more views than a pool has corruptions.
         view_max_level (`float`, *optional*, defaults to `2.0`):
             Strongest level drawn, of 5.
         view_strength (`str`, *optional*, defaults to `"uniform"`):
@@ -90,7 +91,7 @@ class RomaGRPOConfig(GRPOConfig):
     num_views: int = field(
         default=2, metadata={"help": "Degraded views of each prompt's images; 0 switches ROMA off."}
     )
-    view_pool: str = field(
+    view_pool: str | None = field(
         default="seen", metadata={"help": "Corruptions to draw from: seen, unseen or extra."}
     )
     view_max_level: float = field(default=2.0, metadata={"help": "Strongest level drawn, of 5."})

@@ -127,6 +127,25 @@ def alternatives(
     return found
 
 
+def try_view_fn(trainer: Any, view_fn: ViewFunction, views: int, dataset: Any) -> None:
+    """Asks a view_fn for the views of the dataset's first row, so that it fails before sampling.
+
+    Args:
+        trainer: the GRPOTrainer.
+        view_fn: of the user.
+        views: K.
+        dataset: the training set; of a stream nothing is read.
+
+    Raises:
+        ValueError: it is no function, or what it returned is no rows.
+    """
+    if not callable(view_fn):
+        got, remedy = type(view_fn).__name__, "give a function of a row, K and the step"
+        fail("view_fn", "a function", got, remedy)
+    if hasattr(dataset, "__getitem__") and len(dataset):
+        _of_row(trainer, dataset[0], view_fn, views, 0)
+
+
 def _equal(one: Any, other: Any) -> bool:
     """Of what a dataset may hold, arrays too, which `==` compares number by number."""
     if one is other:
@@ -144,15 +163,26 @@ def _of_row(
     trainer: Any, row: Mapping[str, Any], view_fn: ViewFunction, views: int, step: int
 ) -> list[Alternative]:
     others = view_fn(row, views, step)
-    if others is None or len(others) == 0:
+    if others is None or others == []:
         return []
+    if not isinstance(others, (list, tuple)):
+        expected, remedy = f"a list of {views} rows, or None", "put the rows into a list"
+        fail("view_fn", expected, type(others).__name__, remedy)
     if len(others) != views:
         expected, remedy = f"{views} rows, num_views", "return that many, or None for no views"
         fail("view_fn", expected, f"{len(others)} rows", remedy)
     for other in others:
-        if "prompt" not in other:
-            got, remedy = f"the columns {', '.join(other)}", "copy the row: {**row, ...}"
+        got, remedy = type(other).__name__, "copy the row: {**row, ...}"
+        if isinstance(other, Mapping):
+            got = f"the columns {', '.join(other)}"
+        if not isinstance(other, Mapping) or "prompt" not in other:
             fail("view_fn", "rows with a prompt", got, remedy)
+        if type(other["prompt"]) is not type(row["prompt"]):
+            expected, got = type(row["prompt"]).__name__, type(other["prompt"]).__name__
+            fail("view_fn, prompt", f"a {expected}, as in the row that it was given", got, remedy)
+        if not isinstance(other.get("images", []), (list, tuple, type(None))):
+            got = type(other["images"]).__name__
+            fail("view_fn, images", "a list of images", got, "put the image into a list")
     return [_tokenised(trainer, other) for other in others]
 
 

@@ -1,5 +1,6 @@
 """What ROMA tells in TRL's log and in its table of completions."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,14 @@ from torch import Tensor
 from roma import RomaConfig, RomaLoss, view_divergence
 from roma.integrations.terms import PREFIX, by_corruption, corruption_metrics, metrics_of
 from roma.integrations.views import Pair
+
+_LOG = logging.getLogger(__name__)
+_PATIENCE = 20  # steps
+_NEEDED = {  # without it ROMA does nothing
+    PREFIX + "correct": "is the first reward function that of accuracy, and accuracy_threshold "
+    "below what it gives for a right answer? Else name it: accuracy_reward",
+    PREFIX + "has_views": "no row had an image, or your view_fn made no views",
+}
 
 _COLUMNS = ("roma/correct", "roma/penalty", "roma/worst_view")
 
@@ -29,6 +38,8 @@ class Record:
     def __init__(self, trainer: Any, names: Sequence[str]) -> None:
         """Remembers where to write."""
         self.trainer, self.names = trainer, list(names)
+        self._seen: set[str] = set()
+        self._warned = False
         self._sums = {mode: self._blank() for mode in ("train", "eval")}
         # Rows that the table got in all, and before the last generation of each mode: an evaluation
         # may come between a generation and the steps that train on it.
@@ -81,9 +92,15 @@ class Record:
         for (name, _), value in zip(values.items(), total.tolist(), strict=False):
             self.trainer._metrics[mode][name].append(value / accelerator.num_processes)
         self._sums[mode] += total[len(values) :].view(-1, 3)
+        self._seen |= {name for name in _NEEDED if self.trainer._metrics[mode][name][-1] > 0}
 
     def flush(self, mode: str) -> None:
         """Puts what was summed since the last log under its names."""
+        if self.trainer.state.global_step >= _PATIENCE and not self._warned:
+            self._warned = True
+            for name in [name for name in _NEEDED if name not in self._seen]:
+                if self.trainer.accelerator.is_main_process:
+                    _LOG.warning("%s was 0 in %d steps: %s", name, _PATIENCE, _NEEDED[name])
         sums = dict(zip(self.names, self._sums[mode], strict=True))
         for name, value in corruption_metrics(sums).items():
             self.trainer._metrics[mode][name].append(value)

@@ -87,6 +87,8 @@ class RomaGRPOTrainer(GRPOTrainer):
         self._text_rows = TextRows(self)
         self._shared = self._sharing() if config.share_prompts else None
         self._never_sample_images()
+        if view_fn is not None:
+            fields.try_view_fn(self, view_fn, self.roma.num_views, self.train_dataset)
 
     def _sharing(self) -> SharedPrompts:
         if getattr(self, "aux_loss_enabled", False):
@@ -152,9 +154,7 @@ class RomaGRPOTrainer(GRPOTrainer):
         flags = self.correct_fn(
             prompts=prompts, completions=completions, completion_ids=completion_ids_list, **columns
         )
-        if len(flags) != len(prompts):
-            remedy = "return a boolean for each completion"
-            fail("correct_fn", f"{len(prompts)} booleans", str(len(flags)), remedy)
+        checks.check_flags(flags, len(prompts))
         self._correct = torch.tensor([bool(flag) for flag in flags], device=rewards.device)
         return rewards
 
