@@ -14,6 +14,8 @@ names of `roma` and `roma.views` alone, so that each works with the transformers
 
 from typing import TYPE_CHECKING, Any
 
+import roma.namesake  # noqa: F401 - an ImportError if another `roma` is in the way
+
 if TYPE_CHECKING:
     from roma.integrations.lm_head import patch_lm_head
 
