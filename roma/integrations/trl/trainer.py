@@ -52,6 +52,9 @@ class RomaGRPOTrainer(GRPOTrainer):
             the options do not fit; the message names the remedy.
     """
 
+    roma = RomaOptions(num_views=0)  # off, until options were read
+    _look: Look | None = None
+
     def __init__(
         self,
         *args: Any,
@@ -68,9 +71,8 @@ class RomaGRPOTrainer(GRPOTrainer):
         if not isinstance(config, RomaGRPOConfig):
             got, remedy = type(config).__name__, "import RomaGRPOConfig from roma.integrations.trl"
             fail("args", "a RomaGRPOConfig", got, remedy)
-        self.roma: RomaOptions = config.roma_options()
+        self.roma = config.roma_options()
         self.correct_fn, self.view_fn = correct_fn, view_fn
-        self._look: Look | None = None
         self._correct: Tensor | None = None
         if self.roma.active:
             (checks.check_data if view_fn is None else checks.check_view_fn)(given)
