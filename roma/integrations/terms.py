@@ -86,7 +86,7 @@ def view_terms(
     """λ_aux·L_aux + λ_inv·L_inv of one micro-batch (arXiv 2605.09262; docs/MATH.md section 2).
 
     A pair that was not run counts as equal to the clean row: divergence 0, no gradient. A row
-    without views counts in the denominators alone.
+    without views counts among sequences and tokens, and not among the right ones.
 
     Args:
         logp: [B, T] nats, clean; detached here.

@@ -24,12 +24,18 @@ from roma.integrations.lm_head import patch_lm_head
 from roma.integrations.options import RomaOptions
 from roma.integrations.swift.checks import accuracy_index, check_settings
 from roma.integrations.swift.rows import images_per_row, joined
-from roma.integrations.terms import PREFIX, Totals, by_corruption, pairs_of, view_terms
+from roma.integrations.terms import (
+    PREFIX,
+    Totals,
+    by_corruption,
+    metrics_of,
+    pairs_of,
+    view_terms,
+)
 from roma.integrations.views import Pair, RowImages, ViewMaker
 from roma_kernels.errors import fail
 
 ACCURACY, HEAD = "ROMA_ACCURACY_REWARD", "ROMA_LM_HEAD"
-_LOGGED = ("penalty_worst", "penalty_mean", "aux_loss", "aux_clipfrac")
 _BY_TOKENS = ("bnpo", "dapo", "cispo")  # sums over tokens divided by a number of tokens
 _NO_LABEL = -100
 _OTHER_CLIP = ("cispo", "sapo")  # whose range, if any, is no trust region about 1
@@ -242,13 +248,15 @@ class RomaGRPOTrainer(GRPOTrainer):
     def _record(self, out: RomaLoss, sums: Mapping[str, Tensor], steps: int) -> None:
         """Metrics over all ranks; swift's logger takes the mean over micro-batches."""
         names = sorted(self.roma.corruptions)
-        values = [out.metrics[f"roma_{name}"].double() * steps for name in _LOGGED]
+        values = metrics_of(out, steps)
         none = torch.zeros(3, dtype=torch.float64)
-        table = torch.stack([sums.get(name, none) for name in names]).to(values[0].device)
-        flat = self.accelerator.reduce(torch.cat([torch.stack(values), table.flatten()]), "sum")
-        for name, value in zip(_LOGGED, flat.tolist(), strict=False):
-            self._metrics["train"][PREFIX + name].append(value)
-        for name, own in zip(names, flat[len(_LOGGED) :].view(-1, 3).cpu(), strict=True):
+        table = torch.stack([sums.get(name, none) for name in names])
+        own_values = torch.tensor(list(values.values()), dtype=torch.float64)
+        flat = torch.cat([own_values, table.flatten()]).to(self.accelerator.device)
+        flat = self.accelerator.reduce(flat, "sum")
+        for name, value in zip(values, flat.tolist(), strict=False):
+            self._metrics["train"][name].append(value)
+        for name, own in zip(names, flat[len(values) :].view(-1, 3).cpu(), strict=True):
             if own[1]:
                 self._roma_sums[name] = self._roma_sums.get(name, none) + own
 

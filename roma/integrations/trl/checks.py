@@ -9,6 +9,19 @@ from roma_kernels.errors import fail
 
 LOW, HIGH = "1.15", "1.16"
 
+FIELDS = (  # what _get_per_token_logps_and_entropies takes, but for the tokens themselves
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
 # What is overridden or relied on, with the parameters as they were when it was tested.
 _SIGNATURES = {
     "_compute_loss": ["model", "inputs"],
@@ -24,16 +37,7 @@ _SIGNATURES = {
         "batch_size",
         "compute_entropy",
         "compute_aux_loss",
-        "pixel_values",
-        "image_grid_thw",
-        "num_images",
-        "pixel_attention_mask",
-        "spatial_shapes",
-        "num_tiles",
-        "image_sizes",
-        "token_type_ids",
-        "mm_token_type_ids",
-        "image_position_ids",
+        *FIELDS,
     ],
 }
 _HEAD = ["model", "temperature", "cast_lm_head_to_fp32", "outputs"]

@@ -13,6 +13,7 @@ from torch import Tensor
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
+from roma.integrations.trl.checks import FIELDS
 from roma_kernels.errors import fail
 
 Fields = dict[str, Any]
@@ -20,25 +21,12 @@ Fields = dict[str, Any]
 # view_fn(row, views, step) -> K rows, or None for a row that has no views
 ViewFunction = Callable[[Mapping[str, Any], int, int], Sequence[Mapping[str, Any]] | None]
 
-# What _get_per_token_logps_and_entropies takes, but for the tokens themselves.
-NAMES = (
-    "pixel_values",
-    "image_grid_thw",
-    "num_images",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "num_tiles",
-    "image_sizes",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "image_position_ids",
-)
 _BY_TOKEN = ("token_type_ids", "mm_token_type_ids")
 
 
 def of(inputs: Mapping[str, Any]) -> Fields:
     """The multimodal fields of a micro-batch, those that are there."""
-    return {name: inputs[name] for name in NAMES if inputs.get(name) is not None}
+    return {name: inputs[name] for name in FIELDS if inputs.get(name) is not None}
 
 
 def take(fields: Fields, rows: Sequence[int]) -> Fields:
@@ -60,7 +48,7 @@ def without_blanks(inputs: Mapping[str, Any]) -> Fields:
     counts = inputs.get("num_images")
     if counts is None or any(counts):
         return dict(inputs)
-    return {k: v for k, v in inputs.items() if k not in NAMES or k in _BY_TOKEN}
+    return {k: v for k, v in inputs.items() if k not in FIELDS or k in _BY_TOKEN}
 
 
 def without_images(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -198,7 +186,7 @@ def _tokenised(trainer: Any, row: Mapping[str, Any]) -> Alternative:
     options = {"tools": trainer.tools, **trainer.chat_template_kwargs}
     text = apply_chat_template({"prompt": messages}, trainer.processing_class, **options)["prompt"]
     made = trainer.processing_class(images=[list(images)], text=[text], return_tensors="pt")
-    fields = {name: value for name, value in made.items() if name in NAMES}
+    fields = {name: value for name, value in made.items() if name in FIELDS}
     return Alternative(made["input_ids"][0], {**fields, "num_images": [len(images)]})
 
 
@@ -267,7 +255,7 @@ def _joined_fields(
 ) -> Fields:
     """The fields of the clean rows and of the alternatives, side by side."""
     own = [other.fields for _, other in chosen]
-    names = [name for name in NAMES if name in fields or any(name in other for other in own)]
+    names = [name for name in FIELDS if name in fields or any(name in other for other in own)]
     made: Fields = {}
     for name in names:
         if name == "num_images":

@@ -38,6 +38,7 @@ class Record:
     def __init__(self, trainer: Any, names: Sequence[str]) -> None:
         """Remembers where to write."""
         self.trainer, self.names = trainer, list(names)
+        self._since: int | None = None  # step of the first loss; of a resumed run not 0
         self._seen: set[str] = set()
         self._warned = False
         self._sums = {mode: self._blank() for mode in ("train", "eval")}
@@ -79,6 +80,8 @@ class Record:
             shards: micro-batches times ranks of the totals.
         """
         accelerator = self.trainer.accelerator
+        if self._since is None:
+            self._since = self.trainer.state.global_step
         right = correct.cpu() & has_views
         values = metrics_of(out, shards)
         values[PREFIX + "correct"] = float(correct.float().mean())
@@ -96,7 +99,8 @@ class Record:
 
     def flush(self, mode: str) -> None:
         """Puts what was summed since the last log under its names."""
-        if self.trainer.state.global_step >= _PATIENCE and not self._warned:
+        step = self.trainer.state.global_step
+        if self._since is not None and step - self._since >= _PATIENCE and not self._warned:
             self._warned = True
             for name in [name for name in _NEEDED if name not in self._seen]:
                 if self.trainer.accelerator.is_main_process:
