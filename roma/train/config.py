@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from roma.train.combinations import check_methods
 from roma.train.schema import apply_override, build, check_keys, leaves, parse_yaml, show
 from roma.train.sections import Config, RewardConfig
 from roma_kernels.errors import fail
@@ -120,10 +121,12 @@ def _check_together(config: Config) -> None:
     if views.candidates is not None and views.candidates < views.k:
         got, remedy = str(views.candidates), "draw at least as many as are kept"
         fail("algorithm.views.candidates", f"at least algorithm.views.k = {views.k}", got, remedy)
+    if views.candidates is not None and config.algorithm.view_mode != "roma":
+        got, remedy = str(views.candidates), "leave it out, or set algorithm.view_mode=roma"
+        expected = f"null with algorithm.view_mode={config.algorithm.view_mode}"
+        fail("algorithm.views.candidates", expected, got, remedy)
+    check_methods(config)
     rollout, roma = config.worker.rollout, config.algorithm.roma
-    if config.algorithm.adv_estimator == "rloo" and rollout.n == 1:
-        remedy = "it averages a prompt's other rollouts"
-        fail("worker.rollout.n", "at least 2 with rloo", "1", remedy)
     if roma.temperature != rollout.temperature:
         expected = f"worker.rollout.temperature = {rollout.temperature:g}"
         remedy = "leave it out, it follows the rollout's"

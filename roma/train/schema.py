@@ -55,6 +55,13 @@ class Range:
         return self.low <= value <= self.high and value > self.above
 
 
+PositiveInt = Annotated[int, Range(low=1)]
+NonNegativeInt = Annotated[int, Range(low=0)]
+PositiveFloat = Annotated[float, Range(above=0)]
+NonNegativeFloat = Annotated[float, Range(low=0)]
+Share = Annotated[float, Range(low=0, high=1)]
+
+
 class _Loader(yaml.SafeLoader):
     """YAML in which 1e-6 is a number (1.1 wants 1.0e-6) and a key given twice is an error."""
 

@@ -6,14 +6,18 @@ A string below a field says what it means: `roma train --list-keys` prints them.
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from roma.train.schema import Range
+from roma.train.loss_sections import ControlConfig, DvrpConfig, PapoConfig
+from roma.train.methods import MssrConfig, NoisyRolloutConfig, SrpoConfig, VgpoConfig
+from roma.train.schema import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Share,
+)
 from roma_kernels.roma_loss.config import RomaConfig
 
-PositiveInt = Annotated[int, Range(low=1)]
-NonNegativeInt = Annotated[int, Range(low=0)]
-PositiveFloat = Annotated[float, Range(above=0)]
-NonNegativeFloat = Annotated[float, Range(low=0)]
-Share = Annotated[float, Range(low=0, high=1)]
 Logger = Literal["console", "file", "tensorboard", "wandb", "trackio"]
 
 
@@ -56,8 +60,9 @@ class DataConfig:
 class ViewsConfig:
     """Sub-section `algorithm.views`: the degraded views of a training image."""
 
-    pool: Literal["seen", "unseen", "extra"] = "seen"
-    """Pool of corruptions to draw from. To train on "unseen" makes its evaluation meaningless."""
+    pool: Literal["seen", "unseen", "extra", "masking"] = "seen"
+    """Pool of corruptions to draw from. To train on "unseen" makes its evaluation meaningless.
+    "masking" has one, patch_mask, so that k is 1."""
     k: PositiveInt = 2
     """K: views per prompt, each with another corruption."""
     max_level: PositiveFloat = 2.0
@@ -77,18 +82,41 @@ class ViewsConfig:
     candidates: PositiveInt | None = None
     """Adversarial choice (ours): number of views to draw and score per prompt; the K on which the
     policy diverges most over right rollouts are kept. null: K are drawn and all kept."""
+    gate_quantile: Share | None = None
+    """Legibility gate (ours): a view of a right rollout whose divergence is above this quantile of
+    those of the steps before, 0..1, is left out of the penalty: on it the answer may no longer be
+    read. null: none, or the bound of roma.gate_bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig:
     """Section `algorithm`: advantages, views and the loss."""
 
-    adv_estimator: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
-    """Group advantage (MATH.md section 3)."""
-    view_mode: Literal["none", "roma", "rollout"] = "roma"
+    adv_estimator: Literal["grpo", "dr_grpo", "rloo", "mssr"] = "grpo"
+    """Advantage of a rollout: over its group (MATH.md section 3); "mssr": over its question's
+    tracked value, with one rollout a question."""
+    mssr: MssrConfig = field(default_factory=MssrConfig)
+    """Options of "mssr"."""
+    reweight: Literal["none", "srpo", "vgpo"] = "none"
+    """Weights of a rollout's tokens (MATH.md section 4), a factor of any advantage: "srpo": by what
+    a token owes to the image or to the text that was read off it; "vgpo": by how much its hidden
+    state is like the image's."""
+    srpo: SrpoConfig = field(default_factory=SrpoConfig)
+    """Options of "srpo"."""
+    vgpo: VgpoConfig = field(default_factory=VgpoConfig)
+    """Options of "vgpo"."""
+    view_mode: Literal["none", "roma", "rollout", "noisy_rollout", "papo", "dvrp"] = "roma"
     """"roma": rollouts on clean images, K views of each image in the loss. "none": no views.
-    "rollout": naive augmentation, rollouts and loss on one degraded image. The last two ignore
-    lambda_inv and lambda_aux."""
+    "rollout": naive augmentation, rollouts and loss on one degraded image. "noisy_rollout": some
+    rollouts on one degraded image, the loss on the clean one. "papo": one view with black patches
+    in the loss. "dvrp": one degraded view and one with black patches. All but "roma" ignore
+    lambda_inv and lambda_aux, and views.k."""
+    noisy_rollout: NoisyRolloutConfig = field(default_factory=NoisyRolloutConfig)
+    """Options of "noisy_rollout"."""
+    papo: PapoConfig = field(default_factory=PapoConfig)
+    """Options of "papo"."""
+    dvrp: DvrpConfig = field(default_factory=DvrpConfig)
+    """Options of "dvrp"."""
     views: ViewsConfig = field(default_factory=ViewsConfig)
     aux_view: Literal["rollout", "prompt"] = "rollout"
     """Who draws the view of the auxiliary loss: each rollout, or each prompt for all its rollouts,
@@ -96,6 +124,8 @@ class AlgorithmConfig:
     roma: RomaConfig = field(default_factory=RomaConfig)
     """Options of the loss. `temperature` defaults to the rollout's, `max_length` of "dr_grpo" to
     data.max_response_length."""
+    control: ControlConfig = field(default_factory=ControlConfig)
+    """What moves roma.lambda_inv from step to step, if anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +213,11 @@ class RolloutConfig:
     1/weight_cap to weight_cap."""
     weight_cap: Annotated[float, Range(above=1)] = 2.0
     """Bound of the correction."""
+    weight_level: Literal["token", "sequence"] = "token"
+    """Whose ratio w is: the token's own, or the product over its rollout."""
+    off_policy: PositiveFloat | None = None
+    """Nats a token: a rollout with A < 0 whose mean of sampler - policy is above it is left out of
+    both losses, as one that the policy would not sample. null: none is."""
     n: PositiveInt = 5
     """G: rollouts per prompt."""
     temperature: PositiveFloat = 1.0

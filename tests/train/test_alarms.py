@@ -137,7 +137,8 @@ def test_a_run_without_a_penalty_has_no_alarm_for_it(override: str) -> None:
 
 
 def test_one_rollout_a_prompt_cannot_collapse() -> None:
-    assert said(alarms("worker.rollout.n=1"), "rollout/distinct_share", [1.0] * 20) == []
+    found = alarms("worker.rollout.n=1", "algorithm.adv_estimator=mssr")
+    assert said(found, "rollout/distinct_share", [1.0] * 20) == []
 
 
 def test_metrics_that_a_step_lacks_are_passed_over() -> None:

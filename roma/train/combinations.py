@@ -1,0 +1,69 @@
+"""Which methods of `roma.train.methods` go together, and options of one that is not chosen."""
+
+from dataclasses import fields
+
+from roma.train.sections import AlgorithmConfig, Config
+from roma_kernels.errors import fail
+
+_SWITCH = {
+    "mssr": ("adv_estimator", "mssr"),
+    "srpo": ("reweight", "srpo"),
+    "vgpo": ("reweight", "vgpo"),
+    "noisy_rollout": ("view_mode", "noisy_rollout"),
+}
+"""Sub-section of `algorithm` -> the key and the value that turn its method on."""
+
+
+def check_methods(config: Config) -> None:
+    """Refuses methods that cannot be combined, by the dotted key.
+
+    Raises:
+        ValueError: an option of a method that is off; a group of one, or of several, where the
+            estimator needs the other; NoisyRollout without a clean and a noisy rollout.
+    """
+    _check_options(config.algorithm)
+    _check_group(config)
+    if config.algorithm.view_mode == "noisy_rollout":
+        _check_noisy(config)
+
+
+def _check_options(algorithm: AlgorithmConfig) -> None:
+    for name, (key, value) in _SWITCH.items():
+        section = getattr(algorithm, name)
+        if getattr(algorithm, key) == value:
+            continue
+        default = type(section)()
+        for option in fields(section):
+            own, usual = getattr(section, option.name), getattr(default, option.name)
+            if own != usual:
+                expected = f"{usual} without algorithm.{key}={value}"
+                remedy = f"it does nothing there: leave it out, or give algorithm.{key}={value}"
+                fail(f"algorithm.{name}.{option.name}", expected, str(own), remedy)
+
+
+def _check_group(config: Config) -> None:
+    count, estimator = config.worker.rollout.n, config.algorithm.adv_estimator
+    if estimator == "mssr" and count != 1:
+        remedy = "its value of a question takes the group's place; raise data.rollout_batch_size"
+        fail("worker.rollout.n", "1 with algorithm.adv_estimator=mssr", str(count), remedy)
+    if estimator == "rloo" and count == 1:
+        remedy = "it averages a prompt's other rollouts"
+        fail("worker.rollout.n", "at least 2 with rloo", "1", remedy)
+    if estimator != "mssr" and count == 1:
+        remedy = "A is 0 for every rollout: raise it, or take algorithm.adv_estimator=mssr"
+        fail("worker.rollout.n", f"at least 2 with {estimator}", "1", remedy)
+
+
+def _check_noisy(config: Config) -> None:
+    rollout, noisy = config.worker.rollout, config.algorithm.noisy_rollout.noisy
+    if rollout.n < 2:
+        remedy = "a prompt needs a clean and a noisy rollout"
+        fail("worker.rollout.n", "at least 2 with noisy_rollout", str(rollout.n), remedy)
+    if noisy is not None and noisy >= rollout.n:
+        expected = f"less than worker.rollout.n = {rollout.n}"
+        remedy = "a rollout at least sees the clean image; view_mode=rollout degrades all"
+        fail("algorithm.noisy_rollout.noisy", expected, str(noisy), remedy)
+    if rollout.weight != "none":
+        remedy = "the sampler's log-probs of noisy rollouts are of another image; take none"
+        expected = "none with algorithm.view_mode=noisy_rollout"
+        fail("worker.rollout.weight", expected, rollout.weight, remedy)
