@@ -18,14 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from roma import RomaConfig, linear_logprob, roma_loss, view_divergence
+from roma import RomaConfig, roma_loss, view_divergence
 from roma.models.flops import TextShape, VisionShape
-from roma.models.prefix.groups import Integers
 from roma.models.qwen_vl import Policy
 from roma.train.batch import Totals, UpdateBatch
-from roma.train.parts import Parts, to_learn, to_score
+from roma.train.parts import Parts, to_learn
 from roma.train.plan import (
     PAYS_FROM,
     Flags,
@@ -35,17 +34,10 @@ from roma.train.plan import (
     two_passes_pay,
 )
 from roma.train.ranks import ranks
+from roma.train.scoring import Scorer, ends_of
 from roma.train.states import States
 
 PENALTY_METRICS = ("roma_penalty_worst", "roma_penalty_mean")
-
-
-class Scores(NamedTuple):
-    """Rollouts under the policy on their prompts' images, without a graph."""
-
-    hidden: Tensor | None  # [B, T, D], 0 on masked positions
-    logp: Tensor  # [B, T] nats, 0 on masked positions
-    entropy: Tensor | None  # [B, T] nats, 0 on masked positions
 
 
 class Update(NamedTuple):
@@ -58,7 +50,7 @@ class Update(NamedTuple):
     scored: int  # tokens of the rollouts that were run
 
 
-class PolicyLoss(nn.Module):
+class PolicyLoss(Scorer):
     """The trainable module: a policy and the loss on it.
 
     Args:
@@ -82,12 +74,9 @@ class PolicyLoss(nn.Module):
         share_prompt: bool = True,
     ) -> None:
         """Keeps all."""
-        super().__init__()
+        super().__init__(policy, config, share_prompt=share_prompt)
         check_update(update, config)
-        self.policy = policy
-        self.config = config
         self.update = update
-        self.share_prompt = share_prompt and policy.shares_prompts
         self._clean = replace(config, lambda_inv=0.0, lambda_aux=0.0)
         self._shapes: tuple[TextShape, VisionShape] | None = None
         with suppress(ValueError):  # a model whose cost is not predicted
@@ -125,13 +114,6 @@ class PolicyLoss(nn.Module):
         """
         sizes = self._states(batch).tokens_by_prompt(self.plan(batch).wanted())
         return to_learn(batch, sizes.tolist(), limit)
-
-    def _scored(self, batch: UpdateBatch, limit: int | None) -> tuple[list[UpdateBatch], int]:
-        sizes = self._states(batch).tokens_by_prompt(_every(batch))
-        return to_score(batch, sizes.tolist(), limit)
-
-    def _states(self, batch: UpdateBatch) -> States:
-        return States(self.policy, batch, share=self.share_prompt)
 
     def _two_passes(self, batch: UpdateBatch, plan: Plan) -> bool:
         if not self.config.penalises:  # no view is the worst
@@ -212,7 +194,7 @@ class PolicyLoss(nn.Module):
             at[views, rollouts] = np.cumsum(long) - long
             view_rows = torch.from_numpy(at).to(device)
         advantages, old, ref = batch.advantages[rows], batch.old_logp, batch.ref_logp
-        cu_seqlens = _ends(lengths).to(device)
+        cu_seqlens = ends_of(lengths).to(device)
         out = roma_loss(
             hidden,
             None if view_rows is None else view_hidden,
@@ -275,112 +257,9 @@ class PolicyLoss(nn.Module):
         penalty = () if self.config.penalises else PENALTY_METRICS
         return {name: value for name, value in metrics.items() if name not in penalty}
 
-    def _padded(self, batch: UpdateBatch) -> list[Tensor]:
-        """Hidden states [B, T, D] on the clean images, then on each view."""
-        states, every = self._states(batch), np.arange(len(batch.group))
-        states.run(_every(batch))
-        made = []
-        for variant in range(len(batch.view_pixels) + 1):
-            found = states.read(np.full_like(every, variant), every)
-            hidden = found.new_zeros(*batch.mask.shape, found.shape[-1])
-            hidden[batch.mask] = found
-            made.append(hidden)
-        return made
-
-    @torch.no_grad()
-    def score(
-        self,
-        batch: UpdateBatch,
-        *,
-        hidden: bool = False,
-        entropy: bool = False,
-        limit: int | None = None,
-    ) -> Scores:
-        """Log-probs of a batch on its clean images, and hidden states or entropies if asked.
-
-        Args:
-            batch: any.
-            hidden: whether to keep the hidden states, T·D numbers a rollout.
-            entropy: whether to return entropies.
-            limit: tokens that a call of the model takes at most; None: all at once.
-        """
-        parts, counted = self._scored(batch.without_views(), limit)
-        found = [self._score(part, hidden=hidden, entropy=entropy) for part in parts][:counted]
-        states = [part.hidden for part in found if part.hidden is not None]
-        entropies = [part.entropy for part in found if part.entropy is not None]
-        return Scores(
-            hidden=torch.cat(states) if hidden else None,
-            logp=torch.cat([part.logp for part in found]),
-            entropy=torch.cat(entropies) if entropy else None,
-        )
-
-    def _score(self, batch: UpdateBatch, *, hidden: bool, entropy: bool) -> Scores:
-        (states,) = self._padded(batch)
-        found = linear_logprob(
-            states[batch.mask],
-            self.policy.head_weight,
-            batch.tokens[batch.mask],
-            temperature=self.config.temperature,
-            softcap=self.config.softcap,
-            entropy=entropy,
-        )
-        h = None if found.entropy is None else _unpack(found.entropy, batch.mask)
-        return Scores(states if hidden else None, _unpack(found.logp, batch.mask), h)
-
-    @torch.no_grad()
-    def divergence(self, batch: UpdateBatch, *, limit: int | None = None) -> Tensor:
-        """Divergence [K, B] of each view from the clean image, nats (`roma.view_divergence`)."""
-        found = []
-        parts, counted = self._scored(batch, limit)
-        for part in parts:
-            states, every = self._states(part), np.arange(len(part.group))
-            states.run(_every(part))
-            found.append(self._divergences(states, every))
-        return torch.cat(found[:counted], dim=1)
-
-    def _divergences(self, states: States, rollouts: Integers) -> Tensor:
-        """[K, n] nats of n rollouts, each run on its clean images and on every view."""
-        batch = states.batch
-        variants = len(batch.view_pixels) + 1
-        rows = torch.from_numpy(rollouts).to(batch.tokens.device)
-        tokens = batch.tokens[rows][batch.mask[rows]]
-        which = np.repeat(np.arange(variants), len(rollouts))
-        found = linear_logprob(  # one sweep of the head for all images
-            states.read(which, np.tile(rollouts, variants)),
-            self.policy.head_weight,
-            tokens.repeat(variants),
-            temperature=self.config.temperature,
-            softcap=self.config.softcap,
-        )
-        return self._divergence(found.logp.view(variants, -1), states.lengths[rollouts])
-
-    def _divergence(self, logp: Tensor, lengths: Integers) -> Tensor:
-        """[K, B] from log-probs [K + 1, N] of whole rollouts, laid end to end."""
-        return view_divergence(
-            logp[0],
-            logp[1:],
-            torch.ones_like(logp[0], dtype=torch.bool),
-            cu_seqlens=_ends(lengths).to(logp.device),
-            config=self.config,
-        )
-
-
-def _every(batch: UpdateBatch) -> Flags:
-    """[K + 1, B]: every rollout on every image."""
-    return np.ones((len(batch.view_pixels) + 1, len(batch.group)), dtype=bool)
-
 
 def _one(wanted: Flags) -> Flags:
     """The first rollout on its clean image, so that a call has a row."""
     alone = np.zeros_like(wanted)
     alone[0, 0] = True
     return alone
-
-
-def _ends(lengths: Integers) -> Tensor:
-    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)])).to(torch.int32)
-
-
-def _unpack(values: Tensor, mask: Tensor) -> Tensor:
-    """Values of the counted positions [N] as [B, T], 0 elsewhere."""
-    return values.new_zeros(mask.shape).masked_scatter(mask, values)

@@ -9,8 +9,8 @@ from support import small_model
 from roma.models.prefix import Packed
 from roma.models.prompts import ImageFeatures
 from roma.models.qwen_vl import Policy
+from roma.train import scoring as scoring_module
 from roma.train import states as states_module
-from roma.train import update as update_module
 from roma.train.batch import Totals, UpdateBatch, micro_batches, partition
 from roma.train.update import PolicyLoss
 from roma_kernels.roma_loss.config import RomaConfig
@@ -231,7 +231,7 @@ def test_a_first_update_sweeps_the_head_once(
     def sweep(*_: object, **__: object) -> None:
         pytest.fail("log-probs were computed a second time")
 
-    monkeypatch.setattr(update_module, "linear_logprob", sweep)
+    monkeypatch.setattr(scoring_module, "linear_logprob", sweep)
     PolicyLoss(policy, RomaConfig())(replace(batch_of(policy), old_logp=None), TOTALS)
 
 
