@@ -208,7 +208,7 @@ class Trainer:
                 experience, metrics = self.collector.collect(self.draw(), self.step)
             with clock.stage("views"):
                 views = experience.views.result()
-            if len(views.specs) > self.config.algorithm.views.k:
+            if self.view_maker.chooses:
                 with clock.stage("choose_views"):
                     views = self.learner.choose(experience, views)
                 kept: Future[Views] = Future()

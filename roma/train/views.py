@@ -4,11 +4,11 @@ They depend on images and keys alone, so a thread makes them while the policy sa
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from roma.models.processor import Image
 from roma.models.prompts import PromptBatch
 from roma.models.qwen_vl import Policy
 from roma.train import ranks
-from roma.train.sections import AlgorithmConfig
+from roma.train.sections import AlgorithmConfig, ViewsConfig
 from roma.views import (
     CORRUPTIONS,
     Corruption,
@@ -30,6 +30,9 @@ from roma.views import (
     seed_for,
 )
 from roma_kernels.errors import fail
+
+MASKED = 0.6
+"""Chance of a patch to be black in masked views: PAPO's (arXiv 2507.06448), SRPO's."""
 
 
 @dataclass(frozen=True)
@@ -65,19 +68,52 @@ class Views:
         return replace(prompts, images=self.images[0], pixel_values=self.pixels[0])
 
     def metrics(self) -> dict[str, float]:
-        """Mean level of all ranks, and the time that making the views took; nothing without any."""
-        own = [spec.level or 0.0 for column in self.specs for spec in column]
-        levels = [level for part in ranks.told(own) for level in part]
-        if not levels:
+        """Mean level of all ranks, and the time that making the views took; nothing without any.
+
+        A view that has a parameter and no level, as one with black patches, is left out of the
+        mean.
+        """
+        if not self.specs:
             return {}
-        mean = sum(levels) / len(levels)
-        return {"views/level_mean": mean, "timing_s/make_views": self.seconds}
+        own = [s.level for column in self.specs for s in column if s.level is not None]
+        levels = [level for part in ranks.told(own) for level in part]
+        mean = {"views/level_mean": sum(levels) / len(levels)} if levels else {}
+        return {**mean, "timing_s/make_views": self.seconds}
 
     def rows(self, examples: Sequence[Example]) -> Iterator[dict[str, Any]]:
         """A row of views.jsonl per prompt with images, with every parameter of its views."""
         for example, specs in zip(examples, zip(*self.specs, strict=True), strict=True):
             if example.images:
                 yield {"id": example.id, "views": [asdict(spec) for spec in specs]}
+
+
+class Mode(NamedTuple):
+    """What a view mode makes of a prompt's images, and who sees it."""
+
+    drawn: int = 0
+    """Views drawn from `algorithm.views.pool`."""
+    masked: int = 0
+    """Views with black patches, behind those that are drawn."""
+    rollouts: Literal["none", "all", "some"] = "none"
+    """Which rollouts of a prompt are sampled on its view, the first."""
+    loss: bool = False
+    """Whether the loss sees the views."""
+    chooses: bool = False
+    """Whether more views are drawn than kept."""
+
+
+def modes(options: ViewsConfig) -> dict[str, Mode]:
+    """Each value of `algorithm.view_mode`."""
+    made = options.candidates or options.k
+    many = Mode(made, loss=True, chooses=made > options.k)
+    return {
+        "none": Mode(),
+        "roma": many,
+        "rollout": Mode(1, rollouts="all"),
+        "noisy_rollout": Mode(1, rollouts="some"),
+        "papo": Mode(masked=1, loss=True),
+        "dvrp": Mode(1, masked=1, loss=True),
+    }
 
 
 class ViewMaker:
@@ -87,6 +123,11 @@ class ViewMaker:
         algorithm: view mode, pool, K and levels.
         seed: of the run.
         device: of the policy.
+
+    Attributes:
+        mode: what is made, and who sees it.
+        level_share: of a step, the factor of its highest level, 0..1; for a schedule.
+        masked: what is done to a masked view.
     """
 
     def __init__(self, algorithm: AlgorithmConfig, seed: int, device: torch.device) -> None:
@@ -101,25 +142,55 @@ class ViewMaker:
             expected, remedy = "cpu, as the policy is not on a GPU", "leave it out"
             fail("algorithm.views.device", expected, self.options.device, remedy)
         self.corruptions = _corruptions(self.options.level_table)
-        # The only place that asks for the mode: how many views of a prompt, and who sees them.
-        made = self.options.candidates or self.options.k
-        self.count, self.rollouts_see_views, self.loss_sees_views = {
-            "none": (0, False, False),
-            "rollout": (1, True, False),
-            "roma": (made, False, True),
-        }[algorithm.view_mode]
+        # The only place that asks for the mode.
+        self.mode = modes(self.options)[algorithm.view_mode]
+        self.level_share: Callable[[int], float] = lambda step: 1.0
+        self.masked = ViewSpec("patch_mask", MASKED)
         self._thread = ThreadPoolExecutor(1, "roma-view-maker")
+
+    @property
+    def count(self) -> int:
+        """Views of a prompt, those that are masked among them."""
+        return self.mode.drawn + self.mode.masked
+
+    @property
+    def rollouts_see_views(self) -> bool:
+        """Whether every rollout is sampled on the view."""
+        return self.mode.rollouts == "all"
+
+    @property
+    def some_rollouts_see_views(self) -> bool:
+        """Whether some rollouts of a prompt are sampled on the view, the others on the image."""
+        return self.mode.rollouts == "some"
+
+    @property
+    def loss_sees_views(self) -> bool:
+        """Whether views are in the loss."""
+        return self.mode.loss
+
+    @property
+    def chooses(self) -> bool:
+        """Whether more views are made than kept (`hardest`)."""
+        return self.mode.chooses
 
     def max_level(self, step: int) -> float:
         """The highest level drawn in a step, counted from 1; rises over the first ramp_steps."""
         share = step / self.options.ramp_steps if self.options.ramp_steps else 1.0
-        return self.options.max_level * min(share, 1.0)
+        return self.options.max_level * min(share, 1.0) * self.level_share(step)
 
     def start(
         self, policy: Policy, prompts: PromptBatch, examples: Sequence[Example], step: int
     ) -> "Future[Views]":
         """Has a thread run `make`; the future holds what it returned or raised."""
         return self._thread.submit(self.make, policy, prompts, examples, step)
+
+    def start_masked(
+        self, policy: Policy, prompts: PromptBatch, examples: Sequence[Example], step: int
+    ) -> "Future[Views]":
+        """Has the thread make one view of each prompt with black patches; in any mode."""
+        return self._thread.submit(
+            self._make, policy, prompts, examples, [[self.masked] * len(examples)], (step, "masked")
+        )
 
     def make(
         self, policy: Policy, prompts: PromptBatch, examples: Sequence[Example], step: int
@@ -129,23 +200,44 @@ class ViewMaker:
         Raises:
             ValueError: a view came out on another grid than the clean image's.
         """
-        if not self.count:
-            return Views.none()
-        begin, options = time.perf_counter(), self.options
+        specs = self._draw(examples, step)
+        return self._make(policy, prompts, examples, specs, (step,)) if specs else Views.none()
+
+    def _draw(self, examples: Sequence[Example], step: int) -> list[list[ViewSpec]]:
+        """[K][P]; the masked views come last."""
+        options, most = self.options, self.max_level(step)
         drawn = [  # [P][K]
             sample(
                 options.pool,
-                self.count,
+                self.mode.drawn,
                 (self.seed, step, example.id),
                 corruptions=self.corruptions,
-                max_level=self.max_level(step),
+                max_level=most or options.max_level,
                 strength=options.strength,
             )
             for example in examples
+            if self.mode.drawn
         ]
         specs = [list(column) for column in zip(*drawn, strict=True)]
+        if not most:  # a schedule has come down to the clean image
+            specs = [[self._clean(spec) for spec in column] for column in specs]
+        return specs + [[self.masked] * len(examples) for _ in range(self.mode.masked)]
+
+    def _clean(self, spec: ViewSpec) -> ViewSpec:
+        return ViewSpec(spec.corruption, self.corruptions[spec.corruption].identity, 0.0)
+
+    def _make(
+        self,
+        policy: Policy,
+        prompts: PromptBatch,
+        examples: Sequence[Example],
+        specs: list[list[ViewSpec]],
+        key: tuple[int | str, ...],
+    ) -> Views:
+        """Views as the specs [K][P] say, their seeds those of a key, row, view and image."""
+        begin = time.perf_counter()
         jobs = [
-            (image, spec, seed_for(self.seed, step, example.id, view, number))
+            (image, spec, seed_for(self.seed, *key, example.id, view, number))
             for view, column in enumerate(specs)
             for example, spec, images in zip(examples, column, prompts.images, strict=True)
             for number, image in enumerate(images)
@@ -154,7 +246,7 @@ class ViewMaker:
             blank: list[list[list[Image]]] = [[[] for _ in examples] for _ in specs]
             return Views(specs, blank, [prompts.pixel_values] * len(specs))
         clean, job_specs, seeds = map(list, zip(*jobs, strict=True))
-        if options.device == "cuda":
+        if self.options.device == "cuda":
             clean = [torch.from_numpy(image).to(policy.device) for image in clean]
         made = degrade_batch(clean, job_specs, seeds, corruptions=self.corruptions)
         arrays = (x if isinstance(x, np.ndarray) else x.numpy(force=True) for x in made)

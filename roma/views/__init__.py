@@ -8,10 +8,11 @@ Importing this loads no DALI: the first image degraded does.
 
 import roma.namesake  # noqa: F401 - an ImportError if another `roma` is in the way
 from roma.views.batch import degrade, degrade_batch
-from roma.views.corruptions import CORRUPTIONS, Corruption, Parameter, load_levels
-from roma.views.sample import ViewSpec, sample, seed_for
+from roma.views.corruptions import ADVERSARIAL, CORRUPTIONS, Corruption, Parameter, load_levels
+from roma.views.sample import ViewSpec, sample, sample_attacks, seed_for
 
 __all__ = [
+    "ADVERSARIAL",
     "CORRUPTIONS",
     "Corruption",
     "Parameter",
@@ -20,5 +21,6 @@ __all__ = [
     "degrade_batch",
     "load_levels",
     "sample",
+    "sample_attacks",
     "seed_for",
 ]

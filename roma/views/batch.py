@@ -10,7 +10,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from roma.views.corruptions import CORRUPTIONS, Corruption, Parameter, find
+from roma.views.corruptions import (
+    ADVERSARIAL,
+    CORRUPTIONS,
+    NEEDS_POLICY,
+    Corruption,
+    Parameter,
+    find,
+)
 from roma.views.dali import run
 from roma.views.operators import OPERATORS, runs_in_pytorch
 from roma.views.sample import ViewSpec
@@ -221,6 +228,9 @@ def _corruption(spec: ViewSpec, corruptions: Mapping[str, Corruption], name: str
         remedy = "make one with sample() or ViewSpec('jpeg', 20.0)"
         fail(name, "a ViewSpec", type(spec).__name__, remedy, error=TypeError)
     corruption = find(spec.corruption, corruptions, argument=f"{name}.corruption")
+    if corruption.pool == ADVERSARIAL:
+        got, remedy = f"{corruption.name!r}, which needs a policy", NEEDS_POLICY
+        fail(f"{name}.corruption", "one that an image alone is enough for", got, remedy)
     if corruption.name not in OPERATORS:
         fail(f"{name}.corruption", "one that roma has", repr(corruption.name), "see CORRUPTIONS")
     corruption.check(spec.parameter, name=f"{name}.parameter")

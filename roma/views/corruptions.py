@@ -2,7 +2,8 @@
 
 Levels 1 to 3 of the seen and unseen corruptions are MATH.md section 2. Where ImageNet-C (arXiv
 1903.12261) has a corruption, all five levels are its own, salt_and_pepper's those of its
-impulse_noise; downscale and posterize are ours. Level 0 is the clean image, and between two levels
+impulse_noise; downscale and posterize are ours. patch_mask at L3 is PAPO's (arXiv 2507.06448); pgd
+is `roma.train.attack`'s. Level 0 is the clean image, and between two levels
 parameters are interpolated linearly, so a level is any number.
 """
 
@@ -35,7 +36,8 @@ class Corruption:
 
     name: str
     pool: str
-    """"seen": may be trained on. "unseen": for evaluation. "extra": neither, for studies."""
+    """"seen": may be trained on. "unseen": for evaluation. "extra": neither, for studies.
+    "masking": patches blackened, for PAPO, DVRP and SRPO. "adversarial": made against a policy."""
     levels: tuple[Parameter, ...]
     """The parameter at L1, L2, …, ever stronger."""
     unit: str
@@ -124,7 +126,7 @@ def _parts(parameter: Parameter) -> tuple[float, ...]:
 
 
 def _table() -> dict[str, Corruption]:
-    """Seen before unseen before extra."""
+    """Seen before unseen before extra; then masking and what needs a policy."""
     rows = (
         Corruption(
             name="gaussian_noise", pool="seen", levels=(0.08, 0.12, 0.18, 0.26, 0.38),
@@ -201,12 +203,27 @@ def _table() -> dict[str, Corruption]:
             levels=((1.5, 2.0), (2.0, 2.0), (2.5, 1.7), (2.5, 1.5), (3.0, 1.4)),
             unit="(amount, decay)", identity=(0.0, 2.0), limit=(1e6, 1.0),
         ),
+        Corruption(
+            name="patch_mask", pool="masking", levels=(0.2, 0.4, 0.6, 0.8, 0.9),
+            unit="chance of black, patches of 14 px", identity=0.0, limit=1.0,
+        ),
+        Corruption(
+            name="pgd", pool="adversarial", levels=(1.0, 2.0, 4.0, 8.0, 16.0),
+            unit="eps, 8-bit levels", identity=0.0, limit=255.0,
+        ),
     )  # fmt: skip
     return {row.name: row for row in rows}
 
 
 CORRUPTIONS: Mapping[str, Corruption] = _table()
-"""Name → corruption: four seen, five unseen, eight extra."""
+"""Name → corruption: four seen, five unseen, eight extra, one masking, one adversarial."""
+
+ADVERSARIAL = "adversarial"
+"""The pool whose views follow from the policy, too: `degrade` cannot make them."""
+NEEDS_POLICY = (
+    "train with algorithm.views.pool=adversarial, or measure with `roma eval --pools adversarial`"
+)
+"""Where to get them."""
 
 
 def find(name: str, corruptions: Mapping[str, Corruption], *, argument: str) -> Corruption:

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from roma.models.images import decode_image
 from roma.views.batch import degrade_batch
-from roma.views.corruptions import CORRUPTIONS, Corruption
+from roma.views.corruptions import ADVERSARIAL, CORRUPTIONS, Corruption
 from roma.views.sample import ViewSpec, seed_for
 from roma_kernels.errors import fail
 
@@ -31,7 +31,7 @@ def draw_gallery(
 
     Args:
         image: [H, W, 3] uint8, RGB.
-        corruptions: the table of levels.
+        corruptions: the table of levels; one that needs a policy has no row.
         window: show this many pixels of height and width in the image's middle, as they are; None:
             the whole image.
         seed: of the noise.
@@ -45,8 +45,10 @@ def draw_gallery(
         >>> draw_gallery(np.zeros((32, 64, 3), np.uint8)).mode
         'RGB'
     """
+    corruptions = {name: row for name, row in corruptions.items() if row.pool != ADVERSARIAL}
     if not corruptions:
-        fail("corruptions", "at least one corruption", "none", "leave it out for CORRUPTIONS")
+        expected = "at least one corruption that an image alone is enough for"
+        fail("corruptions", expected, "none", "leave it out for CORRUPTIONS")
     shown = _middle(image.shape[1], image.shape[0], window)
     width, height = _tile_size(
         *(high - low for low, high in zip(shown[:2], shown[2:], strict=True))

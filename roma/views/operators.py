@@ -230,6 +230,30 @@ def posterize(images: Images, bits: Sequence[float], seeds: Sequence[int]) -> Im
     return images_of(values & _beside(values, np.array(masks, dtype=np.uint8)))
 
 
+# ----------------------------------------------------------------------------------------- masking
+
+PATCH = 14
+"""Side of a masked patch, px of the image itself: that of PAPO's policy, Qwen2.5-VL."""
+
+
+def patch_mask(images: Images, chances: Sequence[float], seeds: Sequence[int]) -> Images:
+    """Blackens patches of 14 × 14 px from the top left on, each with a chance; PyTorch.
+
+    Patches at the right and lower edge are cut. A larger chance blackens the same and more.
+    """
+    made = []
+    for image, chance, seed in zip(images, chances, seeds, strict=True):
+        height, width = image.shape[:2]
+        rows, columns = -(-height // PATCH), -(-width // PATCH)
+        words = random_words(seed, rows * columns, image.device).view(rows, columns)
+        black = words < round(chance * 2**32)
+        for side, length in enumerate((height, width)):
+            places = torch.arange(length, device=image.device) // PATCH
+            black = black.index_select(side, places)
+        made.append(image.masked_fill(black[..., None], 0))
+    return made
+
+
 # ------------------------------------------------------------------------------- light and weather
 
 
@@ -301,7 +325,7 @@ OPERATORS: Mapping[str, Operator] = {
         *(gaussian_noise, gaussian_blur, jpeg, downscale),
         *(motion_blur, salt_and_pepper, speckle, posterize, pixelate),
         *(shot_noise, impulse_noise, defocus_blur, zoom_blur),
-        *(brightness, contrast, saturate, fog),
+        *(brightness, contrast, saturate, fog, patch_mask),
     )
 }
 """Corruption → operator."""
@@ -313,7 +337,10 @@ NOISES = frozenset(
 
 IN_PYTORCH = frozenset(
     operator.__name__
-    for operator in (pixelate, shot_noise, zoom_blur, brightness, contrast, saturate, fog)
+    for operator in (
+        *(pixelate, shot_noise, zoom_blur),
+        *(brightness, contrast, saturate, fog, patch_mask),
+    )
 )
 """Those that run on PyTorch's own threads."""
 

@@ -13,7 +13,14 @@ from typing import Literal
 
 import numpy as np
 
-from roma.views.corruptions import CORRUPTIONS, Corruption, Parameter, in_pools
+from roma.views.corruptions import (
+    ADVERSARIAL,
+    CORRUPTIONS,
+    NEEDS_POLICY,
+    Corruption,
+    Parameter,
+    in_pools,
+)
 from roma_kernels.errors import fail
 
 Key = int | str
@@ -61,7 +68,7 @@ def sample(
     median is 0.71·max_level).
 
     Args:
-        pool: "seen", "unseen" or "extra".
+        pool: "seen", "unseen", "extra" or "masking".
         k: the number of views.
         key: (run seed, step, prompt id); the draw depends on it and the other arguments alone.
         corruptions: the table of levels.
@@ -78,23 +85,67 @@ def sample(
         True
     """
     members = list(in_pools([pool], corruptions, argument="pool").values())
+    if pool == ADVERSARIAL:
+        expected = "one of which an image alone is enough for a view"
+        fail("pool", expected, f"{pool!r}, which needs a policy", NEEDS_POLICY)
     if not 1 <= k <= len(members):
         expected = f"1 to {len(members)}, the corruptions of {pool!r}"
         fail("k", expected, str(k), "views of one prompt are of distinct corruptions: draw fewer")
+    _check_spread(members, max_level, strength)
+    rng = _generator(key)
+    chosen = rng.choice(len(members), size=k, replace=False).tolist()
+    levels = _levels(rng, k, max_level, strength)
+    return [_spec(members[i], level) for i, level in zip(chosen, levels, strict=True)]
+
+
+def sample_attacks(
+    k: int,
+    key: Sequence[Key],
+    *,
+    corruptions: Mapping[str, Corruption] = CORRUPTIONS,
+    max_level: float = 2.0,
+    strength: Literal["uniform", "strong"] = "uniform",
+) -> list[ViewSpec]:
+    """Draws k views of pool "adversarial", each with its own level, spread as in `sample`.
+
+    All are of one corruption, pgd: what tells them apart is level and random start.
+
+    Raises:
+        ValueError: as in `sample`; k may be any number from 1 on. TypeError: as in `sample`.
+
+    Example:
+        >>> [spec.corruption for spec in sample_attacks(2, (0, 1, "row 7"))]
+        ['pgd', 'pgd']
+    """
+    (attack,) = in_pools([ADVERSARIAL], corruptions, argument="pool").values()
+    if k < 1:
+        fail("k", "at least 1", str(k), "ask for a view")
+    _check_spread([attack], max_level, strength)
+    levels = _levels(_generator((*key, ADVERSARIAL)), k, max_level, strength)
+    return [_spec(attack, level) for level in levels]
+
+
+def _check_spread(members: Sequence[Corruption], max_level: float, strength: str) -> None:
     last = min(len(corruption.levels) for corruption in members)
     if not 0 < max_level <= last:
         expected = f"above 0 and at most {last}, the last level in the table"
         fail("max_level", expected, f"{max_level:g}", "lower it, or give a table with more levels")
     if strength not in ("uniform", "strong"):
         fail("strength", "'uniform' or 'strong'", repr(strength), "choose one of them")
-    rng = np.random.Generator(np.random.Philox(key=int.from_bytes(_digest(key)[16:], "little")))
-    chosen = rng.choice(len(members), size=k, replace=False)
+
+
+def _generator(key: Sequence[Key]) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(_digest(key)[16:], "little")))
+
+
+def _levels(rng: np.random.Generator, k: int, max_level: float, strength: str) -> list[float]:
     u = 1 - rng.random(k)
-    levels = max_level * (np.sqrt(u) if strength == "strong" else u)
-    return [
-        ViewSpec(members[i].name, members[i].parameter(level), level)
-        for i, level in zip(chosen.tolist(), levels.tolist(), strict=True)
-    ]
+    levels: list[float] = (max_level * (np.sqrt(u) if strength == "strong" else u)).tolist()
+    return levels
+
+
+def _spec(corruption: Corruption, level: float) -> ViewSpec:
+    return ViewSpec(corruption.name, corruption.parameter(level), level)
 
 
 def _digest(key: Sequence[Key]) -> bytes:

@@ -168,7 +168,7 @@ def test_views(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == "pool corruption L1 L2 L3 L4 L5 training unit".split()
     noise = "seen gaussian_noise 0.08 0.12 0.18 0.26 0.38 0 to 0.12 sigma, pixels in 0..1"
-    assert lines[1].split() == noise.split() and len(lines) == 18
+    assert lines[1].split() == noise.split() and len(lines) == 20
     assert cli.main(["views"]) == 2
     assert capsys.readouterr().err.startswith("roma: IMAGE: expected at least one image file")
     table = tmp_path / "levels.yaml"
@@ -184,7 +184,10 @@ def test_views(
     assert cli.main(["views", "a.jpg", "--pools", "extra"]) == 0
     assert set(gallery.made[-1][1]["corruptions"]) > {"fog", "shot_noise"}
     assert cli.main(["views", "a.jpg", "--pools", "seen,rare"]) == 2
-    assert "pools: expected one of seen, unseen, extra, got 'rare'" in capsys.readouterr().err
+    assert (
+        "pools: expected one of seen, unseen, extra, masking, adversarial, got 'rare'"
+        in capsys.readouterr().err
+    )
 
 
 def test_views_never_overwrite(

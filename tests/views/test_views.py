@@ -17,6 +17,7 @@ from support.views_checks import LIMIT, UNSCALED, flat
 from support.views_reference import picture, smooth
 
 from roma.views import (
+    ADVERSARIAL,
     CORRUPTIONS,
     ViewSpec,
     degrade,
@@ -28,6 +29,7 @@ from roma.views import (
 )
 
 DEMO_LEVELS = Path(__file__).parents[2] / "configs" / "demo_levels.yaml"
+MADE = {name: row for name, row in CORRUPTIONS.items() if row.pool != ADVERSARIAL}
 NOISES = ("gaussian_noise", "speckle", "salt_and_pepper", "shot_noise", "impulse_noise")
 
 # One pixel, a line, sides that no block, chroma or shrinking factor divides, and the demo's size.
@@ -37,7 +39,7 @@ SIZES = ((1, 1), (1, 5), (7, 1), (2, 3), (3, 70), (17, 31), (32, 64), (70, 90))
 SIDES = st.one_of(st.sampled_from((1, 2, 223, 512)), st.integers(1, 512))
 
 
-@pytest.mark.parametrize("name", CORRUPTIONS)
+@pytest.mark.parametrize("name", MADE)
 @settings(max_examples=15)
 @given(SIDES, SIDES, st.floats(0.01, 5))
 def test_views_keep_size_and_type(name: str, height: int, width: int, level: float) -> None:
@@ -53,7 +55,7 @@ def test_views_keep_size_and_type(name: str, height: int, width: int, level: flo
         np.testing.assert_array_equal(np.asarray(image), before)
 
 
-@pytest.mark.parametrize("name", CORRUPTIONS)
+@pytest.mark.parametrize("name", MADE)
 def test_memory_of_any_form(name: str) -> None:
     """Read-only arrays, every other row backwards, a transposed tensor; results stay what they are
     when DALI's memory is used again."""
@@ -79,7 +81,7 @@ def test_memory_of_any_form(name: str) -> None:
 def test_a_view_depends_on_its_own_spec_and_seed_alone(order: random.Random, seed: int) -> None:
     """Shuffled, split and repeated batches of mixed sizes give the same pixels as single images."""
     images, specs, seeds = [], [], []
-    for i, corruption in enumerate(CORRUPTIONS.values()):
+    for i, corruption in enumerate(MADE.values()):
         for level in (1.0, 2.5):
             images.append(picture(*SIZES[(i + 4 * int(level)) % len(SIZES)], seed=i))
             specs.append(ViewSpec(corruption.name, corruption.parameter(level), level))
@@ -99,9 +101,9 @@ def test_a_view_depends_on_its_own_spec_and_seed_alone(order: random.Random, see
 def mixed_bag() -> tuple[list[np.ndarray], list[ViewSpec], list[int]]:
     """An image per corruption, of three sizes; large enough for PyTorch to use its threads."""
     sizes = ((120, 104), (17, 31), (204, 300))
-    images = [picture(*sizes[i % 3], seed=i) for i in range(len(CORRUPTIONS))]
-    specs = [ViewSpec(name, c.parameter(1.5)) for name, c in CORRUPTIONS.items()]
-    large = [i for i, name in enumerate(CORRUPTIONS) if name in operators.IN_PYTORCH]
+    images = [picture(*sizes[i % 3], seed=i) for i in range(len(MADE))]
+    specs = [ViewSpec(name, c.parameter(1.5)) for name, c in MADE.items()]
+    large = [i for i, name in enumerate(MADE) if name in operators.IN_PYTORCH]
     for i in large:
         images[i] = picture(204, 300, seed=i)
     return images, specs, [seed_for(0, i) for i in range(len(images))]
@@ -226,7 +228,7 @@ def test_another_seed_is_other_noise(name: str) -> None:
     assert abs(correlation) < LIMIT / 64
 
 
-@pytest.mark.parametrize("name", CORRUPTIONS)
+@pytest.mark.parametrize("name", MADE)
 def test_level_0_is_the_image(name: str) -> None:
     """A copy of it."""
     image = picture(9, 14)
@@ -246,6 +248,8 @@ def test_stronger_levels_change_more(table: dict) -> None:
     """
     image = smooth(112, 160) if table is CORRUPTIONS else smooth(32, 64)
     for corruption in table.values():
+        if corruption.pool == ADVERSARIAL:
+            continue  # a policy makes them
         if table is not CORRUPTIONS and corruption.pool == "extra":
             continue  # levels for images of 224 pixels
         changes = []
@@ -314,7 +318,7 @@ def test_seeds_are_stable_and_distinct() -> None:
     assert len(set(seeds)) == len(keys) and all(0 <= seed < 2**63 for seed in seeds)
 
 
-POOLS = {"seen": 4, "unseen": 5, "extra": 8}
+POOLS = {"seen": 4, "unseen": 5, "extra": 8, "masking": 1}
 
 
 def test_no_global_generator_is_touched() -> None:
