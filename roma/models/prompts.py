@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -106,3 +107,32 @@ class ImageFeatures:
             pooler_output=tuple(self.embeddings), deepstack_features=self.deepstack
         )
         return {"image": output}
+
+
+def positions_of(
+    model: Any, input_ids: Tensor, mask: Tensor, grids: Tensor, first: Sequence[int]
+) -> Tensor:
+    """[3, P, L] of prompts; those of one shape (marks, grids, padding) are computed once.
+
+    Args:
+        model: of transformers, which numbers them.
+        input_ids: [P, L] int64, padded on the left.
+        mask: [P, L] int64, 1 = a token.
+        grids: [n, 3] int64, of all images.
+        first: [P + 1]: prompt p owns images first[p]..first[p + 1].
+    """
+    kinds = (input_ids == model.config.image_token_id).to(torch.int32)
+    keys = [
+        (kinds[p].numpy().tobytes(), mask[p].numpy().tobytes(), str(grids[a:b].tolist()))
+        for p, (a, b) in enumerate(pairwise(first))
+    ]
+    made: dict[Any, Tensor] = {}
+    for p, key in enumerate(keys):
+        if key not in made:
+            made[key], _ = model.model.get_rope_index(
+                input_ids[p : p + 1],
+                kinds[p : p + 1],
+                image_grid_thw=grids[first[p] : first[p + 1]],
+                attention_mask=mask[p : p + 1],
+            )
+    return torch.cat([made[key] for key in keys], dim=1)

@@ -24,7 +24,7 @@ from roma.models.export import check_base, save
 from roma.models.flops import Adapters
 from roma.models.prefix import Group, Packed, pack, share_prompts, shares_prompts
 from roma.models.processor import Image, Processor
-from roma.models.prompts import ImageFeatures, PromptBatch
+from roma.models.prompts import ImageFeatures, PromptBatch, positions_of
 from roma_kernels.errors import fail
 
 
@@ -154,6 +154,11 @@ class Policy(nn.Module):
         """Token for positions that do not count."""
         return int(self.processor.tokenizer.pad_token_id)
 
+    @property
+    def image_id(self) -> int:
+        """Token that stands in a prompt for each of its images' features."""
+        return int(self.model.config.image_token_id)
+
     def autocast(self, dtype: str) -> torch.autocast:
         """A context in which matrix products run in `dtype`, "float32" or "bfloat16".
 
@@ -184,7 +189,7 @@ class Policy(nn.Module):
         longest = max(map(len, ids))
         input_ids = torch.tensor([[self.pad_id] * (longest - len(row)) + row for row in ids])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
-        positions = self._positions(input_ids, mask, grids, first)
+        positions = positions_of(self.model, input_ids, mask, grids, first)
         return PromptBatch(
             input_ids=input_ids.to(self.device),
             attention_mask=mask.to(self.device),
@@ -196,26 +201,6 @@ class Policy(nn.Module):
             first_image=first,
             padded=bool((mask == 0).any()),
         )
-
-    def _positions(
-        self, input_ids: Tensor, mask: Tensor, grids: Tensor, first: list[int]
-    ) -> Tensor:
-        """[3, P, L]; prompts of one shape (marks, grids, padding) are computed once."""
-        kinds = (input_ids == self.model.config.image_token_id).to(torch.int32)
-        keys = [
-            (kinds[p].numpy().tobytes(), mask[p].numpy().tobytes(), str(grids[a:b].tolist()))
-            for p, (a, b) in enumerate(pairwise(first))
-        ]
-        made: dict[Any, Tensor] = {}
-        for p, key in enumerate(keys):
-            if key not in made:
-                made[key], _ = self.model.model.get_rope_index(
-                    input_ids[p : p + 1],
-                    kinds[p : p + 1],
-                    image_grid_thw=grids[first[p] : first[p + 1]],
-                    attention_mask=mask[p : p + 1],
-                )
-        return torch.cat([made[key] for key in keys], dim=1)
 
     def view_pixels(self, prompts: PromptBatch, views: Sequence[Sequence[Image]]) -> Tensor:
         """Patches of a degraded view of every prompt's images, on the clean images' grids.
@@ -350,22 +335,31 @@ class Policy(nn.Module):
         Returns:
             [R, T, D]; positions outside `mask` hold arbitrary finite values.
         """
-        length = tokens.shape[1]
-        completions = tokens.masked_fill(~mask, self.pad_id)[
-            :, : length - 1
-        ]  # the last predicts nothing
+        states = self.row_hidden(prompts, features, rows, tokens, mask)
+        return states[:, prompts.input_ids.shape[1] - 1 :]
+
+    def row_hidden(
+        self,
+        prompts: PromptBatch,
+        features: ImageFeatures,
+        rows: Tensor,
+        tokens: Tensor,
+        mask: Tensor,
+    ) -> Tensor:
+        """Hidden states [R, L + T − 1, D] of whole rows: `completion_hidden` is their last part."""
+        length = tokens.shape[1] - 1  # the last token predicts nothing
+        completions = tokens.masked_fill(~mask, self.pad_id)[:, :length]
         ids = torch.cat([prompts.input_ids[rows], completions], dim=1)
-        later = prompts.next_position[rows, None] + torch.arange(length - 1, device=ids.device)
+        later = prompts.next_position[rows, None] + torch.arange(length, device=ids.device)
         positions = torch.cat([prompts.position_ids[:, rows], later.expand(3, -1, -1)], dim=2)
-        states = self._body(
+        states: Tensor = self._body(
             input_ids=ids,
             position_ids=positions,
-            attention_mask=self._attention_mask(prompts, rows, length - 1),
+            attention_mask=self._attention_mask(prompts, rows, length),
             mm_encoder_outputs=prompts.features_of(features, rows).encoder_outputs(),
             use_cache=False,
         ).last_hidden_state
-        hidden: Tensor = states[:, prompts.input_ids.shape[1] - 1 :]
-        return hidden
+        return states
 
     def _body(self, **inputs: Any) -> Any:
         checkpointing.check(self.model)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roma.advantages import ESTIMATORS, AdvantageInputs, Estimator
+from roma.advantages import Estimator
 from roma.data import Example
 from roma.models.prompts import PromptBatch
 from roma.models.qwen_vl import Policy
@@ -20,6 +20,8 @@ from roma.train import ranks
 from roma.train.batch import UpdateBatch
 from roma.train.config import Config
 from roma.train.engine import Engine
+from roma.train.mixed import Mix, level_share
+from roma.train.refine import Advantages, ByGroup, Sampled
 from roma.train.saved.agree import on_all
 from roma.train.states import distinct_rows
 from roma.train.views import ViewMaker, Views
@@ -37,6 +39,7 @@ class Experience:
     rewards: dict[str, Tensor]  # each [B]; "failed" is 1 where there is none, and the others 0
     advantages: Tensor  # [B] or [B, T]
     views: "Future[Views]"  # a thread may still be making them
+    noisy: Tensor | None = None  # [B] bool: sampled on the first view; None: all on one image
 
     @property
     def correct(self) -> Tensor:
@@ -73,8 +76,10 @@ class Collector:
         sampler: samples from the policy.
         score: the reward function.
         view_maker: starts on the views of the prompts before sampling begins.
+        rows: the training set; None: no method has a value of its questions.
 
     Attributes:
+        advantages: makes advantages of rewards.
         failure_log: called with the step and a row of reward_failures.jsonl for each rollout
             without a reward, on the first rank; None: they are counted and told on stderr alone.
     """
@@ -86,13 +91,27 @@ class Collector:
         sampler: Sampler,
         score: MarkedReward,
         view_maker: ViewMaker,
+        rows: Sequence[Example] = (),
     ) -> None:
         """Keeps all parts."""
         self.config, self.engine, self.sampler = config, engine, sampler
         self.score, self.view_maker = score, view_maker
         self.failure_log: Callable[[int, Sequence[Mapping[str, Any]]], None] | None = None
         self._step = 0
-        self.estimator = ESTIMATORS[config.algorithm.adv_estimator]
+        self.advantages = Advantages(config, engine, view_maker, rows)
+        self._mix = Mix.of(config) if view_maker.some_rollouts_see_views else None
+        if self._mix:
+            view_maker.level_share = lambda step: level_share(config, step)
+
+    @property
+    def estimator(self) -> Estimator | None:
+        """The pure function that makes advantages of a group's rewards; None: none does."""
+        base = self.advantages.base
+        return base.estimator if isinstance(base, ByGroup) else None
+
+    @estimator.setter
+    def estimator(self, estimator: Estimator) -> None:
+        self.advantages.base = ByGroup(estimator)
 
     @property
     def policy(self) -> Policy:
@@ -101,32 +120,48 @@ class Collector:
 
     def collect(self, examples: list[Example], step: int) -> tuple[Experience, dict[str, float]]:
         """The experience of a step, and its metrics."""
-        config, self._step = self.config, step
+        self._step = step
         encoded: list[PromptBatch] = []
         # An image that cannot be read on one rank is an error on all of them.
         on_all(lambda: encoded.append(self.encode(examples)))
         (prompts,) = encoded
         views = self.view_maker.start(self.policy, prompts, examples, step)
+        masked = self.advantages.start(prompts, examples, step)
         if self.view_maker.rollouts_see_views:
             prompts = views.result().applied_to(prompts)
-        # The ranks have prompts of their own, the first one those of a run in one process.
-        place = (ranks.rank(),) if ranks.rank() else ()
-        rollouts = self.sampler.sample(
-            prompts,
-            group_size=config.worker.rollout.n,
-            max_new_tokens=config.data.max_response_length,
-            temperature=config.worker.rollout.temperature,
-            seed=seed_for(config.trainer.seed, "rollout", step, *place),
-        )
+        rollouts = self._sample(prompts, views, step)
         group = torch.arange(len(examples), device=self.policy.device)
-        group = group.repeat_interleave(config.worker.rollout.n)
+        group = group.repeat_interleave(self.config.worker.rollout.n)
         rewards = self.reward(examples, group, rollouts)
-        advantages = self._advantages(prompts, rollouts, group, rewards)
+        sampled = Sampled(step, examples, prompts, rollouts, group, rewards, masked)
+        advantages, metrics = self.advantages(sampled)
         if not self.policy.vision_is_frozen:
             # Megabytes an image, through the whole update, and soon those of older weights.
             rollouts = replace(rollouts, features=None)
-        found = Experience(examples, prompts, rollouts, group, rewards, advantages, views)
-        return found, _metrics(found)
+        noisy = self._mix.is_noisy(group) if self._mix else None
+        found = Experience(examples, prompts, rollouts, group, rewards, advantages, views, noisy)
+        return found, _metrics(found) | metrics
+
+    def _sample(self, prompts: PromptBatch, views: "Future[Views]", step: int) -> Rollouts:
+        """G completions of each prompt, all on its images or some on its first view."""
+        size = self.config.worker.rollout.n
+        if self._mix is None:
+            return self._sample_on(prompts, size, "rollout", step)
+        clean = self._sample_on(prompts, self._mix.clean, "rollout", step)
+        degraded = views.result().applied_to(prompts)
+        noisy = self._sample_on(degraded, self._mix.noisy, "noisy rollout", step)
+        return self._mix.joined(clean, noisy, pad=self.policy.pad_id)
+
+    def _sample_on(self, prompts: PromptBatch, size: int, key: str, step: int) -> Rollouts:
+        # The ranks have prompts of their own, the first one those of a run in one process.
+        place = (ranks.rank(),) if ranks.rank() else ()
+        return self.sampler.sample(
+            prompts,
+            group_size=size,
+            max_new_tokens=self.config.data.max_response_length,
+            temperature=self.config.worker.rollout.temperature,
+            seed=seed_for(self.config.trainer.seed, key, step, *place),
+        )
 
     def answer(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Rewards [n] of one greedy answer to each example, on its clean images.
@@ -206,52 +241,6 @@ class Collector:
         if self.failure_log:
             self.failure_log(self._step, every)
 
-    def _advantages(
-        self, prompts: PromptBatch, rollouts: Rollouts, group: Tensor, rewards: dict[str, Tensor]
-    ) -> Tensor:
-        needs, scored = self.estimator.needs, dict[str, Tensor]()
-        if needs:
-            batch = UpdateBatch.to_score(prompts, rollouts, group)
-            limit = self.config.worker.actor.micro_batch_tokens
-            asked = {name: name in needs for name in ("hidden", "entropy")}
-            scores = self.engine.call(self.engine.policy_loss.score, batch, limit=limit, **asked)
-            scored = {name: getattr(scores, name) for name in needs}
-        inputs = AdvantageInputs(rewards["overall"], group, rollouts.mask, **scored)
-        return advantages_of(self.estimator, inputs, rewards["failed"] > 0)
-
-
-def advantages_of(estimator: Estimator, inputs: AdvantageInputs, failed: Tensor) -> Tensor:
-    """Advantages where some rollouts have no reward: theirs are 0, the others' are as if alone.
-
-    The estimator is given the other rollouts only, so that no statistic of a group holds a failed
-    one, whichever the estimator. A rollout whose group it alone is left of has nothing to be
-    compared with, and gets 0 too.
-
-    Args:
-        estimator: any.
-        inputs: of B rollouts.
-        failed: [B] bool.
-
-    Returns:
-        [B] or [B, T], as the estimator returns.
-    """
-    if not failed.any():
-        return estimator(inputs)
-    ids, member = inputs.group.unique(return_inverse=True)
-    left = (~failed).new_zeros(len(ids), dtype=torch.int64).index_add(0, member, (~failed).long())
-    lost = torch.zeros_like(left).index_add(0, member, failed.long())
-    taken = ~failed & ~((left == 1) & (lost > 0))[member]
-    if not taken.any():
-        return torch.zeros_like(inputs.rewards)
-    optional = {name: getattr(inputs, name) for name in ("logp", "entropy", "hidden")}
-    kept = {name: value[taken] for name, value in optional.items() if value is not None}
-    found = estimator(
-        AdvantageInputs(inputs.rewards[taken], inputs.group[taken], inputs.mask[taken], **kept)
-    )
-    advantages = found.new_zeros(len(failed), *found.shape[1:])
-    advantages[taken] = found
-    return advantages
-
 
 def _parts(scores: Sequence[Mapping[str, float] | Failed]) -> list[str]:
     """The parts that all scores have, the same on every rank."""
@@ -262,24 +251,38 @@ def _parts(scores: Sequence[Mapping[str, float] | Failed]) -> list[str]:
 
 def _metrics(experience: Experience) -> dict[str, float]:
     """Means over the rollouts of all ranks; of a reward's parts, over those that have one."""
-    rollouts, group = experience.rollouts, experience.group
+    rollouts, group, noisy = experience.rollouts, experience.group, experience.noisy
     columns = {
         **experience.rewards,
         "nonzero": (experience.advantages != 0).view(len(group), -1).any(1),
         "length": rollouts.mask.sum(-1),
         "cut": ~rollouts.finished,
+        "noisy": torch.zeros_like(rollouts.finished) if noisy is None else noisy,
     }
     table = ranks.gathered(torch.stack([column.double() for column in columns.values()], 1)).cpu()
     found = dict(zip(columns, table.unbind(1), strict=True))
     scored = found["failed"] == 0
     rewards = {part: found[part][scored] for part in experience.rewards if part != "failed"}
+    kinds = {} if noisy is None else _by_kind(rewards, found["noisy"][scored] > 0)
     distinct = distinct_rows(group, rollouts.tokens, rollouts.mask)[0]
     return {
         **{f"reward/{part}": float(own.mean()) for part, own in rewards.items() if len(own)},
+        **kinds,
         "reward/failed": float(found["failed"].mean()),
         "advantage/nonzero_share": float(found["nonzero"].mean()),
         "response_length/mean": float(found["length"].mean()),
         "response_length/max": float(found["length"].max()),
         "response_length/clip_ratio": float(found["cut"].mean()),
         "rollout/distinct_share": sum(ranks.told(len(distinct))) / len(table),
+    }
+
+
+def _by_kind(rewards: Mapping[str, Tensor], noisy: Tensor) -> dict[str, float]:
+    """Means of the rewards on clean and on degraded images, where there are any."""
+    kinds = {"clean": ~noisy, "noisy": noisy}
+    return {
+        f"reward/{part}/{kind}": float(own[rows].mean())
+        for part, own in rewards.items()
+        for kind, rows in kinds.items()
+        if rows.any()
     }

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from roma.train.schema import NonNegativeFloat, PositiveFloat, PositiveInt, Range, Share
 
 LOG_2 = math.log(2)
+PositiveShare = Annotated[float, Range(above=0, high=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +45,11 @@ class SrpoConfig:
     """Bound of a token's contrast, nats."""
     limit: PositiveFloat = LOG_2
     """Bound of a weight's logarithm, before the weights of a response are divided by their mean."""
-    perception_tag: str = "perception"
-    """Name of the tag around perception text: <perception> … </perception>."""
-    reasoning_tag: str | None = "think"
-    """Name of the tag around reasoning text; null: reasoning is all that is outside of the
-    perception text."""
+    perception_tag: tuple[str, str] = ("<perception>", "</perception>")
+    """What opens and what closes the text of what is seen."""
+    reasoning_tag: tuple[str, str] = ("<think>", "</think>")
+    """What opens and what closes the reasoning; the answer behind it belongs to it. The text that
+    closes the first of the two blocks may open the second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +58,9 @@ class VgpoConfig:
 
     beta: NonNegativeFloat = 0.3
     """Compensation of the last token, if it looks at the image."""
-    gamma: Share = 0.5
+    gamma: PositiveShare = 0.5
     """Share of a response, its end, in which tokens are compensated."""
-    kappa: Share = 0.2
+    kappa: PositiveShare = 0.2
     """Share of that end's tokens, those most like the image, that are."""
     variant: Literal["paper", "code"] = "paper"
     """Formulas of the paper, or those of its code, where the two differ."""

@@ -32,11 +32,16 @@ class States:
         policy: the model.
         batch: its prompts, views and B rollouts.
         share: a prompt once for all its rollouts; else a row for each completion.
+        images: keep the mean state of each prompt's image tokens, too, on its clean images.
     """
 
-    def __init__(self, policy: Policy, batch: UpdateBatch, *, share: bool) -> None:
+    def __init__(
+        self, policy: Policy, batch: UpdateBatch, *, share: bool, images: bool = False
+    ) -> None:
         """Nothing is run yet."""
         self.policy, self.batch, self.share = policy, batch, share
+        # [D] fp32 of each prompt that was run and has images; None: not asked for.
+        self._images: dict[int, Tensor] | None = {} if images else None
         if bool((batch.mask[:, 1:] & ~batch.mask[:, :-1]).any()):
             remedy = "tokens in between that do not count are not supported here"
             fail("mask", "each row True up to the rollout's end", "a row with a hole", remedy)
@@ -120,6 +125,12 @@ class States:
         packed = policy.packed(batch.prompts, groups, self._tokens, lengths)
         features = self._features(groups)
         states = policy.packed_hidden(packed, features)
+        starts = packed.segments.prompt_starts
+        for group, start in zip(groups, starts.tolist(), strict=True):
+            if not group.variant:
+                self._keep_image(
+                    group.prompt, states[start:][: batch.prompts.lengths[group.prompt]]
+                )
         pairs = [(group.variant, i) for group in groups for i in group.rollouts]
         variants, members = np.array(pairs, dtype=np.int64).T
         self._keep(variants, members, states, packed.before, packed.starts)
@@ -133,17 +144,41 @@ class States:
             images = sum(len(batch.prompts.images_of(prompt)) for prompt in own)
             members = np.flatnonzero(run[variant])
             rows = torch.from_numpy(members).to(batch.group.device)
-            states = policy.completion_hidden(
+            prompt, width = self._prompt[members], batch.prompts.input_ids.shape[1]
+            whole = policy.row_hidden(
                 batch.prompts.select(own),
                 features.part(first_image, images),
-                torch.from_numpy(np.searchsorted(own, self._prompt[members])).to(rows.device),
+                torch.from_numpy(np.searchsorted(own, prompt)).to(rows.device),
                 self._tokens[rows],
                 self._mask[rows],
             )
+            if not variant:
+                for row in np.searchsorted(prompt, own).tolist():
+                    self._keep_image(int(prompt[row]), whole[row, :width])
+            states = whole[:, width - 1 :]
             first_image += images
             first = np.arange(len(members)) * states.shape[1]
             variants = np.full(len(members), variant)
             self._keep(variants, members, states.flatten(0, 1), first, first + 1)
+
+    def _keep_image(self, prompt: int, states: Tensor) -> None:
+        """Of a prompt's own tokens, at the end of its padded row, the mean state of the image's."""
+        if self._images is None or not self.batch.prompts.images_of(prompt):
+            return
+        ids = self.batch.prompts.input_ids[prompt, -len(states) :]
+        self._images[prompt] = states[ids == self.policy.image_id].float().mean(0)
+
+    def image_states(self) -> Tensor:
+        """[P, D] fp32: the mean last-layer state of each prompt's image tokens, of all its images.
+
+        0 for a prompt without images, and for one of which nothing was run on the clean images.
+        """
+        assert self._images is not None  # they were asked for
+        weight = self.policy.head_weight
+        found = weight.new_zeros(len(self.batch.prompts.images), weight.shape[1]).float()
+        for prompt, state in self._images.items():
+            found[prompt] = state
+        return found
 
     def _keep(
         self,

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from roma.advantages import ESTIMATORS, AdvantageInputs, Estimator, rloo
 from roma.rewards import Failed, RewardError
-from roma.train.collect import Experience, advantages_of
+from roma.train.collect import Experience
+from roma.train.refine import advantages_of
 from roma.train.trainer import Trainer
 
 TIMEOUT = 1.0
