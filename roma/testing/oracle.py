@@ -80,6 +80,8 @@ def view_loss(
     ref_logp: Tensor | None = None,
     aux_view: Tensor | None = None,
     view_old_logp: Tensor | None = None,
+    rollout_weight: Tensor | None = None,
+    entropy: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     total_sequences: float | Tensor | None = None,
     total_tokens: float | Tensor | None = None,
@@ -107,16 +109,22 @@ def view_loss(
     def number(given: float | Tensor | None, own: int) -> Tensor:
         return torch.tensor(float(own if given is None else given), dtype=dtype)
 
-    packed_twice = advantages.ndim == 1 and len(advantages) == len(rows)  # [B] where N = B
-    per_token = advantages.shape == mask.shape and not packed_twice
-    per_row = counted(advantages) if per_token else advantages.to(dtype)[sequence]
+    def by_token(x: Tensor) -> Tensor:
+        packed_twice = x.ndim == 1 and len(x) == len(rows)  # [B] where N = B
+        per_token = x.shape == mask.shape and not packed_twice
+        return (counted(x) if per_token else x.to(dtype)[sequence]).detach()
+
+    bound = config.gate_bound
+    if bound is None and config.gate_tau is not None:
+        bound = math.inf
     batch = Batch(
         logp=counted(logp),
         view_logp=counted(view_logp),
         old_logp=constant(logp if old_logp is None else old_logp),
         ref_logp=constant(ref_logp),
         view_old_logp=constant(view_old_logp) if config.aux_old == "view" else None,
-        advantages=per_row,
+        rollout_weight=None if rollout_weight is None else by_token(rollout_weight),
+        advantages=by_token(advantages),
         sequence=sequence,
         lengths=torch.tensor([len(n) for n in rows]),
         correct=correct,
@@ -126,13 +134,15 @@ def view_loss(
         total_correct=number(total_correct, int(correct.sum())),
         lambda_inv=number(config.lambda_inv, 0),
         lambda_aux=number(config.lambda_aux, 0),
+        gate_bound=None if bound is None else number(bound, 0),
     )
-    by_token = config.worst_over == "token"
-    if worst_view is not None and by_token:
+    over_tokens = config.worst_over == "token"
+    if worst_view is not None and over_tokens:
         worst_view = worst_view.reshape(-1)[index]
-    found = roma_loss_reference(batch, config, worst_view=worst_view)
+    of_tokens = None if entropy is None else counted(entropy)
+    found = roma_loss_reference(batch, config, entropy=of_tokens, worst_view=worst_view)
     chosen, penalty, sets = found.worst_view, found.penalty.detach(), rows
-    if by_token:
+    if over_tokens:
         sets = [torch.tensor([n]) for n in range(mask.numel())]
         penalty = penalty.new_zeros(mask.numel(), penalty.shape[1]).index_copy(0, index, penalty)
         chosen = torch.full((mask.numel(),), -1).index_copy(0, index, chosen).reshape(mask.shape)

@@ -14,6 +14,7 @@ from roma_kernels.roma_loss.checks import (
     Total,
     check_config,
     check_constants,
+    check_entropy,
     check_layout,
     check_views,
     layout_for,
@@ -34,7 +35,8 @@ class RomaLoss(NamedTuple):
             that with main=None a trainer's own objective shares the sweep of the head.
         view_logp: [K, B, T] ([K, N]) fp32: the same tokens on each view; differentiable.
         worst_view: int64, the lowest index of a tie. [B] for worst_over "sequence" and "mean"; [B,
-            T] ([N]) for "token", −1 on masked positions; 0-dim for "batch". Zeros where K = 0.
+            T] ([N]) for "token", −1 on masked positions; 0-dim for "batch". Zeros where K = 0; −1
+            for a sequence whose views gate_bound leaves out, all of them.
         metrics: Detached 0-dim tensors; `roma.METRICS` holds the formula of each. Given the totals
             over all shards, metrics and losses of shards add up.
     """
@@ -59,6 +61,7 @@ def roma_loss(
     ref_logp: Tensor | None = None,
     aux_view: Tensor | None = None,
     view_old_logp: Tensor | None = None,
+    rollout_weight: Tensor | None = None,
     view_rows: Tensor | None = None,
     bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -70,15 +73,17 @@ def roma_loss(
     workspace: int | None = None,
     backend: str = "auto",
 ) -> RomaLoss:
-    """The ROMA loss: clean objective, clipped loss on a sampled view, penalty on the worst view.
+    """The ROMA loss: clean objective, the same on a sampled view, penalty on the worst view.
 
         L = L_main(clean) + λ_aux·L_aux(sampled view) + λ_inv·L_inv
         L_inv = (1/B) Σ_i m_i max_k (1/|y_i|) Σ_t (expm1(δ) − δ)
         δ = a_t^k − sg(c_t)
 
     (arXiv 2605.09262; docs/MATH.md sections 1 to 3, which also tell which readings of the paper are
-    our own.) Masked positions cost nothing and may hold anything; the backward computes only rows
-    that have a gradient.
+    our own.) L_main and L_aux are config.main's, one of TRL's (MATH.md's table in section 3).
+    Masked positions cost nothing and may hold anything; the backward computes only rows that have a
+    gradient: with entropy_coef > 0 all clean ones, with ratio_level="sequence" all of a sequence or
+    none.
 
     Pairs. Most views of most rollouts change neither the loss nor its gradient. A trainer may run
     through its model only
@@ -119,6 +124,10 @@ def roma_loss(
         aux_view: [B] int64 in 0..K-1: each sequence's sampled view; None: no auxiliary loss.
         view_old_logp: [B, T] nats: the old policy on the sampled view; needed when config.aux_old =
             "view".
+        rollout_weight: [B] or [B, T], finite and ≥ 0: a sampler's correction, as exp(old_logp −
+            sampler_logp), cut off. It multiplies the token losses of L_main and L_aux, before the
+            KL to a reference; 0 leaves a token out, at no cost. With main="vespo" [B, T], a part of
+            the sequence's weight instead. None: 1. (Packed: [B] or [N]; [B] where they coincide.)
         view_rows: [K, B] int64: row of view_hidden, 0..R-1, that is view k of sequence i; packed:
             position 0..S-1 at which it begins there, with as many tokens as in hidden, masked ones
             too. No two pairs share one. −1: that pair was not run. None: view_hidden has all pairs.
@@ -134,13 +143,14 @@ def roma_loss(
         workspace: as in `linear_logprob`: bytes for the backward's tiles of logits. Back end
             "triton" keeps a chunk of logits in it, and recomputes none, where worst_over is "token"
             or "mean", or K ≤ 1, or lambda_inv = 0, and 4096 rows (or all of them) fit; but not with
-            view_rows. Those cost a copy of hidden and view_hidden instead.
+            ratio_level "sequence", "vespo", an entropy bonus, a gate or view_rows. Those last cost
+            a copy of hidden and view_hidden instead.
         backend: "auto", "triton", "native", "torch" or "reference".
 
     Returns:
         RomaLoss. Gradients flow to hidden, view_hidden, weight and bias; the clean side of the
-        penalty, advantages, the lambdas and all old and reference log-probs are constants. A
-        sequence with no counted token gives zero loss and gradient, and counts in B.
+        penalty, advantages, weights, the lambdas and all old and reference log-probs are constants.
+        A sequence with no counted token gives zero loss and gradient, and counts in B.
 
     Raises:
         TypeError: an argument is not a tensor, or config is not a RomaConfig.
@@ -191,6 +201,7 @@ def roma_loss(
         ref_logp=ref_logp,
         aux_view=aux_view,
         view_old_logp=view_old_logp,
+        rollout_weight=rollout_weight,
         total_sequences=total_sequences,
         total_tokens=total_tokens,
         total_correct=total_correct,
@@ -198,8 +209,8 @@ def roma_loss(
 
     if pairs is not None:
         check_needed(pairs, layout, constants, config)
-        logp = score_pairs(head, hidden, views, tokens, mask, layout, pairs, config)
-        combined = combine(logp[0], logp[1:], constants, config, head.backend)
+        logp, entropy = score_pairs(head, hidden, views, tokens, mask, layout, pairs, config)
+        combined = combine(logp[0], logp[1:], constants, config, head.backend, entropy=entropy)
         return _unpacked(layout, combined, logp, config)
     states = hidden.reshape(-1, hidden.shape[-1])
     view_states = views.reshape(len(views), *states.shape) if len(views) else None
@@ -208,7 +219,7 @@ def roma_loss(
             head, states, view_states, labels, layout, constants, config
         )
     else:
-        logp, _, _ = score(
+        logp, _, entropies = score(
             head,
             states,
             labels,
@@ -216,8 +227,10 @@ def roma_loss(
             view_hidden=view_states,
             index=layout.index,
             num_tokens=layout.num_tokens,
+            entropy=config.entropy_coef > 0,
         )
-        combined = combine(logp[0], logp[1:], constants, config, head.backend)
+        entropy = None if entropies is None else entropies[0]
+        combined = combine(logp[0], logp[1:], constants, config, head.backend, entropy=entropy)
     return _unpacked(layout, combined, logp, config)
 
 
@@ -232,6 +245,8 @@ def roma_loss_from_logp(
     ref_logp: Tensor | None = None,
     aux_view: Tensor | None = None,
     view_old_logp: Tensor | None = None,
+    rollout_weight: Tensor | None = None,
+    entropy: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     total_sequences: Total | None = None,
     total_tokens: Total | None = None,
@@ -252,6 +267,9 @@ def roma_loss_from_logp(
         ref_logp: [B, T] or None.
         aux_view: [B] int64 or None.
         view_old_logp: [B, T] or None.
+        rollout_weight: [B], [B, T] or None.
+        entropy: [B, T] nats, of the clean image's distributions, in logp's dtype; differentiable.
+            Needed when config.entropy_coef > 0, and refused when it is 0.
         cu_seqlens: [B+1] int32 or None.
         total_sequences: number, 0-dim tensor or None.
         total_tokens: number, 0-dim tensor or None.
@@ -261,7 +279,7 @@ def roma_loss_from_logp(
         backend: as in `roma_loss`.
 
     Returns:
-        RomaLoss; gradients flow to `logp` and `view_logp`.
+        RomaLoss; gradients flow to `logp`, `view_logp` and `entropy`.
 
     Raises:
         TypeError: an argument is not a tensor, or config is not a RomaConfig.
@@ -281,6 +299,7 @@ def roma_loss_from_logp(
     backend = resolve(backend, logp.device.type, float64=logp.dtype == torch.float64)
     layout = layout_for(backend, layout)
     views = check_views("view_logp", view_logp, logp, layout, config)
+    check_entropy(entropy, logp, layout, config)
     constants = check_constants(
         layout,
         len(views),
@@ -292,12 +311,14 @@ def roma_loss_from_logp(
         ref_logp=ref_logp,
         aux_view=aux_view,
         view_old_logp=view_old_logp,
+        rollout_weight=rollout_weight,
         total_sequences=total_sequences,
         total_tokens=total_tokens,
         total_correct=total_correct,
     )
     packed = torch.cat([layout.pack(logp)[None], layout.pack(views)])
-    combined = combine(packed[0], packed[1:], constants, config, backend)
+    of_tokens = None if entropy is None else layout.pack(entropy)
+    combined = combine(packed[0], packed[1:], constants, config, backend, entropy=of_tokens)
     return _unpacked(layout, combined, packed, config)
 
 

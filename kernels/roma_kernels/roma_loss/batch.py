@@ -8,16 +8,23 @@ from torch import Tensor
 from roma_kernels.roma_loss.config import RomaConfig
 
 METRICS = {
-    "loss": "L = pg_loss + β·ref_kl + λ_aux·roma_aux_loss + λ_inv·roma_penalty_worst",
-    "pg_loss": "agg_t −min(ρA, clip(ρ)A) on the clean image; 0 when main is None",
-    "pg_clipfrac_higher": "share of counted tokens with A > 0 whose ratio is clipped above",
-    "pg_clipfrac_lower": "share of counted tokens with A < 0 whose ratio is clipped below",
+    "loss": "L = pg_loss + β·ref_kl − η·entropy + λ_aux·roma_aux_loss + λ_inv·roma_penalty_worst",
+    "pg_loss": "agg_t of main's token loss on the clean image, as −min(ρA, clip(ρ)A); 0 when main "
+    "is None",
+    "pg_clipfrac_higher": "share of counted tokens with A > 0 whose ratio is clipped above (cispo: "
+    "capped); 0 for sapo and vespo",
+    "pg_clipfrac_lower": "share of counted tokens with A < 0 whose ratio is clipped below; grpo's "
+    "alone",
     "ppo_kl": "mean over counted tokens of old_logp − logp, nats",
-    "ref_kl": "agg_t expm1(ref − logp) − (ref − logp), nats; 0 when ref_coef is 0",
+    "ref_kl": "agg_t expm1(ref − logp) − (ref − logp), times ρ if ref_unbiased, nats; 0 when "
+    "ref_coef is 0",
     "roma_penalty_worst": "L_inv, the penalty as it enters the loss, before λ_inv, nats",
     "roma_penalty_mean": "Σ_i m_i mean_k D_i^k / total_sequences, right rollouts alone, nats",
     "roma_aux_loss": "L_aux, before λ_aux; 0 without aux_view",
     "roma_aux_clipfrac": "share of counted tokens whose auxiliary ratio is clipped, either side",
+    "entropy": "mean over counted tokens of H = lse − Σ p·z on the clean image, nats; 0 when "
+    "entropy_coef is 0",
+    "roma_gated": "right (view, rollout) pairs with D_i^k > gate_bound / (K·total_sequences)",
 }
 """Every metric of the loss with its formula; shares and means divide by the global counts, so
 shards add up."""
@@ -66,6 +73,7 @@ class Constants:
     old_logp: Tensor | None  # [M]; None: logp itself, detached
     ref_logp: Tensor | None  # [M]
     view_old_logp: Tensor | None  # [M], old policy on the sampled view; None: old_logp is used
+    rollout_weight: Tensor | None  # [M], ≥ 0; None: 1
     advantages: Tensor  # [M]
     sequence: Tensor  # [M] int64, not decreasing over the first N
     lengths: Tensor  # [B] int64, N = Σ lengths, 0 allowed
@@ -76,6 +84,7 @@ class Constants:
     total_correct: Tensor
     lambda_inv: Tensor  # 0-dim: tensors, so that one that changes each step recompiles nothing
     lambda_aux: Tensor
+    gate_bound: Tensor | None  # 0-dim nats, ∞ where gate_tau is given alone; None: no gate
 
     def tensors(self) -> list[Tensor | None]:
         """The fields in order, as an operator takes them."""
@@ -111,23 +120,28 @@ class Batch(Constants):
     def trimmed(self) -> "Batch":
         """The N counted tokens alone; reads N from the device."""
         n = int(self.lengths.sum())
-        tokens = ("old_logp", "ref_logp", "view_old_logp", "advantages", "sequence", "logp")
-        cut = {name: x[:n] for name in tokens if (x := getattr(self, name)) is not None}
+        logps = ("logp", "old_logp", "ref_logp", "view_old_logp")
+        by_token = (*logps, "rollout_weight", "advantages", "sequence")
+        cut = {name: x[:n] for name in by_token if (x := getattr(self, name)) is not None}
         return replace(self, **cut, view_logp=self.view_logp[:, :n])
 
 
 def divisors(batch: Batch, config: RomaConfig) -> tuple[Tensor, Tensor]:
-    """Divisors, all at least 1, of a sequence's penalty (0-dim) and of its token losses ([B])."""
+    """Divisors, all positive, of a sequence's penalty (0-dim) and of its token losses ([B])."""
     sequences = batch.total_sequences if config.penalty_over == "all" else batch.total_correct
+    total, lengths = batch.total_sequences.clamp(min=1), batch.lengths
     if config.aggregation == "grpo":
-        of_tokens = batch.total_sequences.clamp(min=1) * batch.lengths.clamp(min=1)
-    elif config.aggregation == "dapo":
-        of_tokens = batch.total_tokens.clamp(min=1).repeat(len(batch.lengths))
+        return sequences.clamp(min=1), (total * lengths.clamp(min=1)).to(batch.logp.dtype)
+    if config.aggregation == "dapo":
+        of_tokens = batch.total_tokens.clamp(min=1)
+    elif config.aggregation == "bnpo":  # the call's share of the sequences, over its own tokens
+        of_tokens = total * lengths.sum().clamp(min=1) / max(len(lengths), 1)
+    elif config.aggregation == "luspo":
+        of_tokens = total
     else:
         assert config.max_length is not None  # RomaConfig's own check
-        of_tokens = batch.total_sequences.clamp(min=1) * config.max_length
-        of_tokens = of_tokens.repeat(len(batch.lengths))
-    return sequences.clamp(min=1), of_tokens.to(batch.logp.dtype)
+        of_tokens = total * config.max_length
+    return sequences.clamp(min=1), of_tokens.repeat(len(lengths)).to(batch.logp.dtype)
 
 
 def first_view(constants: Constants, config: RomaConfig) -> Tensor:

@@ -1,5 +1,6 @@
 """The arguments of the loss, each checked once, on their way from [B, T] or [N] to a `Layout`."""
 
+import math
 import numbers
 from typing import NoReturn
 
@@ -120,6 +121,7 @@ def check_constants(
     ref_logp: Tensor | None,
     aux_view: Tensor | None,
     view_old_logp: Tensor | None,
+    rollout_weight: Tensor | None,
     total_sequences: Total | None,
     total_tokens: Total | None,
     total_correct: Total | None,
@@ -156,6 +158,7 @@ def check_constants(
         old_logp=logps["old_logp"],
         ref_logp=logps["ref_logp"],
         view_old_logp=logps["view_old_logp"],
+        rollout_weight=_rollout_weight(rollout_weight, layout, dtype, config),
         **counts,
         advantages=by_token,
         sequence=layout.sequence,
@@ -164,7 +167,22 @@ def check_constants(
         aux_view=sampled,
         lambda_inv=_lambda("lambda_inv", config.lambda_inv, layout, dtype),
         lambda_aux=_lambda("lambda_aux", config.lambda_aux, layout, dtype),
+        gate_bound=_gate_bound(layout, dtype, config),
     )
+
+
+def check_entropy(entropy: Tensor | None, logp: Tensor, layout: Layout, config: RomaConfig) -> None:
+    """The argument entropy of a caller who has log-probs: given if there is a bonus, or not."""
+    if (entropy is None) == (config.entropy_coef == 0):
+        if entropy is not None:
+            check_tensor("entropy", entropy, like=logp)
+            check_dtype("entropy", entropy, (logp.dtype,))
+            check_shape("entropy", entropy, (layout.letters, layout.shape))
+        return
+    if entropy is None:
+        because = f"entropy_coef = {config.entropy_coef:g} > 0"
+        _missing("entropy", layout, because, "RomaConfig(entropy_coef=0)")
+    fail("entropy", "None, because entropy_coef = 0", "a tensor", "leave it out, or set the option")
 
 
 def _check_all_or_none(totals: dict[str, Total | None]) -> None:
@@ -192,6 +210,50 @@ def _advantages(value: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
         ),
     )
     return by_token.detach().to(dtype)
+
+
+def _rollout_weight(
+    value: Tensor | None, layout: Layout, dtype: torch.dtype, config: RomaConfig
+) -> Tensor | None:
+    if value is None:
+        return None
+    per_sequence = (len(layout.lengths),)
+    check_tensor("rollout_weight", value, like=layout.index)
+    check_dtype("rollout_weight", value, FLOATS)
+    check_shape("rollout_weight", value, ("[B]", per_sequence), (layout.letters, layout.shape))
+    vespo = config.main == "vespo"
+    whole = value.shape == per_sequence and not (vespo and layout.shape == per_sequence)
+    if vespo and whole:
+        expected = f"{layout.letters} = {list(layout.shape)}, because main is 'vespo'"
+        remedy = "give it by token: vespo multiplies the weights of a sequence's tokens itself"
+        fail("rollout_weight", expected, f"[B] = {list(value.shape)}", remedy)
+    by_token = value[layout.sequence] if whole else layout.pack(value)
+    bad = ~((by_token >= 0) & torch.isfinite(by_token)) & layout.valid
+    check_values(
+        ~bad,
+        lambda: (
+            f"rollout_weight: expected finite numbers ≥ 0 on counted positions, got "
+            f"{by_token[bad][0].item()} in sequence {int(layout.sequence[bad][0])}; "
+            "give 1 where the sampler's log-prob is not known"
+        ),
+    )
+    return by_token.detach().to(dtype)
+
+
+def _gate_bound(layout: Layout, dtype: torch.dtype, config: RomaConfig) -> Tensor | None:
+    if not config.gates:
+        return None
+    given = config.gate_bound
+    bound = _scalar(math.inf if given is None else given, layout, dtype)
+    if isinstance(given, Tensor):
+        check_values(
+            bound >= 0,
+            lambda: (
+                f"RomaConfig.gate_bound: expected a number ≥ 0, got {bound.item():g}; "
+                "correct the option"
+            ),
+        )
+    return bound
 
 
 def _aux_view(value: Tensor | None, layout: Layout, views: int) -> Tensor | None:

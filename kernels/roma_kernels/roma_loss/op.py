@@ -32,27 +32,53 @@ class Combined(NamedTuple):
 
 
 def combine(
-    logp: Tensor, view_logp: Tensor, constants: Constants, config: RomaConfig, backend: str
+    logp: Tensor,
+    view_logp: Tensor,
+    constants: Constants,
+    config: RomaConfig,
+    backend: str,
+    *,
+    entropy: Tensor | None = None,
 ) -> Combined:
     """The loss of log-probs [M] and [K, M] (docs/MATH.md sections 2 and 3).
 
-    For callers who have checked every argument and chosen the back end.
+    For callers who have checked every argument and chosen the back end; with an entropy [M] if
+    entropy_coef > 0.
     """
     if backend == "reference":
         # Not as a decorator, which imports torch's compiler with this module.
         by_reference = torch.compiler.disable(_combine_by_reference, reason="it is for tests")
-        return by_reference(logp, view_logp, constants.tensors(), config)
+        return by_reference(logp, view_logp, constants.tensors(), config, entropy)
     refuse_transforms({"logp": logp, "view_logp": view_logp})
     found = combine_op(
         logp, view_logp, constants.tensors(), options=config.encoded(), backend=backend
     )
-    return Combined(*found[:3])
+    combined = Combined(*found[:3])
+    return combined if entropy is None else _with_entropy(combined, entropy, constants, config)
+
+
+def _with_entropy(
+    combined: Combined, entropy: Tensor, constants: Constants, config: RomaConfig
+) -> Combined:
+    """Less η·mean H: one sum, whose gradient is one number for all tokens. PyTorch makes both."""
+    counted = torch.arange(len(entropy), device=entropy.device) < constants.lengths.sum()
+    mean = torch.where(counted, entropy, 0).sum() / constants.total_tokens.clamp(min=1)
+    bonus = config.entropy_coef * mean
+    by_name = dict(zip(METRICS, combined.metrics.unbind(), strict=True))
+    by_name |= {"loss": by_name["loss"] - bonus.detach(), "entropy": mean.detach()}
+    metrics = torch.stack([by_name[name] for name in METRICS])
+    return Combined(combined.loss - bonus, combined.worst_view, metrics)
 
 
 def _combine_by_reference(
-    logp: Tensor, view_logp: Tensor, constants: list[Tensor | None], config: RomaConfig
+    logp: Tensor,
+    view_logp: Tensor,
+    constants: list[Tensor | None],
+    config: RomaConfig,
+    entropy: Tensor | None,
 ) -> Combined:
-    found = roma_loss_reference(Batch.of(logp, view_logp, constants), config)
+    batch = Batch.of(logp, view_logp, constants)
+    found = roma_loss_reference(batch, config, entropy=entropy)
     metrics = torch.stack([found.metrics[name].detach().to(logp.dtype) for name in METRICS])
     return Combined(found.loss, found.worst_view, metrics)
 

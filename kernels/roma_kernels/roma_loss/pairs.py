@@ -108,6 +108,8 @@ def check_needed(pairs: Pairs, layout: Layout, constants: Constants, config: Rom
     if sampled is not None:
         run = there.gather(0, sampled[None])[0]
         moves = (constants.advantages != 0) & layout.valid & (constants.lambda_aux > 0)
+        if constants.rollout_weight is not None and config.main != "vespo":
+            moves = moves & (constants.rollout_weight > 0)
         scored = run[layout.sequence] | ~moves
 
         def unsampled() -> str:
@@ -152,8 +154,10 @@ def score_pairs(
     layout: Layout,
     pairs: Pairs,
     config: RomaConfig,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """Log-probs [K+1, M] of the counted tokens, the clean ones where a pair was not run.
+
+    And the clean image's entropies [M] if there is a bonus for them.
 
     Args:
         head: of `check_head`.
@@ -163,7 +167,7 @@ def score_pairs(
         mask: the same.
         layout: of the mask.
         pairs: of `check_pairs`.
-        config: gives the temperature.
+        config: gives the temperature, and whether entropies are needed.
     """
     states, view_states = (x.reshape(-1, x.shape[-1]) for x in (hidden, views))
     size, positions = len(states), len(view_states)
@@ -180,13 +184,14 @@ def score_pairs(
     index, num_rows = packed_index(counted), counted.sum()
     if trims(head.backend, num_rows):
         index = index[: int(num_rows)]
-    logp, _, _ = score(
+    logp, _, entropies = score(
         head,
         torch.cat([states, view_states]) if positions else states,
         torch.cat([tokens.flatten(), view_tokens])[index],
         temperature=config.temperature,
         index=index,
         num_tokens=num_rows,
+        entropy=config.entropy_coef > 0,
     )
     # The clean tokens are the first rows, in order; so an absent pair may name them for its own.
     own = torch.arange(len(layout.index), device=index.device)[:, None]
@@ -194,4 +199,5 @@ def score_pairs(
     row = torch.cat([own, row.view(present.shape).where(present, own)], 1)
     clean, view_logp = logp[0].index_select(0, row.flatten()).view(row.shape).tensor_split([1], 1)
     # The K+1 numbers of a token side by side, as the dense sweep leaves them.
-    return torch.cat([clean, view_logp.where(present, clean.detach())], 1).T
+    scored = torch.cat([clean, view_logp.where(present, clean.detach())], 1).T
+    return scored, None if entropies is None else entropies[0, : len(layout.index)]

@@ -44,7 +44,8 @@ LEAST_ROWS = 4096
 
 def is_token_local(config: RomaConfig, views: int) -> bool:
     """Whether a token's coefficients depend on no other token's log-probs."""
-    return config.worst_over in ("token", "mean") or views <= 1 or not config.penalises
+    alone = config.worst_over in ("token", "mean") or views <= 1 or not config.penalises
+    return alone and config.local and not config.gates
 
 
 def token_local_pays(
