@@ -21,7 +21,7 @@ from torch import Tensor
 
 from roma.advantages.beta_tracker import BetaTracker, Forgetting
 from roma.advantages.inputs import check_finite, check_per_sequence, check_per_token, per_token
-from roma_kernels.arguments import check_tensor
+from roma_kernels.arguments import FLOATS, check_dtype, check_tensor
 from roma_kernels.errors import fail
 
 __all__ = ["BetaTracker", "Forgetting", "sampled_entropy", "shape_by_entropy", "whiten"]
@@ -67,21 +67,22 @@ def sampled_entropy(logp: Tensor) -> Tensor:
     It lies in [0, 1/e], costs nothing beyond logp, and is one term of the entropy's sum.
 
     Args:
-        logp: [B, T] nats, ≤ 0; a rounding above 0 counts as 0. Padding may be anything.
+        logp: [B, T], or any shape, in nats, ≤ 0; a rounding above 0 counts as 0. Padding may be
+            anything.
 
     Returns:
-        [B, T], same dtype, not differentiable; NaN where logp is.
+        Same shape and dtype, not differentiable; NaN where logp is.
 
     Raises:
         TypeError: not a tensor.
-        ValueError: another dtype or shape.
+        ValueError: no floating point.
 
     Example:
         >>> sampled_entropy(torch.tensor([[0.5, 1.0]]).log())
         tensor([[0.3466, 0.0000]])
     """
     check_tensor("logp", logp)
-    check_per_token("logp", logp, torch.empty(logp.shape, dtype=torch.bool, device=logp.device))
+    check_dtype("logp", logp, FLOATS)
     wide = logp.double().clamp(max=0.0)
     return (wide.abs() * wide.exp()).masked_fill(wide == -math.inf, 0.0).to(logp.dtype)
 

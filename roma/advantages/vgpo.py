@@ -111,14 +111,15 @@ def weights(
         return mask.double()
     as_code = variant == "code"
     cosine = _cosine(hidden, image_state, mask)
-    count, place = mask.sum(-1, keepdim=True), mask.cumsum(-1)
+    # As float64: products of a number with bools, and quotients of integers, would be float32.
+    count, place = mask.sum(-1, keepdim=True).double(), mask.cumsum(-1).double()
     if as_code:
         rho = cosine - cosine.where(mask, math.inf).amin(-1, keepdim=True).clamp(max=0.0)
         late = (place - 1) / (count - 1).clamp(min=1)
     else:
         rho, late = (cosine + 1) / 2, place / count.clamp(min=1)
-    gate = _gate(rho, place, count, mask, gamma, kappa)
-    w = (rho * (1 + beta * gate * late.double())).where(mask, 0.0)
+    gate = _gate(rho, place, count, mask, gamma, kappa).double()
+    w = (rho * (1 + beta * gate * late)).where(mask, 0.0)
     low = w.where(mask, math.inf).amin(-1, keepdim=True)
     high = w.where(mask, -math.inf).amax(-1, keepdim=True)
     scaled = ((w - low) / (high - low + _EPS)).where(mask, 0.0)
@@ -151,7 +152,7 @@ def _gate(
 ) -> Tensor:
     """G [B, T] bool: the top κ of ρ among the last γ of each sequence."""
     # 1e-9: ⌊0.1·10⌋ is 1, whatever 1 − 0.9 is in binary.
-    begin = ((1 - gamma) * count.double() + 1e-9).floor()
+    begin = ((1 - gamma) * count + 1e-9).floor()
     late = mask & (place > begin)
     passed = (kappa * late.sum(-1, keepdim=True).double() + 1e-9).floor().clamp(min=1).long()
     among = rho.where(late, -math.inf)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from roma.rollout import rollout_weight
+from roma.rollout.correction import off_policy_mask, rollout_weight
 
 HOWS = ("truncate", "mask")
 
@@ -135,6 +135,81 @@ def test_extreme_differences_stay_finite_and_no_gradient_flows() -> None:
     assert weight[0].tolist() == pytest.approx([math.exp(-20), 3.0, math.exp(1e-3)], rel=1e-6)
 
 
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("cap", [1.0, 2.0, 50.0])
+def test_a_weight_for_each_sequence(how: str, cap: float) -> None:
+    trainer, sampler, mask = drawn()
+    sampler[4, 3:9] = math.nan
+    trainer[5, :30] += 4  # a sum beyond the clamp at 20
+    weight, metrics = rollout_weight(trainer, sampler, mask, how=how, cap=cap, level="sequence")
+    assert weight.shape == (6,) and weight.dtype == torch.float64
+    clipped = 0
+    for i in range(6):
+        known = [t for t in range(40) if mask[i, t] and not bool(sampler[i, t].isnan())]
+        total = math.fsum(float(trainer[i, t] - sampler[i, t]) for t in known)
+        ratio = math.exp(min(max(total, -20.0), 20.0))
+        inside = ratio <= cap and (how == "truncate" or ratio >= 1 / cap)
+        clipped += int(mask[i].sum()) - (len(known) if inside else 0)
+        expected = ratio if inside else cap if how == "truncate" else 0.0
+        # exp of a sum of 40 differences of up to 9: each off by an eps of it.
+        assert float(weight[i]) == pytest.approx(expected, rel=40 * 9 * 2.3e-16)
+    assert float(weight[0]) == 1  # no token
+    assert metrics["rollout/weight_clipped_share"] == clipped / int(mask.sum())
+    by_token = rollout_weight(trainer, sampler, mask, how=how, cap=cap)[1]
+    for name in ("rollout/mismatch_mean", "rollout/mismatch_p99"):
+        assert metrics[name] == by_token[name]
+
+
+def test_a_sequence_of_one_token_is_that_token() -> None:
+    trainer, sampler, mask = drawn()
+    alone = mask & (torch.arange(40) == 2)
+    for how in HOWS:
+        options = {"how": how, "cap": 2.0}
+        token = rollout_weight(trainer, sampler, alone, **options)[0]  # type: ignore[arg-type]
+        whole = rollout_weight(trainer, sampler, alone, level="sequence", **options)[0]  # type: ignore[arg-type]
+        assert torch.equal(whole, token[:, 2])
+
+
+def test_bad_rollouts_of_another_policy_are_left_out() -> None:
+    trainer, sampler, mask = drawn()
+    advantages = torch.tensor([-1.0, 0.0, -0.5, 2.0, -1.0, -1e-9])
+    sampler[4, :5] = math.nan
+    mean = [
+        [float(s - p) for p, s, on in zip(*rows, strict=True) if on and not math.isnan(float(s))]
+        for rows in zip(trainer, sampler, mask, strict=True)
+    ]
+    mean = [math.fsum(own) / len(own) if own else -math.inf for own in mean]
+    kept = set()
+    for threshold in (-0.5, *(own - 1e-9 for own in mean[1:]), *(own + 1e-9 for own in mean[1:])):
+        found = off_policy_mask(advantages, trainer, sampler, mask, threshold=threshold)
+        pairs = zip(advantages.tolist(), mean, strict=True)
+        expected = [float(not (A < 0 and own > threshold)) for A, own in pairs]
+        assert found.dtype == torch.float32 and found.tolist() == expected
+        dirty = [x.masked_fill(~mask, math.nan) for x in (trainer, sampler)]
+        again = off_policy_mask(advantages, *dirty, mask, threshold=threshold)
+        assert torch.equal(again, found)
+        kept.add(tuple(expected))
+    assert len(kept) > 3
+    # The sign of the difference matters: a policy that has come nearer is kept.
+    nearer, row = torch.full((1, 4), -1.0), torch.ones(1, 4, dtype=torch.bool)
+    for logp, sampled, expected in ((nearer, nearer * 3, 1), (nearer * 3, nearer, 0)):
+        assert int(off_policy_mask(-row[:, 0].float(), logp, sampled, row, threshold=1)) == expected
+    # No token, or none that the sampler knows, is no evidence.
+    unknown = torch.full_like(nearer, math.nan)
+    for given in (row & False, row):
+        assert int(off_policy_mask(-row[:, 0].float(), nearer, unknown, given, threshold=-9)) == 1
+
+
+def test_errors_of_the_mask() -> None:
+    logp, mask, one = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), torch.ones(2)
+    with pytest.raises(ValueError, match=r"advantages: expected floating point \[B\] = \[2\], got"):
+        off_policy_mask(logp, logp, logp, mask, threshold=1.0)
+    with pytest.raises(ValueError, match="threshold: expected a finite number of nats, got nan"):
+        off_policy_mask(one, logp, logp, mask, threshold=math.nan)
+    with pytest.raises(ValueError, match=r"logp_sampler: expected \[2, 3\], as logp, got \[2, 4\]"):
+        off_policy_mask(one, logp, torch.zeros(2, 4), mask, threshold=1.0)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -146,6 +221,7 @@ def test_extreme_differences_stay_finite_and_no_gradient_flows() -> None:
         ({"how": "clip"}, """how: expected "truncate" or "mask", got 'clip'"""),
         ({"cap": 0.5}, "cap: expected at least 1, got 0.5"),
         ({"cap": math.nan}, "cap: expected at least 1, got nan"),
+        ({"level": "batch"}, """level: expected "token" or "sequence", got 'batch'"""),
     ],
 )
 def test_errors(changed: dict[str, object], message: str) -> None:
