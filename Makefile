@@ -13,7 +13,8 @@ NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
 help:
 	@echo "make setup   .venv with everything the tests and the demo need"
-	@echo "make demo    train GRPO and ROMA on real digits, evaluate on bad images: runs/demo"
+	@echo "make demo    train GRPO and ROMA on real digits, evaluate on bad images: runs/demo;"
+	@echo "             METHOD=\"mssr vgpo\" adds methods to it: docs/METHODS.md"
 	@echo "make test    every test"
 	@echo "make test-deepspeed   the trainer under ZeRO-1, 2 and 3, with DeepSpeed in a folder of its own"
 	@echo "make test-vllm   rollouts by vLLM's CPU build, in an environment of its own"
@@ -42,7 +43,7 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 
 demo: $(STAMP)
 	@echo "demo: the whole method on two cores, about ten minutes; the report goes to runs/demo"
-	@$(BIN)/python -m experiments.digits --out runs/demo
+	@$(BIN)/python -m experiments.digits --out runs/demo --methods "$(METHOD)"
 
 # Two test processes on two cores: more threads in each would only wait for one another.
 test test-deepspeed test-vllm test-trl test-trl-suite test-swift test-verl test-easyr1 example-trl check: export OMP_NUM_THREADS ?= 1

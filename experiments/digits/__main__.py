@@ -2,6 +2,7 @@
 
 import argparse
 
+from experiments.digits.arms import METHODS
 from experiments.digits.demo import run_demo
 
 
@@ -15,8 +16,18 @@ def main() -> None:
     )
     parser.add_argument("--out", default="runs/demo", help="run folder (runs/demo)")
     parser.add_argument("--seeds", default="0,1,2", help="run seeds (0,1,2)")
+    parser.add_argument(
+        "--methods",
+        default="",
+        metavar="NAMES",
+        help=f"methods beside the four arms, which are not run again: {', '.join(METHODS)}",
+    )
     options = parser.parse_args()
-    run_demo(options.out, seeds=[int(seed) for seed in options.seeds.split(",")])
+    try:
+        seeds = [int(seed) for seed in options.seeds.split(",")]
+        run_demo(options.out, seeds=seeds, methods=options.methods.split())
+    except ValueError as error:
+        parser.exit(1, f"{error}\n")
 
 
 if __name__ == "__main__":  # the demo's processes import this module again

@@ -11,7 +11,8 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
-from experiments.report.plots import RIGHT, WRONG, GalleryItem, arm_order, arm_style
+from experiments.report.costs import cpu_seconds_of, steps_of
+from experiments.report.plots import METHODS, RIGHT, WRONG, GalleryItem, arm_order, arm_style
 
 _WIDEST = 320  # px: larger gallery images are reduced, so that a report of photographs stays small
 
@@ -76,6 +77,10 @@ _ROBUSTNESS = (
     "Macro averages. Bars: 95 % interval over test images. Small dots: single seeds. Overlapping"
     " bars do not compare two arms, which share the images: see the paired differences."
 )
+_METHODS = (
+    "Paired differences to GRPO, points. Lines: 95 % interval over test images; strokes: single"
+    " seeds. Equal steps and rollouts, not equal time: see CPU s."
+)
 _TRAINING = "Mean over seeds, smoothed over 1/30 of the steps. Bands: range over seeds."
 _GALLERY = (
     "Taken at equal distances through the test set, independent of the answers; each arm's first"
@@ -112,6 +117,8 @@ def render_page(
         ("corruptions", "Each corruption", picture("corruptions")),
         ("training", "Learning curves", _note(_TRAINING) + picture("learning_curves")),
     ]
+    if any(arm in METHODS for arm in report["arms"]):
+        body.insert(2, ("methods", "Every arm beside GRPO", _note(_METHODS) + picture("methods")))
     if report["differences"]:
         table = _note(_DIFFERENCES) + _difference_table(report)
         body.insert(1, ("differences", "Paired differences, percentage points", table))
@@ -175,16 +182,18 @@ def _entries(tree: Mapping[str, Any]) -> Iterable[tuple[Mapping[str, float], str
 
 
 def _accuracy_table(report: Mapping[str, Any]) -> str:
-    rows = ""
+    rows, timed = "", report["costs"]
     for arm, tree in report["arms"].items():
         cells = "".join(
             f'<td class="{start}">{e["mean"]:.1f}<small>{e["low"]:.1f}–{e["high"]:.1f}</small></td>'
             for e, start in _entries(tree)
         )
-        rows += f"<tr><td>{_arm(arm)}</td>{cells}</tr>"
-    return (
-        f"<table>{_head(next(iter(report['arms'].values())), 'arm')}<tbody>{rows}</tbody></table>"
-    )
+        own = [steps_of(timed.get(arm)), cpu_seconds_of(timed.get(arm))] if timed else []
+        costs = "".join(f"<td>{value}</td>" for value in own)
+        rows += f"<tr><td>{_arm(arm)}</td>{costs}{cells}</tr>"
+    first = ("arm", "steps", "CPU s a run") if timed else ("arm",)
+    head = _head(next(iter(report["arms"].values())), *first)
+    return f"<table>{head}<tbody>{rows}</tbody></table>"
 
 
 def _difference_table(report: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from experiments.report.columns import columns_of, hardest_columns
 from roma.evaluate.figures import LineStyle, pool_panels, severities, severity_line, styled
 
 ARMS = {
@@ -24,25 +25,47 @@ ARMS = {
     "naive": LineStyle("naive augmentation", "#009E73", "^"),
     "roma": LineStyle("ROMA", "#D55E00", "P"),
 }
-"""Arm → style, in the order of tables and legends."""
+"""The arms of every demo → style, in the order of tables and legends."""
+
+METHODS = {
+    "mssr": LineStyle("MSSR", "#E69F00", "v"),
+    "srpo": LineStyle("SRPO", "#CC79A7", "<"),
+    "vgpo": LineStyle("VGPO", "#882255", ">"),
+    "papo": LineStyle("PAPO", "#999933", "h"),
+    "noisyrollout": LineStyle("NoisyRollout", "#44AA99", "X"),
+    "dvrp": LineStyle("DVRP", "#332288", "d"),
+    "mssr_roma": LineStyle("MSSR + ROMA", "#8a5a00", "v", "--"),
+    "srpo_roma": LineStyle("SRPO + ROMA", "#7d3a62", "<", "--"),
+    "vgpo_roma": LineStyle("VGPO + ROMA", "#4a0f2e", ">", "--"),
+}
+"""The arms of methods → style, in that order, after those of every demo."""
+
+_KNOWN = ARMS | METHODS
+_ABREAST = 7  # lines that a panel holds legibly
 
 RIGHT, WRONG = "#00694f", "#b3261e"
 
 
 def arm_style(arm: str) -> LineStyle:
     """The style of a known arm; of another, a black line with the arm's name."""
-    return ARMS.get(arm, LineStyle(arm, "#222222"))
+    return _KNOWN.get(arm, LineStyle(arm, "#222222"))
 
 
 def arm_order(arms: Iterable[str]) -> list[str]:
-    """Known arms first, in the order of `ARMS`; then the others, in the order given.
+    """Known arms first, in the order of `ARMS` and `METHODS`; then the others, as given.
 
     Example:
         >>> arm_order(["roma", "mine", "base"])
         ['base', 'roma', 'mine']
     """
     given = list(arms)
-    return [arm for arm in ARMS if arm in given] + [arm for arm in given if arm not in ARMS]
+    return [arm for arm in _KNOWN if arm in given] + [arm for arm in given if arm not in _KNOWN]
+
+
+def few(arms: Iterable[str]) -> list[str]:
+    """In order; where they are more than a panel holds, those of every demo alone."""
+    ordered = arm_order(arms)
+    return ordered if len(ordered) <= _ABREAST else [a for a in ordered if a not in METHODS]
 
 
 @styled
@@ -55,7 +78,7 @@ def robustness(report: Mapping[str, Any]) -> Figure:
     Returns:
         One row of panels that share the accuracy axis, %.
     """
-    arms = arm_order(report["arms"])
+    arms = few(report["arms"])
     figure, panels = pool_panels(report["arms"][arms[0]])
     for pool, panel in panels.items():
         for position, arm in enumerate(arms):
@@ -68,6 +91,46 @@ def robustness(report: Mapping[str, Any]) -> Figure:
                 panel.plot(np.arange(len(means)) + shift, means, ".", ms=4, color=style.colour)
                 panel.lines[-1].set_alpha(0.45)
     shared_legend(figure, next(iter(panels.values()), None))
+    return figure
+
+
+@styled
+def methods(report: Mapping[str, Any], *, minus: str = "grpo") -> Figure:
+    """Every arm's accuracy minus GRPO's, with its interval: a panel a column, a line an arm.
+
+    Args:
+        report: of `build_report`; "differences" to `minus` are read: mean over seeds, and seeds.
+        minus: the arm that the others are compared with.
+
+    Returns:
+        Panels side by side for clean images and each pool at its highest level; without
+        differences to `minus` an empty figure.
+    """
+    found = {
+        name.removesuffix(f"-{minus}"): by_seed
+        for name, by_seed in report["differences"].items()
+        if name.endswith(f"-{minus}")
+    }
+    arms = arm_order(found)
+    if not arms:
+        return Figure(figsize=(4, 1))
+    columns = hardest_columns(found[arms[0]]["mean"])
+    figure = Figure(figsize=(3.9 * len(columns), 1.2 + 0.36 * len(arms)), layout="constrained")
+    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for panel, column in zip(panels, columns, strict=True):
+        panel.axvline(0, color="#777777", linewidth=1)
+        for line, arm in enumerate(arms):
+            style, by_seed = arm_style(arm), found[arm]
+            entry = columns_of(by_seed["mean"])[column]
+            panel.plot([entry["low"], entry["high"]], [line, line], color=style.colour, lw=2)
+            panel.plot(entry["mean"], line, style.marker, color=style.colour, ms=7)
+            seeds = [columns_of(t)[column]["mean"] for k, t in by_seed.items() if k != "mean"]
+            if len(seeds) > 1:
+                panel.plot(seeds, [line] * len(seeds), "|", color=style.colour, ms=8, alpha=0.6)
+        panel.set(title=column, xlabel=f"points over {arm_style(minus).label}")
+        panel.grid(axis="y", visible=False)
+    panels[0].set_yticks(range(len(arms)), [arm_style(arm).label for arm in arms])
+    panels[0].invert_yaxis()
     return figure
 
 

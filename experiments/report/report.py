@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from experiments.report import plots
+from experiments.report.columns import columns_of, hardest_columns
+from experiments.report.costs import costs_of
 from experiments.report.curves import learning_curves
 from experiments.report.page import render_page
-from experiments.report.plots import GalleryItem, arm_order, arm_style
+from experiments.report.plots import METHODS, GalleryItem, arm_order, arm_style
 from roma.evaluate.conditions import Cell, DegradedImages
 from roma.evaluate.figures import save
 from roma.evaluate.intervals import Bootstrap
@@ -30,7 +28,11 @@ from roma_kernels.errors import fail
 Results = Mapping[str, Mapping[int, EvalResult]]
 """Arm → training seed → what that model answered; the warm start is one model under one seed."""
 
-COMPARISONS = (("roma", "grpo"), ("roma", "naive"), ("roma", "grpo_equal_time"), ("naive", "grpo"))
+COMPARISONS = (
+    *(("roma", "grpo"), ("roma", "naive"), ("roma", "grpo_equal_time"), ("naive", "grpo")),
+    *((method, "grpo") for method in METHODS),
+    *((method, "roma") for method in METHODS if method.endswith("_roma")),
+)
 """The paired differences of a report, first minus second; a pair with an absent arm is left out."""
 
 RESAMPLES = 10_000
@@ -52,16 +54,16 @@ def build_report(
             seeds that both arms have.
         config: the run's settings, JSON-able.
         versions: package → version.
-        timings: stage → seconds; may be nested.
+        timings: stage → seconds; may be nested. "runs": "<arm>-seed<k>" → "steps", "train_cpu_s".
         tuned_on: what the settings were chosen on.
         bootstrap_seed: of the resamples that all intervals share.
 
     Returns:
-        "seeds"; "images"; "arms": arm → pool → level → {"mean", "low", "high", "n"}, mean over
-        seeds, "clean" without a level; "per_seed": arm → seed → the same tree; "differences":
-        "roma-grpo" → "mean" or a seed → the same tree, in points; "detail": one row per arm, cell
-        and seed or "mean"; "tuned_on"; "intervals": how they were made; "config"; "versions";
-        "timings".
+        "seeds"; "images"; "costs": arm → "steps" and "cpu_s", seed by seed; "arms": arm → pool →
+        level → {"mean", "low", "high", "n"}, mean over seeds, "clean" without a level; "per_seed":
+        arm → seed → the same tree; "differences": "roma-grpo" → "mean" or a seed → the same tree,
+        in points; "detail": one row per arm, cell and seed or "mean"; "tuned_on"; "intervals": how
+        they were made; "config"; "versions"; "timings".
 
     Raises:
         ValueError: no results, or an arm that was measured on other images or cells than the first.
@@ -92,6 +94,7 @@ def build_report(
     return {
         "seeds": sorted({seed for arm in trained for seed in results[arm]}),
         "images": len(first.ids),
+        "costs": costs_of(arms, timings.get("runs", {})),
         "arms": {arm: accuracy(arm, sorted(results[arm])) for arm in arms},
         "per_seed": {
             arm: {str(seed): accuracy(arm, [seed]) for seed in sorted(results[arm])} for arm in arms
@@ -143,27 +146,6 @@ def _detail(
                 yield {"arm": arm, "seed": name} | asdict(cell) | interval.as_dict()
 
 
-def columns_of(tree: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
-    """A tree of the report, flat: "clean", "seen L1", … → entry.
-
-    Example:
-        >>> list(columns_of({"clean": {"mean": 90.0}, "seen": {"L3": {"mean": 80.0}}}))
-        ['clean', 'seen L3']
-    """
-    flat: dict[str, Mapping[str, float]] = {}
-    for pool, found in tree.items():
-        named = {f"{pool} {level}": entry for level, entry in found.items()}
-        flat.update({pool: found} if "mean" in found else named)
-    return flat
-
-
-def hardest_columns(tree: Mapping[str, Any]) -> list[str]:
-    """The names of "clean" and of each pool at its highest level, as in `columns_of`."""
-    return [
-        pool if "mean" in found else f"{pool} {list(found)[-1]}" for pool, found in tree.items()
-    ]
-
-
 def signed(entry: Mapping[str, float]) -> str:
     """A difference with its interval.
 
@@ -198,50 +180,12 @@ def summary(report: Mapping[str, Any]) -> list[str]:
     return text
 
 
-def print_report(report: Mapping[str, Any], console: Console | None = None) -> None:
-    """Prints the accuracies, the differences per seed at the highest level, and the summary."""
-    console = console or Console()
-    console.print(_accuracy_table(report))
-    if report["differences"]:
-        console.print(_difference_table(report))
-    console.print("\n".join(summary(report)), markup=False, highlight=False)
-
-
-def _accuracy_table(report: Mapping[str, Any]) -> Table:
-    seeds = ", ".join(map(str, report["seeds"]))
-    title = f"Accuracy, % (95 % interval below): {report['images']} test images, seeds {seeds}"
-    table = Table(title=title, box=box.SIMPLE_HEAD)
-    table.add_column("", no_wrap=True)
-    for arm in report["arms"]:
-        style = arm_style(arm)
-        table.add_column(style.label, justify="right", header_style=f"bold {style.colour}")
-    flat = [columns_of(tree) for tree in report["arms"].values()]
-    for column in flat[0]:
-        entries = [columns[column] for columns in flat]
-        cells = ["{mean:.1f}\n[dim]{low:.1f}–{high:.1f}[/]".format(**entry) for entry in entries]
-        table.add_row(column, *cells)
-    return table
-
-
-def _difference_table(report: Mapping[str, Any]) -> Table:
-    columns = hardest_columns(next(iter(report["arms"].values())))
-    title = "Paired differences, percentage points"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, show_lines=True)
-    table.add_column("", max_width=14, overflow="fold")
-    table.add_column("seed")
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    for name, by_seed in report["differences"].items():
-        label = " − ".join(arm_style(arm).label for arm in name.split("-"))
-        flat = [columns_of(tree) for tree in by_seed.values()]
-        cells = ["\n".join(signed(tree[column]) for tree in flat) for column in columns]
-        # Text, not markup: the brackets of an interval would be read as a style.
-        table.add_row(Text(label), Text("\n".join(by_seed)), *map(Text, cells))
-    return table
-
-
-def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+def read_metrics(run_dir: str | Path, *, arms: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Rows of every `<arm>-seed<k>/metrics.jsonl` in a run, each with its "arm" and "seed".
+
+    Args:
+        run_dir: the folder that holds the runs.
+        arms: whose rows to read; None: all.
 
     Raises:
         ValueError: a line that is not JSON; file and line are named.
@@ -249,6 +193,8 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     rows = []
     for path in sorted(Path(run_dir).glob("*-seed*/metrics.jsonl")):
         arm, seed = path.parent.name.rsplit("-seed", 1)
+        if arms is not None and arm not in arms:
+            continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             try:
                 row = json.loads(line)
@@ -311,7 +257,7 @@ def write_report(
     metrics: Sequence[Mapping[str, Any]] = (),
     gallery: Sequence[GalleryItem] = (),
 ) -> Path:
-    """Writes report.json, report.html and four figures as PNG files.
+    """Writes report.json, report.html and the figures as PNG files.
 
     Args:
         out: the folder; made if absent.
@@ -328,6 +274,7 @@ def write_report(
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
     figures = {
         "robustness": plots.robustness(report),
+        "methods": plots.methods(report),
         "corruptions": plots.corruptions(report),
         "learning_curves": learning_curves(metrics),
         "gallery": plots.gallery(gallery),

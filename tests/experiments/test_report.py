@@ -95,8 +95,26 @@ def report() -> dict:
         made_up_results(),
         config={"algorithm": {"lambda_inv": 3.0}, "data": {"train": "digits"}},
         versions={"torch": "2.13.0", "roma": "0.1.0"},
-        timings={"data": 3.25, "train": {"grpo": 42.0, "roma": 84.0}},
+        timings={"data": 3.25, "train": {"grpo": 42.0, "roma": 84.0}, "runs": made_up_runs()},
     )
+
+
+def made_up_runs() -> dict[str, dict[str, float]]:
+    """What training took, as the demo writes it."""
+    runs: dict[str, dict[str, float]] = {"base-seed0": {"steps": 0, "train_cpu_s": 0.0}}
+    for seed in range(3):
+        for arm, steps in {"grpo": 90, "grpo_equal_time": 150 + seed, "naive": 90}.items():
+            runs[f"{arm}-seed{seed}"] = {"steps": steps, "train_cpu_s": 20.0 + seed}
+        runs[f"roma-seed{seed}"] = {"steps": 90, "train_cpu_s": 40.4}
+    return runs
+
+
+@pytest.fixture(scope="module")
+def with_methods() -> dict:
+    """Beside the four arms MSSR, which is level with GRPO, and MSSR with ROMA, which is as ROMA."""
+    results = made_up_results()
+    results |= {"mssr_roma": results["roma"], "mssr": results["grpo"], "mine": results["naive"]}
+    return build_report(results, config={}, versions={}, timings={})
 
 
 def test_the_report_has_the_agreed_form(report):
@@ -200,6 +218,59 @@ def test_the_page_loads_nothing_from_outside_and_says_what_the_json_says(report,
     assert "validation split" in html and "lambda_inv: 3.0" in html and "train / roma" in html
 
 
+def test_what_training_took_stands_beside_the_accuracies(report, tmp_path):
+    assert report["costs"]["grpo_equal_time"] == {"steps": [150, 151, 152], "cpu_s": [20, 21, 22]}
+    assert "base" not in report["costs"]
+    table = write_report(tmp_path, report).read_text(encoding="utf-8").partition("</table>")[0]
+    rows = {
+        re.sub("<.*?>", " ", row).strip().partition("  ")[0]: row for row in table.split("<tr>")
+    }
+    assert "<td>150–152</td><td>21</td>" in rows["GRPO, equal time"]
+    assert "<td>90</td><td>40</td>" in rows["ROMA"] and "<td>–</td><td>–</td>" in rows["warm start"]
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))
+    print_report(report, console)
+    assert re.search(r"steps +– +90 +150–152 +90 +90", console.export_text())
+
+
+def test_methods_stand_beside_the_four_arms(with_methods, tmp_path):
+    """In the order of the figures' styles, against GRPO, and with ROMA against ROMA too."""
+    assert list(with_methods["arms"]) == [*ARMS, "mssr", "mssr_roma", "mine"]
+    differences = with_methods["differences"]
+    assert {"mssr-grpo", "mssr_roma-grpo", "mssr_roma-roma"} <= differences.keys()
+    assert "mssr-roma" not in differences
+    assert columns_of(differences["mssr-grpo"]["mean"])["seen L3"]["mean"] == 0
+    html = write_report(tmp_path, with_methods).read_text(encoding="utf-8")
+    assert 'id="methods"' in html and "MSSR + ROMA" in html
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))
+    print_report(with_methods, console)
+    text = console.export_text()
+    assert text.count("Accuracy, %") == 2 and max(map(len, text.splitlines())) <= 80
+
+
+def test_the_figure_of_methods_has_a_line_an_arm_and_a_panel_a_column(with_methods):
+    panels = plots.methods(with_methods).axes
+    assert [panel.get_title(loc="left") for panel in panels] == ["clean", "seen L3", "unseen L3"]
+    named = [label.get_text() for label in panels[0].get_yticklabels()]
+    assert named == ["naive augmentation", "ROMA", "MSSR", "MSSR + ROMA"]
+    shown = columns_of(with_methods["differences"]["roma-grpo"]["mean"])["seen L3"]
+    (bar,) = (
+        x for x in panels[1].lines if list(x.get_ydata()) == [1, 1] and len(x.get_xdata()) == 2
+    )
+    assert list(bar.get_xdata()) == [shown["low"], shown["high"]]
+
+
+def test_a_crowded_panel_leaves_the_methods_out():
+    some = ["base", "grpo", "roma", "mssr"]
+    assert plots.few(some) == some
+    assert plots.few([*ARMS, "mssr", "vgpo", "dvrp"]) == [
+        "base",
+        "grpo",
+        "grpo_equal_time",
+        "naive",
+        "roma",
+    ]
+
+
 def test_hostile_text_is_escaped(report, tmp_path):
     gray = np.zeros((4, 8, 3), dtype=np.uint8)
     said = {"roma": {"clean": ("<script>alert(1)</script>", True)}}
@@ -231,6 +302,7 @@ def test_metrics_are_read_from_every_run_and_a_broken_line_is_named(tmp_path):
     rows = read_metrics(tmp_path)
     assert rows[1] == {"arm": "roma", "seed": 2, "step": 1, "reward/overall": 0.5}
     (tmp_path / "roma-seed2" / "metrics.jsonl").write_text('{"step": 1}\n{"step"')
+    assert read_metrics(tmp_path, arms=["grpo"]) == rows[:1]
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: expected a JSON object"):
         read_metrics(tmp_path)
 
@@ -265,7 +337,7 @@ def test_every_quantity_that_was_logged_has_a_panel():
 
 
 def test_an_arm_has_one_colour_everywhere_and_no_two_share_one():
-    colours = [style.colour for style in plots.ARMS.values()]
+    colours = [style.colour for style in (plots.ARMS | plots.METHODS).values()]
     assert len(set(colours)) == len(colours)
     assert plots.arm_style("mine").label == "mine"
 
