@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,10 @@ class Totals(NamedTuple):
     sequences: int
     tokens: int
     correct: int
+
+    def arguments(self) -> dict[str, int]:
+        """As `roma.roma_loss` takes them."""
+        return {f"total_{name}": count for name, count in self._asdict().items()}
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class UpdateBatch:
     old_logp: Tensor | None  # [B, T]; None: the policy as it is now sampled the tokens
     clean_features: ImageFeatures | None = None  # of the clean images, as they were sampled on
     ref_logp: Tensor | None = None  # [B, T] of a reference policy, where the loss has a KL to it
+    rollout_weight: Tensor | None = None  # [B, T] ≥ 0, of the sampler's correction; None: 1
+    idle: bool = False  # there for another rank's sake: its loss is 0, whatever it has
 
     @classmethod
     def to_score(cls, prompts: PromptBatch, rollouts: Rollouts, group: Tensor) -> "UpdateBatch":
@@ -61,6 +67,31 @@ class UpdateBatch:
     def totals(self) -> Totals:
         """The counts of this batch."""
         return Totals(len(self.mask), int(self.mask.sum()), int(self.correct.sum()))
+
+    def constants(self, rows: Tensor | None = None, mask: Tensor | None = None) -> dict[str, Any]:
+        """What `roma.roma_loss` takes beside hidden states, tokens and totals.
+
+        Args:
+            rows: [b] int64, rollouts; None: all of them, padded.
+            mask: [b, T], that of these rollouts; with it comes the packed form, [N] counted tokens.
+        """
+        own = slice(None) if rows is None else rows
+        optional = {
+            "old_logp": self.old_logp,
+            "ref_logp": self.ref_logp,
+            "rollout_weight": self.rollout_weight,
+        }
+        by_token = {name: x[own] for name, x in optional.items() if x is not None}
+        by_token["mask"] = self.mask[own]
+        advantages = self.advantages[own]
+        if advantages.ndim == 2:
+            by_token["advantages"] = advantages
+        if mask is not None:
+            by_token = {name: x[mask] for name, x in by_token.items()}
+        found: dict[str, Any] = {"advantages": advantages, "correct": self.correct[own], **by_token}
+        if self.aux_view is not None:
+            found["aux_view"] = self.aux_view[own]
+        return found
 
     def split(self, size: int) -> Iterator["UpdateBatch"]:
         """Batches of `size` prompts each, the last one perhaps smaller."""
@@ -89,6 +120,7 @@ class UpdateBatch:
             aux_view=None if self.aux_view is None else self.aux_view[rows],
             old_logp=None if self.old_logp is None else self.old_logp[rows],
             ref_logp=None if self.ref_logp is None else self.ref_logp[rows],
+            rollout_weight=None if self.rollout_weight is None else self.rollout_weight[rows],
             clean_features=None if features is None else features.gather(images),
         )
 

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from roma.train.combinations import check_methods
+from roma.train.loss_checks import check_loss
 from roma.train.schema import apply_override, build, check_keys, leaves, parse_yaml, show
 from roma.train.sections import Config, RewardConfig
 from roma_kernels.errors import fail
@@ -126,6 +127,7 @@ def _check_together(config: Config) -> None:
         expected = f"null with algorithm.view_mode={config.algorithm.view_mode}"
         fail("algorithm.views.candidates", expected, got, remedy)
     check_methods(config)
+    check_loss(config)
     rollout, roma = config.worker.rollout, config.algorithm.roma
     if roma.temperature != rollout.temperature:
         expected = f"worker.rollout.temperature = {rollout.temperature:g}"

@@ -47,6 +47,7 @@ class Parts:
             first,
             advantages=torch.zeros_like(first.advantages),
             correct=torch.zeros_like(first.correct),
+            idle=True,
         )
 
 

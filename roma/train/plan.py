@@ -1,7 +1,8 @@
 """Which rollouts an update runs on which images, chosen before the forward.
 
-    clean     every rollout with a gain (A ≠ 0, or a KL to a reference), and every right one:
-              its log-probs are what the views are compared with
+    clean     every rollout with a gain (A ≠ 0 and a weight ≠ 0, or a KL to a reference, or an
+              entropy bonus), and every right one: its log-probs are what the views are compared
+              with
     view k    right rollouts, if λ_inv > 0; rollouts with a gain that drew k, if λ_aux > 0
 
 No other pair has a gradient, takes part in a maximum or changes a metric (docs/MATH.md section 6).
@@ -39,8 +40,9 @@ class Plan:
     def of(cls, batch: UpdateBatch, config: RomaConfig, *, lean: bool) -> "Plan":
         """The pairs of a batch: those that matter, or all of them."""
         rollouts, views = len(batch.group), len(batch.view_pixels)
-        moved = ((batch.advantages != 0).view(rollouts, -1)).any(1).numpy(force=True)
-        gain = moved | (config.ref_coef > 0) if config.main else np.zeros(rollouts, dtype=bool)
+        moved = _moved(batch, config)
+        others = config.ref_coef > 0 or config.entropy_coef > 0
+        gain = moved | others if config.main else np.zeros(rollouts, dtype=bool)
         right = batch.correct.numpy(force=True)
         penalised = right & bool(views and config.penalises)
         auxiliary = np.zeros((views, rollouts), dtype=bool)
@@ -70,6 +72,16 @@ class Plan:
         return np.concatenate([self.clean[None], self.views])
 
 
+def _moved(batch: UpdateBatch, config: RomaConfig) -> Flags:
+    """[B]: a token's loss depends on its log-prob."""
+    moved = (batch.advantages != 0).view(len(batch.group), -1)
+    # To vespo a weight is a part of the ratio: 0 stands for a small one, not for no loss.
+    if batch.rollout_weight is not None and config.main != "vespo":
+        moved = moved & (batch.rollout_weight != 0) & batch.mask
+    found: Flags = moved.any(1).numpy(force=True)
+    return found
+
+
 def _positive(weight: float | torch.Tensor) -> bool:
     return isinstance(weight, torch.Tensor) or weight > 0
 
@@ -78,8 +90,13 @@ def check_update(update: str, config: RomaConfig) -> None:
     """Checks that a form of the update exists and can have this loss.
 
     Raises:
-        ValueError: an unknown name, or two passes where the worst view is not one of a sequence.
+        ValueError: an unknown name, two passes where the worst view is not one of a sequence, or
+            an aggregation that depends on how a batch is cut.
     """
+    if config.aggregation == "bnpo":
+        expected = "'grpo', 'dapo', 'dr_grpo' or 'luspo'"
+        remedy = "its divisor is the tokens of a call, which depend on what is run in it: take dapo"
+        fail("aggregation", expected, "'bnpo'", remedy)
     if update not in UPDATES:
         fail("update", "one of " + ", ".join(UPDATES), repr(update), "choose one of them")
     if update == "two_pass" and not passes_can_be_two(config):

@@ -34,6 +34,7 @@ from roma.train import checkpoint, ranks
 from roma.train.alarms import Alarms
 from roma.train.collect import Collector
 from roma.train.config import Config, changed_options, dump, to_dict
+from roma.train.contrast import Contrast
 from roma.train.engine import SHARDED, Within, chosen, make_engine
 from roma.train.learner import Learner
 from roma.train.loggers import JsonLines, open_log
@@ -105,6 +106,10 @@ class Trainer:
             torch.set_num_threads(trainer.threads)
         device = device or resolve_device(trainer.device, name="trainer.device")
         self.view_maker = ViewMaker(config.algorithm, trainer.seed, device)
+        contrast = Contrast.of(config.algorithm)
+        if contrast:
+            masked = replace(self.view_maker.masked, parameter=contrast.probability)
+            self.view_maker.masked = masked
         score = make_reward(config.worker.reward)
         self.data = self._load(config.data.train_files)
         self.data_size = min(len(self.data), config.data.limit or len(self.data))
@@ -118,7 +123,9 @@ class Trainer:
         start = start or checkpoint.starting_point(trainer.out, trainer.resume)
         self._resumed_from = start
         if start:
-            self.step = checkpoint.restore(start, policy=self.policy, engine=self.engine)["step"]
+            state = checkpoint.restore(start, policy=self.policy, engine=self.engine)
+            self.step = state["step"]
+            self.learner.load_state_dict(state.get("learner", {}))
 
     def _sampler(self) -> Sampler:
         engine, options = self.engine, self.config.worker.rollout
@@ -282,7 +289,11 @@ class Trainer:
                 self.step,
                 engine=self.engine,
                 policy=self.policy,
-                state={"step": self.step, "metrics": dict(metrics)},
+                state={
+                    "step": self.step,
+                    "metrics": dict(metrics),
+                    "learner": self.learner.state_dict(),
+                },
                 keep=trainer.save_limit,
                 best_of=trainer.best_metric,
                 resumed_from=self._resumed_from,
@@ -328,7 +339,11 @@ def _policy(config: Config, device: torch.device) -> Policy:
 def _policy_loss(config: Config, policy: Policy) -> PolicyLoss:
     actor = config.worker.actor
     made = PolicyLoss(
-        policy, config.algorithm.roma, update=actor.update, share_prompt=actor.share_prompt
+        policy,
+        config.algorithm.roma,
+        update=actor.update,
+        share_prompt=actor.share_prompt,
+        contrast=Contrast.of(config.algorithm),
     )
     if actor.share_prompt and not made.share_prompt and ranks.rank() == 0:
         kind = type(policy.model).__name__

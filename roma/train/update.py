@@ -10,20 +10,26 @@ the same gradients:
                without one first
 
 each with a row per completion, or with a prompt once for all its rollouts (docs/COST.md).
+
+PAPO's and DVRP's views have no gradient (`roma.train.contrast`): every rollout is scored on them
+first, without a graph, and what follows is an update without views.
 """
 
 from contextlib import suppress
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from roma import RomaConfig, roma_loss, view_divergence
+from roma import RomaConfig, RomaLoss, roma_loss, view_divergence
 from roma.models.flops import TextShape, VisionShape
+from roma.models.prefix.groups import Integers
 from roma.models.qwen_vl import Policy
 from roma.train.batch import Totals, UpdateBatch
+from roma.train.contrast import Contrast
+from roma.train.gradients import squared_norms
 from roma.train.parts import Parts, to_learn
 from roma.train.plan import (
     PAYS_FROM,
@@ -36,8 +42,9 @@ from roma.train.plan import (
 from roma.train.ranks import ranks
 from roma.train.scoring import Scorer, ends_of
 from roma.train.states import States
+from roma_kernels.errors import fail
 
-PENALTY_METRICS = ("roma_penalty_worst", "roma_penalty_mean")
+PENALTY_METRICS = ("roma_penalty_worst", "roma_penalty_mean", "roma_gated")
 
 
 class Update(NamedTuple):
@@ -60,9 +67,15 @@ class PolicyLoss(Scorer):
             be cheaper; lean for a model that it does not know; on several ranks, which must do the
             same, two_pass from K = 6 on.
         share_prompt: a prompt once for all its rollouts, where the policy can.
+        contrast: terms on views without a gradient; then there are no others on views.
+
+    Attributes:
+        measures: whether the norms of the loss's gradients are measured, too
+            (`roma.train.gradients`): "grad_sq_inv" and "grad_sq_rest" of the metrics.
 
     Raises:
-        ValueError: no such form, or two passes where the worst view is not one of a sequence.
+        ValueError: no such form, two passes where no view of a rollout is its worst one, or an
+            aggregation that depends on how a batch is cut.
     """
 
     def __init__(
@@ -72,12 +85,17 @@ class PolicyLoss(Scorer):
         *,
         update: str = "auto",
         share_prompt: bool = True,
+        contrast: Contrast | None = None,
     ) -> None:
         """Keeps all."""
-        super().__init__(policy, config, share_prompt=share_prompt)
+        clean = replace(config, lambda_inv=0.0, lambda_aux=0.0, gate_bound=None, gate_tau=None)
+        super().__init__(policy, clean if contrast else config, share_prompt=share_prompt)
         check_update(update, config)
-        self.update = update
-        self._clean = replace(config, lambda_inv=0.0, lambda_aux=0.0)
+        if contrast and update == "two_pass":
+            remedy = "no view has a gradient, so that none is chosen: take update=lean"
+            fail("update", "'auto', 'joint' or 'lean' with PAPO or DVRP", "'two_pass'", remedy)
+        self.update, self.contrast, self.measures = update, contrast, False
+        self._clean = clean
         self._shapes: tuple[TextShape, VisionShape] | None = None
         with suppress(ValueError):  # a model whose cost is not predicted
             model = policy.model.config
@@ -91,19 +109,33 @@ class PolicyLoss(Scorer):
         """
         # ZeRO-3 gathers the head when it is read first: at the same place on every rank.
         _ = self.policy.head_weight
+        if self.contrast and batch.view_pixels:
+            return self._contrasted(batch, totals)
+        return self._update(batch, totals)
+
+    def _contrasted(self, batch: UpdateBatch, totals: Totals) -> Update:
+        """Views first, without a graph; then an update that has none."""
+        out = self._update(batch.without_views(), totals, self.view_logp(batch))
+        shape = len(batch.view_pixels), len(batch.group)
+        return out._replace(divergence=out.divergence.new_full(shape, torch.nan))
+
+    def _update(
+        self, batch: UpdateBatch, totals: Totals, view_logp: Tensor | None = None
+    ) -> Update:
         if self.update == "joint" and not self.share_prompt:
-            return self._joint_rows(batch, totals)
+            return self._joint_rows(batch, totals, view_logp)
         plan = self.plan(batch)
         states = self._states(batch)
         divergence = None
         if self._two_passes(batch, plan):
             plan, divergence = self._choose(plan, states)
         plan = self._run(plan, states)
-        return self._loss(batch, totals, plan, states, divergence)
+        return self._loss(batch, totals, plan, states, divergence, view_logp)
 
     def plan(self, batch: UpdateBatch) -> Plan:
         """What is run of a batch; of one pass, or before the worst views are known."""
-        return Plan.of(batch, self.config, lean=self.update != "joint")
+        lean = self.update != "joint" and not self.contrast
+        return Plan.of(batch, self.config, lean=lean)
 
     def parts(self, batch: UpdateBatch, limit: int) -> Parts:
         """What an update runs of a batch, as micro-batches of at most `limit` tokens.
@@ -150,6 +182,8 @@ class PolicyLoss(Scorer):
         divergence[:, torch.from_numpy(rollouts)] = found
         worst = np.zeros(count, dtype=np.int64)
         by = found.sum(1, keepdim=True) if self.config.worst_over == "batch" else found
+        if self.config.gate_bound is not None:  # where it leaves out all views, one is run
+            by = by.masked_fill(by > self.config.gate_bound, -torch.inf)
         worst[rollouts] = by.argmax(0).numpy(force=True)
         return plan.with_worst(worst), divergence
 
@@ -177,6 +211,7 @@ class PolicyLoss(Scorer):
         plan: Plan,
         states: States,
         divergence: Tensor | None,
+        view_logp: Tensor | None,
     ) -> Update:
         kept = np.flatnonzero(plan.clean)
         lengths = states.lengths[kept]
@@ -193,27 +228,12 @@ class PolicyLoss(Scorer):
             at = np.full((len(plan.views), len(kept)), -1, dtype=np.int64)
             at[views, rollouts] = np.cumsum(long) - long
             view_rows = torch.from_numpy(at).to(device)
-        advantages, old, ref = batch.advantages[rows], batch.old_logp, batch.ref_logp
-        cu_seqlens = ends_of(lengths).to(device)
-        out = roma_loss(
-            hidden,
-            None if view_rows is None else view_hidden,
-            self.policy.head_weight,
-            batch.tokens[rows][mask],
-            mask=torch.ones(len(hidden), dtype=torch.bool, device=device),
-            advantages=advantages if advantages.ndim == 1 else advantages[mask],
-            correct=batch.correct[rows],
-            old_logp=None if old is None else old[rows][mask],
-            ref_logp=None if ref is None else ref[rows][mask],
-            aux_view=None if batch.aux_view is None else batch.aux_view[rows],
-            view_rows=view_rows,
-            cu_seqlens=cu_seqlens,
-            total_sequences=totals.sequences,
-            total_tokens=totals.tokens,
-            total_correct=totals.correct,
-            config=self.config if len(plan.views) else self._clean,
-        )
-        metrics, penalised = self._logged(out.metrics), plan.penalised
+        given = batch.constants(rows, mask)
+        given |= {"view_rows": view_rows, "cu_seqlens": ends_of(lengths).to(device)}
+        found = None if view_rows is None else view_hidden
+        out, metrics = self._terms(hidden, found, batch.tokens[rows][mask], totals, given)
+        loss, contrasts = self._contrasts(out.loss, out.logp, view_logp, lengths, totals)
+        metrics, penalised = metrics | contrasts, plan.penalised
         if divergence is None:
             divergence = out.logp.new_full(plan.views.shape, torch.nan)
             found = self._divergence(torch.cat([out.logp[None], out.view_logp]), lengths)
@@ -221,41 +241,83 @@ class PolicyLoss(Scorer):
                 ~torch.from_numpy(penalised[kept]).to(device), torch.nan
             )
         else:
+            # Of the views that are run now the worst alone: these are the first pass's.
             mean = divergence.mean(0).nansum()  # NaN: not right
             metrics["roma_penalty_mean"] = mean / totals.sequences
+            if self.config.gate_bound is not None:
+                gated = (divergence > self.config.gate_bound).sum()
+                metrics["roma_gated"] = gated / (len(divergence) * totals.sequences)
         logp = torch.zeros_like(batch.mask, dtype=out.logp.dtype)
         logp[rows] = logp[rows].masked_scatter(mask, out.logp.detach())
-        return Update(out.loss, metrics, logp, divergence, int(lengths.sum()))
+        loss = 0.0 * loss if batch.idle else loss
+        return Update(loss, metrics, logp, divergence, int(lengths.sum()))
 
-    def _joint_rows(self, batch: UpdateBatch, totals: Totals) -> Update:
+    def _joint_rows(self, batch: UpdateBatch, totals: Totals, view_logp: Tensor | None) -> Update:
         """Every rollout on every image, a row per completion: what the other forms are held to."""
         hidden, *view_hidden = self._padded(batch)
-        out = roma_loss(
-            hidden,
-            torch.stack(view_hidden) if view_hidden else None,
-            self.policy.head_weight,
-            batch.tokens,
-            mask=batch.mask,
-            advantages=batch.advantages,
-            correct=batch.correct,
-            old_logp=batch.old_logp,
-            ref_logp=batch.ref_logp,
-            aux_view=batch.aux_view,
-            total_sequences=totals.sequences,
-            total_tokens=totals.tokens,
-            total_correct=totals.correct,
-            config=self.config if view_hidden else self._clean,
-        )
+        views = torch.stack(view_hidden) if view_hidden else None
+        out, metrics = self._terms(hidden, views, batch.tokens, totals, batch.constants())
+        lengths = batch.mask.sum(-1).numpy(force=True)
+        own = out.logp[batch.mask]
+        loss, contrasts = self._contrasts(out.loss, own, view_logp, lengths, totals)
         found = view_divergence(out.logp, out.view_logp, batch.mask, config=self.config)
         counted = batch.correct & self.config.penalises
         divergence = found.masked_fill(~counted, torch.nan)
-        scored = int(batch.mask.sum())
-        return Update(out.loss, self._logged(out.metrics), out.logp.detach(), divergence, scored)
+        loss = 0.0 * loss if batch.idle else loss
+        return Update(loss, metrics | contrasts, out.logp.detach(), divergence, len(own))
+
+    def _terms(
+        self,
+        hidden: Tensor,
+        view_hidden: Tensor | None,
+        tokens: Tensor,
+        totals: Totals,
+        given: dict[str, Any],
+    ) -> tuple[RomaLoss, dict[str, Tensor]]:
+        """The fused loss, and what is logged of it."""
+        weight = self.policy.head_weight
+        given = {**given, **totals.arguments()}
+        config = self._clean if view_hidden is None else self.config
+        out = roma_loss(hidden, view_hidden, weight, tokens, config=config, **given)
+        metrics = self._logged(out.metrics)
+        if self.measures and view_hidden is not None:
+            norms = squared_norms(hidden, view_hidden, weight, tokens, config=config, **given)
+            metrics |= {f"grad_sq_{term}": square for term, square in norms.items()}
+        return out, metrics
+
+    def _contrasts(
+        self,
+        loss: Tensor,
+        logp: Tensor,
+        view_logp: Tensor | None,
+        lengths: Integers,
+        totals: Totals,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss with the terms on views without a gradient, if there are any, and their metrics.
+
+        Log-probs are those of whole rollouts [N], [K, N], end to end.
+        """
+        if not self.contrast or view_logp is None:
+            return loss, {}
+        long = torch.from_numpy(lengths).to(logp.device)
+        added, metrics = self.contrast(logp, view_logp, long, totals, self.config)
+        loss = loss + added
+        return loss, {**metrics, "loss": loss.detach()}
 
     def _logged(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Those that mean the same in every form: without a penalty, none of it."""
-        penalty = () if self.config.penalises else PENALTY_METRICS
-        return {name: value for name, value in metrics.items() if name not in penalty}
+        """Those that mean the same in every form: without a term, none of it."""
+        config, left_out = self.config, set()
+        if not config.penalises:
+            left_out |= set(PENALTY_METRICS)
+        if not config.gates:
+            left_out.add("roma_gated")
+        if config.entropy_coef == 0:
+            left_out.add("entropy")
+        return {
+            name: value
+            for name, value in metrics.items()
+            if name not in left_out and not (self.contrast and name.startswith("roma_"))
+        }
 
 
 def _one(wanted: Flags) -> Flags:

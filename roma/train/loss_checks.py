@@ -1,0 +1,127 @@
+"""Options of the loss that do not go together, or do nothing where they stand."""
+
+from collections.abc import Callable
+from dataclasses import fields
+
+from roma.train.sections import AlgorithmConfig, Config
+from roma_kernels.errors import fail
+
+CONTRASTS = ("papo", "dvrp")
+"""View modes whose views have no gradient."""
+
+
+def check_loss(config: Config) -> None:
+    """Refuses what cannot be, by the dotted key.
+
+    Raises:
+        ValueError: an option of a method that is off, a target without a value, a form of the
+            update that a method cannot have, weights that an objective takes another way.
+    """
+    checks: tuple[Callable[[Config], None], ...] = (
+        _check_contrast,
+        _check_control,
+        _check_gate,
+        _check_aggregation,
+        _check_sampler,
+    )
+    for check in checks:
+        check(config)
+
+
+def _check_contrast(config: Config) -> None:
+    algorithm = config.algorithm
+    for name in CONTRASTS:
+        if algorithm.view_mode != name:
+            _check_default(algorithm, name, f"algorithm.view_mode={name}")
+    if algorithm.view_mode in CONTRASTS and config.worker.actor.update == "two_pass":
+        remedy = "no view has a gradient, so that none is chosen: leave it out"
+        expected = f"auto, joint or lean with algorithm.view_mode={algorithm.view_mode}"
+        fail("worker.actor.update", expected, "two_pass", remedy)
+
+
+def _check_control(config: Config) -> None:
+    algorithm, control = config.algorithm, config.algorithm.control
+    if control.target == "none":
+        _check_default(algorithm, "control", "algorithm.control.target")
+        return
+    if algorithm.view_mode != "roma":
+        expected = f"none with algorithm.view_mode={algorithm.view_mode}"
+        remedy = "there is no penalty whose weight could move: leave it out"
+        fail("algorithm.control.target", expected, control.target, remedy)
+    if control.value is None:
+        usual = "0.02 nats a token" if control.target == "penalty" else "0.3, a share"
+        remedy = f"give what is to be held, e.g. {usual}"
+        expected = f"a number with target={control.target}"
+        fail("algorithm.control.value", expected, "nothing (null)", remedy)
+    if control.target == "gradient_share" and control.value >= 1:
+        remedy = "it is the penalty's share of both norms"
+        expected = "less than 1 with target=gradient_share"
+        fail("algorithm.control.value", expected, f"{control.value:g}", remedy)
+    start = algorithm.roma.lambda_inv
+    if not control.low <= start <= control.high:
+        expected = f"within control.low = {control.low:g} and control.high = {control.high:g}"
+        remedy = "it is where λ_inv starts; correct one of the three"
+        fail("algorithm.roma.lambda_inv", expected, f"{start:g}", remedy)
+
+
+def _check_gate(config: Config) -> None:
+    algorithm, roma = config.algorithm, config.algorithm.roma
+    quantile = algorithm.views.gate_quantile
+    used = algorithm.view_mode == "roma" and roma.penalises
+    options = {
+        "algorithm.views.gate_quantile": quantile,
+        "algorithm.roma.gate_bound": roma.gate_bound,
+        "algorithm.roma.gate_tau": roma.gate_tau,
+    }
+    for key, value in options.items():
+        if value is not None and not used:
+            expected = "null without a penalty (algorithm.view_mode=roma and lambda_inv > 0)"
+            fail(key, expected, f"{value:g}", "there is nothing to leave out: leave it out")
+    if quantile is not None and roma.gate_bound is not None:
+        remedy = "the quantile is its bound: give one of the two"
+        fail("algorithm.roma.gate_bound", "null with views.gate_quantile", "both", remedy)
+    if quantile is not None and roma.worst_over != "sequence":
+        expected = "sequence with algorithm.views.gate_quantile"
+        remedy = "the others have no view of a rollout to leave out"
+        fail("algorithm.roma.worst_over", expected, roma.worst_over, remedy)
+
+
+def _check_aggregation(config: Config) -> None:
+    if config.algorithm.roma.aggregation == "bnpo":
+        remedy = (
+            "its divisor is the tokens of a micro-batch, which depend on "
+            "worker.actor.micro_batch_tokens and on what is run: take dapo"
+        )
+        fail("algorithm.roma.aggregation", "grpo, dapo, dr_grpo or luspo", "bnpo", remedy)
+
+
+def _check_sampler(config: Config) -> None:
+    rollout = config.worker.rollout
+    if rollout.weight == "none" and rollout.weight_level != "token":
+        expected = "token with worker.rollout.weight=none"
+        fail("worker.rollout.weight_level", expected, rollout.weight_level, "choose a weight too")
+    if (
+        config.algorithm.roma.main == "vespo"
+        and rollout.weight != "none"
+        and rollout.weight_level == "sequence"
+    ):
+        expected = "token with algorithm.roma.main=vespo"
+        remedy = "vespo multiplies the weights of a rollout's tokens itself: leave it out"
+        fail("worker.rollout.weight_level", expected, "sequence", remedy)
+    if config.algorithm.view_mode == "noisy_rollout" and rollout.off_policy is not None:
+        expected = "null with algorithm.view_mode=noisy_rollout"
+        remedy = "the sampler's log-probs of noisy rollouts are of another image: leave it out"
+        fail("worker.rollout.off_policy", expected, f"{rollout.off_policy:g}", remedy)
+
+
+def _check_default(algorithm: AlgorithmConfig, name: str, switch: str) -> None:
+    """Refuses an option of a sub-section that is not switched on."""
+    section = getattr(algorithm, name)
+    default = type(section)()
+    for option in fields(section):
+        own, usual = getattr(section, option.name), getattr(default, option.name)
+        if own != usual:
+            remedy = f"it does nothing there: leave it out, or give {switch}"
+            shown = "null" if usual is None else usual
+            key = f"algorithm.{name}.{option.name}"
+            fail(key, f"{shown} without {switch}", str(own), remedy)
