@@ -59,6 +59,7 @@ examples:
   roma eval models/Qwen3-VL-4B-Instruct data/charts@test
   roma eval runs/x/global_step_300/actor data/digits@test --pools clean,seen,unseen --levels 1,2,3
   roma eval model data.parquet --limit 200 --out runs/eval/first-200
+  roma eval model data@test --pools adversarial --levels 3 --attack-steps 10
 
 MODEL is a folder in Hugging Face form; DATA a parquet or jsonl file, a saved dataset or
 FOLDER@SPLIT. Decoding is greedy. Prints accuracy per corruption and level and the macro average per
@@ -165,6 +166,7 @@ def parser() -> argparse.ArgumentParser:
         help="hf: transformers; vllm: vLLM, with a large --batch-size (hf)",
     )  # fmt: skip
     evaluate.add_argument("--format-prompt", metavar="FILE", help="as data.format_prompt")
+    evaluate.add_argument("--attack-steps", type=int, help="gradient steps of pool adversarial (3)")
     evaluate.add_argument("--max-tokens", type=int, default=1024, help="answer budget (1024)")
     evaluate.add_argument(
         "--reward", default=_REWARD, help="file.py:function that says what is right"
@@ -197,7 +199,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 _REWARD = "roma.rewards:compute_score"
-_POOLS = "of clean, seen, unseen, extra (clean,seen,unseen)"
+_POOLS = "of clean, seen, unseen, extra, masking, adversarial (clean,seen,unseen)"
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -225,6 +227,7 @@ def _eval(options: argparse.Namespace) -> None:
         device=options.device,
         engine=options.engine,
         format_prompt=options.format_prompt,
+        attack_steps=options.attack_steps,
     )
 
 

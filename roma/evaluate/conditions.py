@@ -39,7 +39,8 @@ def cells_of(
     """Every cell of `pools` and `levels`, with all corruptions of a pool; "clean" is one cell.
 
     Args:
-        pools: of "clean" and the pools in `corruptions` ("seen", "unseen", "extra").
+        pools: of "clean" and the pools in `corruptions` ("seen", "unseen", "extra", "masking",
+            "adversarial").
         levels: severities, 1 for the mildest.
         corruptions: the table of levels.
 

@@ -2,36 +2,26 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from roma.data import load_dataset_rows
-from roma.evaluate.conditions import DegradedImages, Image, cells_of
+from roma.evaluate.answers import Answer, correct_answers
+from roma.evaluate.conditions import Cell, DegradedImages, Image, cells_of
 from roma.evaluate.result import CellResult, EvalResult, summarise, summary_table
 from roma.models.device import resolve_device
 from roma.rewards import RewardFunction, compute_score
-from roma.views import CORRUPTIONS, load_levels
+from roma.train.view_options import AttackConfig
+from roma.views import ADVERSARIAL, CORRUPTIONS, load_levels
 from roma_kernels.errors import fail
 
 if TYPE_CHECKING:  # importing it takes seconds, and `roma eval --help` needs none of it
     from roma.models.qwen_vl import Policy
     from roma.rollout.base import Sampler
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model said: decoded text, its length in tokens, and whether an end token closed it."""
-
-    text: str
-    length: int
-    finished: bool = True
 
 
 class Answerer(Protocol):
@@ -104,24 +94,9 @@ def evaluate(
             answers.extend(answered)
             if progress:
                 progress(len(problems))
-        cells[cell] = CellResult(_correct(answers, images, score), [a.text for a in answers])
+        correct = correct_answers(answers, images.examples, score)
+        cells[cell] = CellResult(correct, [a.text for a in answers])
     return EvalResult([example.id for example in images.examples], cells)
-
-
-def _correct(
-    answers: Sequence[Answer], images: DegradedImages, score: RewardFunction
-) -> NDArray[np.uint8]:
-    """[n]: 1 where the reward function calls the answer accurate."""
-    rows: list[dict[str, Any]] = [
-        {
-            "response": answer.text,
-            "response_length": answer.length,
-            "ground_truth": example.answer,
-            "finished": answer.finished,
-        }
-        for answer, example in zip(answers, images.examples, strict=True)
-    ]
-    return np.array([found["accuracy"] >= 0.5 for found in score(rows)], dtype=np.uint8)
 
 
 def run_eval(
@@ -140,6 +115,7 @@ def run_eval(
     device: str | None = None,
     engine: Literal["hf", "vllm"] = "hf",
     format_prompt: str | Path | None = None,
+    attack_steps: int | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """`roma eval`: measures one model, prints a table, writes eval.json, answers.json and eval.png.
@@ -147,7 +123,7 @@ def run_eval(
     Args:
         model: a Hugging Face folder of a vision-language model.
         data: a dataset in the loader's form, `folder@split` for a split.
-        pools: see `cells_of`.
+        pools: see `cells_of`; "adversarial" is `evaluate_attacked`'s, each ε a level.
         levels: see `cells_of`.
         out: the folder for the files; None: runs/eval/MODEL-DATA.
         limit: only the first `limit` examples; None: all.
@@ -161,14 +137,16 @@ def run_eval(
             the device that it was built for.
         format_prompt: file of a Jinja template of the prompt, in which `content` is the question,
             as in training; None: the question alone.
+        attack_steps: of pool "adversarial"; None: 3.
         console: where to print.
 
     Returns:
         What eval.json holds: `summarise`'s keys, and how they came about.
 
     Raises:
-        ValueError: an unknown pool, level or engine, a limit, batch size or budget below 1, a
-            device that is not here or beside vLLM, no model's folder, or a bad dataset.
+        ValueError: an unknown pool, level or engine, a limit, batch size, budget or number of
+            attack steps below 1, attack steps without an attack, vLLM with one, a device that is
+            not here or beside vLLM, no model's folder, or a bad dataset.
         ImportError: vLLM is not installed.
         FileNotFoundError: there is no such level table.
         FileExistsError: `out` is a file.
@@ -180,6 +158,8 @@ def run_eval(
     where = resolve_device("cpu" if engine == "vllm" else device or "auto")
     corruptions = load_levels(level_table) if level_table else CORRUPTIONS
     cells = cells_of(pools, levels, corruptions)
+    attacks = [cell for cell in cells if cell.pool == ADVERSARIAL]
+    _check_attack(attack_steps, bool(attacks), engine)
     if limit is not None and limit < 1:
         fail("limit", "at least 1, or None", str(limit), "leave it out to measure on every example")
     if max_new_tokens < 1:
@@ -193,9 +173,11 @@ def run_eval(
     examples = [rows[i] for i in range(min(len(rows), limit or len(rows)))]
     policy = _load_policy(model, where, engine)
     sampler = _vllm_sampler(policy) if engine == "vllm" else None
+    # An attack starts from the clean answers, so that it has them.
+    plain = [cell for cell in cells if cell not in attacks and not (attacks and cell == Cell())]
     images = DegradedImages(
         examples,
-        cells,
+        plain,
         resize=policy.processor.resize,
         corruptions=corruptions,
         seed=seed,
@@ -204,7 +186,8 @@ def run_eval(
     console = console or Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("answering", total=len(cells) * len(examples))
+        every = len(plain) + (1 + len(attacks) if attacks else 0)
+        task = bar.add_task("answering", total=every * len(examples))
         answer = policy_answerer(policy, max_new_tokens=max_new_tokens, sampler=sampler)
         result = evaluate(
             answer,
@@ -213,6 +196,23 @@ def run_eval(
             batch_size=batch_size,
             progress=lambda count: bar.advance(task, count),
         )
+        if attacks:
+            from roma.evaluate.attack import evaluate_attacked
+
+            attacked = evaluate_attacked(
+                policy,
+                examples,
+                attacks,
+                max_new_tokens=max_new_tokens,
+                corruptions=corruptions,
+                options=AttackConfig(steps=attack_steps or AttackConfig.steps),
+                score=score,
+                seed=seed,
+                batch_size=batch_size,
+                progress=lambda count: bar.advance(task, count),
+            )
+            both = result.cells | attacked.cells
+            result = EvalResult(result.ids, {cell: both[cell] for cell in cells})
     summary = {
         "model": str(model),
         "data": str(data),
@@ -221,11 +221,23 @@ def run_eval(
         "decoding": "greedy",
         "engine": engine,
         "max_new_tokens": max_new_tokens,
+        "attack_steps": (attack_steps or AttackConfig.steps) if attacks else None,
     } | summarise(result)
     console.print(summary_table(summary))
     wrote = f"wrote {_write_eval(folder, result, summary)}"
     console.print(wrote, highlight=False, soft_wrap=True)  # paths stay whole, to be copied
     return summary
+
+
+def _check_attack(steps: int | None, attacked: bool, engine: str) -> None:
+    if steps is not None and not attacked:
+        remedy = f"name the pool {ADVERSARIAL}, or leave it out"
+        fail("attack_steps", f"None without pool {ADVERSARIAL!r}", str(steps), remedy)
+    if steps is not None and steps < 1:
+        fail("attack_steps", "at least 1", str(steps), "3 to 20 are customary")
+    if attacked and engine == "vllm":
+        remedy = "an attack needs gradients of the model by its images"
+        fail("engine", f"'hf' with pool {ADVERSARIAL!r}", "'vllm'", remedy)
 
 
 def _name(model: str | Path, data: str | Path) -> str:

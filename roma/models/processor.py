@@ -8,6 +8,7 @@ are made in between, on uint8 images at model resolution.
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,70 @@ class Processor:
             return torch.empty(0, width), torch.empty(0, 3, dtype=torch.int64)
         made = self.image_processor(images=list(images), do_resize=False, return_tensors="pt")
         return made["pixel_values"].to(torch.float32), made["image_grid_thw"]
+
+    @cached_property
+    def _values(self) -> Tensor:
+        """[3, 256] fp32: what `pixel_values` makes of each level of each channel."""
+        block = self.image_processor.patch_size * self.image_processor.merge_size
+        rows = -(-256 // block**2)
+        levels = np.arange(rows * block**2, dtype=np.int64).clip(max=255).astype(np.uint8)
+        image = np.broadcast_to(levels.reshape(rows * block, block, 1), (rows * block, block, 3))
+        made, grids = self.pixel_values([np.ascontiguousarray(image)])
+        _, *size = grids[0].tolist()
+        return self._planes(made, size)[:, 0].flatten(1)[:, :256]
+
+    @property
+    def _frames(self) -> int:
+        return int(self.image_processor.temporal_patch_size)
+
+    def patches(self, images: Sequence[Tensor]) -> Tensor:
+        """`pixel_values` of images [H, W, 3] uint8, bit for bit, where the tensors are.
+
+        For images that change from pass to pass of a policy. Every frame of a patch is the image.
+
+        Args:
+            images: n at model resolution.
+
+        Returns:
+            [Σ gh·gw, 3·2·p·p] fp32.
+        """
+        p, m = self.image_processor.patch_size, self.image_processor.merge_size
+        made = []
+        for image in images:
+            levels, table = image.permute(2, 0, 1).long(), self._values.to(image.device)
+            planes = torch.stack([table[c][levels[c]] for c in range(3)])
+            rows, columns = (length // p // m for length in image.shape[:2])
+            split = planes.view(3, rows, m, p, columns, m, p).permute(1, 4, 2, 5, 0, 3, 6)
+            every = split.unsqueeze(5).expand(*split.shape[:5], self._frames, p, p)
+            made.append(every.reshape(rows * columns * m * m, -1))
+        return torch.cat(made)
+
+    def image_gradients(self, dpatches: Tensor, grids: Tensor) -> list[Tensor]:
+        """Gradients by images from those by their patches, frames added up.
+
+        By what `pixel_values` makes of a level: by levels they are a positive factor of these, of
+        one size in a channel.
+
+        Args:
+            dpatches: [Σ gh·gw, 3·2·p·p].
+            grids: [n, 3] int64.
+
+        Returns:
+            n of [H, W, 3].
+        """
+        parts = dpatches.split(grids.prod(-1).tolist())
+        sizes = grids[:, 1:].tolist()
+        return [
+            self._planes(part, size).sum(1).permute(1, 2, 0)
+            for part, size in zip(parts, sizes, strict=True)
+        ]
+
+    def _planes(self, patches: Tensor, size: Sequence[int]) -> Tensor:
+        """[gh·gw, 3·f·p·p] of an image as [3, f, H, W]."""
+        p, m = self.image_processor.patch_size, self.image_processor.merge_size
+        rows, columns = size
+        split = patches.view(rows // m, columns // m, m, m, 3, self._frames, p, p)
+        return split.permute(4, 5, 0, 2, 6, 1, 3, 7).reshape(3, self._frames, rows * p, columns * p)
 
     def prompt_ids(self, problem: str, grids: Tensor) -> list[int]:
         """Token ids of the chat prompt; each `<image>` becomes one image token per merged patch.

@@ -15,6 +15,7 @@ from roma.train.combinations import check_methods
 from roma.train.loss_checks import check_loss
 from roma.train.schema import apply_override, build, check_keys, leaves, parse_yaml, show
 from roma.train.sections import Config, RewardConfig
+from roma.train.view_checks import check_views
 from roma_kernels.errors import fail
 from roma_kernels.roma_loss.config import RomaConfig
 
@@ -118,14 +119,7 @@ def _check_together(config: Config) -> None:
     if prompts % mini:
         expected = f"a divisor of data.rollout_batch_size = {prompts}"
         fail("worker.actor.mini_batch_size", expected, str(mini), "correct one of the two")
-    views = config.algorithm.views
-    if views.candidates is not None and views.candidates < views.k:
-        got, remedy = str(views.candidates), "draw at least as many as are kept"
-        fail("algorithm.views.candidates", f"at least algorithm.views.k = {views.k}", got, remedy)
-    if views.candidates is not None and config.algorithm.view_mode != "roma":
-        got, remedy = str(views.candidates), "leave it out, or set algorithm.view_mode=roma"
-        expected = f"null with algorithm.view_mode={config.algorithm.view_mode}"
-        fail("algorithm.views.candidates", expected, got, remedy)
+    check_views(config.algorithm)
     check_methods(config)
     check_loss(config)
     rollout, roma = config.worker.rollout, config.algorithm.roma

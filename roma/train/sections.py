@@ -16,6 +16,7 @@ from roma.train.schema import (
     Range,
     Share,
 )
+from roma.train.view_options import AttackConfig
 from roma_kernels.roma_loss.config import RomaConfig
 
 Logger = Literal["console", "file", "tensorboard", "wandb", "trackio"]
@@ -60,9 +61,10 @@ class DataConfig:
 class ViewsConfig:
     """Sub-section `algorithm.views`: the degraded views of a training image."""
 
-    pool: Literal["seen", "unseen", "extra", "masking"] = "seen"
+    pool: Literal["seen", "unseen", "extra", "masking", "adversarial"] = "seen"
     """Pool of corruptions to draw from. To train on "unseen" makes its evaluation meaningless.
-    "masking" has one, patch_mask, so that k is 1."""
+    "masking" has one, patch_mask, so that k is 1. "adversarial" (ours): K attacks on the policy,
+    made after the rollouts; a level is an eps."""
     k: PositiveInt = 2
     """K: views per prompt, each with another corruption."""
     max_level: PositiveFloat = 2.0
@@ -82,6 +84,14 @@ class ViewsConfig:
     candidates: PositiveInt | None = None
     """Adversarial choice (ours): number of views to draw and score per prompt; the K on which the
     policy diverges most over right rollouts are kept. null: K are drawn and all kept."""
+    target_divergence: PositiveFloat | None = None
+    """Continuous search (ours): divergence that each view is to have, nats, mean over a question's
+    right rollouts, or all if none is right; its level in 0..max_level is found by bisection. null:
+    levels are drawn."""
+    search_steps: PositiveInt = 5
+    """Tries of that search, each a forward pass over the K views."""
+    attack: AttackConfig = field(default_factory=AttackConfig)
+    """Options of attacked views."""
     gate_quantile: Share | None = None
     """Legibility gate (ours): a view of a right rollout whose divergence is above this quantile of
     those of the steps before, 0..1, is left out of the penalty: on it the answer may no longer be

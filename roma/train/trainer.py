@@ -36,6 +36,7 @@ from roma.train.collect import Collector
 from roma.train.config import Config, changed_options, dump, to_dict
 from roma.train.contrast import Contrast
 from roma.train.engine import SHARDED, Within, chosen, make_engine
+from roma.train.late import LateViews
 from roma.train.learner import Learner
 from roma.train.loggers import JsonLines, open_log
 from roma.train.metrics import Stopwatch, memory, peak_memory
@@ -119,6 +120,7 @@ class Trainer:
         policy_loss = _policy_loss(config, self.policy)
         self.engine = make_engine(config, policy_loss, device, self._rate)
         self.learner = Learner(config, self.engine)
+        self.late_views = LateViews(self.learner, self.view_maker)
         self.collector = Collector(config, self.engine, self._sampler(), score, self.view_maker)
         start = start or checkpoint.starting_point(trainer.out, trainer.resume)
         self._resumed_from = start
@@ -215,9 +217,9 @@ class Trainer:
                 experience, metrics = self.collector.collect(self.draw(), self.step)
             with clock.stage("views"):
                 views = experience.views.result()
-            if self.view_maker.chooses:
+            if self.late_views.needed:
                 with clock.stage("choose_views"):
-                    views = self.learner.choose(experience, views)
+                    views = self.late_views.of(experience, views, self.step)
                 kept: Future[Views] = Future()
                 kept.set_result(views)
                 experience = replace(experience, views=kept)  # the others' pixels are let go

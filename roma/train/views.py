@@ -21,12 +21,14 @@ from roma.models.qwen_vl import Policy
 from roma.train import ranks
 from roma.train.sections import AlgorithmConfig, ViewsConfig
 from roma.views import (
+    ADVERSARIAL,
     CORRUPTIONS,
     Corruption,
     ViewSpec,
     degrade_batch,
     load_levels,
     sample,
+    sample_attacks,
     seed_for,
 )
 from roma_kernels.errors import fail
@@ -43,6 +45,7 @@ class Views:
     images: list[list[list[Image]]]  # [K][P], per prompt its degraded images
     pixels: list[Tensor]  # K of [Σ gh·gw, C], the patches of all prompts' images
     seconds: float = 0.0  # that making them took
+    divergence: Tensor | None = None  # [K, P] nats, of views that were made for it
 
     @classmethod
     def none(cls) -> "Views":
@@ -78,7 +81,25 @@ class Views:
         own = [s.level for column in self.specs for s in column if s.level is not None]
         levels = [level for part in ranks.told(own) for level in part]
         mean = {"views/level_mean": sum(levels) / len(levels)} if levels else {}
-        return {**mean, "timing_s/make_views": self.seconds}
+        return {**mean, **self._divergence(), "timing_s/make_views": self.seconds}
+
+    def _divergence(self) -> dict[str, float]:
+        """Mean over the views of all ranks' images, where it is known."""
+        if self.divergence is None:
+            return {}
+        seen = [p for p, own in enumerate(self.images[0]) if own]
+        own = self.divergence[:, seen].flatten().tolist()
+        found = [value for part in ranks.told(own) for value in part]
+        return {"views/divergence_mean": sum(found) / len(found)} if found else {}
+
+    def beside(self, others: "Views") -> "Views":
+        """These views, then others of the same prompts; their time is added."""
+        return Views(
+            self.specs + others.specs,
+            self.images + others.images,
+            self.pixels + others.pixels,
+            self.seconds + others.seconds,
+        )
 
     def rows(self, examples: Sequence[Example]) -> Iterator[dict[str, Any]]:
         """A row of views.jsonl per prompt with images, with every parameter of its views."""
@@ -100,12 +121,28 @@ class Mode(NamedTuple):
     """Whether the loss sees the views."""
     chooses: bool = False
     """Whether more views are drawn than kept."""
+    attacked: int = 0
+    """Views made against the policy, after the rollouts, behind those that are drawn."""
+    searches: bool = False
+    """Whether the levels of drawn views follow from the policy, after the rollouts."""
+
+    @property
+    def late(self) -> bool:
+        """Whether views wait for the rollouts."""
+        return self.chooses or self.searches or self.attacked > 0
 
 
 def modes(options: ViewsConfig) -> dict[str, Mode]:
     """Each value of `algorithm.view_mode`."""
     made = options.candidates or options.k
-    many = Mode(made, loss=True, chooses=made > options.k)
+    attacked = options.k if options.pool == ADVERSARIAL else options.attack.count
+    many = Mode(
+        made - attacked,
+        loss=True,
+        chooses=made > options.k,
+        attacked=attacked,
+        searches=options.target_divergence is not None,
+    )
     return {
         "none": Mode(),
         "roma": many,
@@ -146,12 +183,21 @@ class ViewMaker:
         self.mode = modes(self.options)[algorithm.view_mode]
         self.level_share: Callable[[int], float] = lambda step: 1.0
         self.masked = ViewSpec("patch_mask", MASKED)
+        self._check_draw()
         self._thread = ThreadPoolExecutor(1, "roma-view-maker")
+
+    def _check_draw(self) -> None:
+        """Has the pool, K and the levels checked before the run."""
+        try:
+            self._draw([""], self.options.ramp_steps + 1)
+            self.attacks([""], self.options.ramp_steps + 1)
+        except ValueError as error:  # of pool, k or max_level, as `sample` calls them
+            raise ValueError(f"algorithm.views.{error}") from error
 
     @property
     def count(self) -> int:
-        """Views of a prompt, those that are masked among them."""
-        return self.mode.drawn + self.mode.masked
+        """Views of a prompt, those that are masked or attacks among them."""
+        return self.mode.drawn + self.mode.masked + self.mode.attacked
 
     @property
     def rollouts_see_views(self) -> bool:
@@ -167,11 +213,6 @@ class ViewMaker:
     def loss_sees_views(self) -> bool:
         """Whether views are in the loss."""
         return self.mode.loss
-
-    @property
-    def chooses(self) -> bool:
-        """Whether more views are made than kept (`hardest`)."""
-        return self.mode.chooses
 
     def max_level(self, step: int) -> float:
         """The highest level drawn in a step, counted from 1; rises over the first ramp_steps."""
@@ -195,33 +236,64 @@ class ViewMaker:
     def make(
         self, policy: Policy, prompts: PromptBatch, examples: Sequence[Example], step: int
     ) -> Views:
-        """The views of each prompt; all images of a prompt share a view's corruption.
+        """The views of each prompt that need no policy; its images share a view's corruption.
 
         Raises:
             ValueError: a view came out on another grid than the clean image's.
         """
-        specs = self._draw(examples, step)
+        if self.mode.searches:
+            return Views.none()
+        return self.at(policy, prompts, examples, self.draw(examples, step), step)
+
+    def at(
+        self,
+        policy: Policy,
+        prompts: PromptBatch,
+        examples: Sequence[Example],
+        specs: list[list[ViewSpec]],
+        step: int,
+    ) -> Views:
+        """The views that specs [K][P] ask for, each with the noise that it always has."""
         return self._make(policy, prompts, examples, specs, (step,)) if specs else Views.none()
 
-    def _draw(self, examples: Sequence[Example], step: int) -> list[list[ViewSpec]]:
-        """[K][P]; the masked views come last."""
+    def draw(self, examples: Sequence[Example], step: int) -> list[list[ViewSpec]]:
+        """What is done to the images of each prompt, [K][P]; masked views come last."""
+        return self._draw([example.id for example in examples], step)
+
+    def attacks(self, ids: Sequence[str], step: int) -> list[list[ViewSpec]]:
+        """The attacks on the images of each prompt, [attacked][P]."""
+        if not self.mode.attacked:
+            return []
+        drawn = [
+            sample_attacks(
+                self.mode.attacked,
+                (self.seed, step, own),
+                corruptions=self.corruptions,
+                max_level=self.max_level(step),
+                strength=self.options.strength,
+            )
+            for own in ids
+        ]
+        return [list(column) for column in zip(*drawn, strict=True)]
+
+    def _draw(self, ids: Sequence[str], step: int) -> list[list[ViewSpec]]:
         options, most = self.options, self.max_level(step)
         drawn = [  # [P][K]
             sample(
                 options.pool,
                 self.mode.drawn,
-                (self.seed, step, example.id),
+                (self.seed, step, own),
                 corruptions=self.corruptions,
                 max_level=most or options.max_level,
                 strength=options.strength,
             )
-            for example in examples
+            for own in ids
             if self.mode.drawn
         ]
         specs = [list(column) for column in zip(*drawn, strict=True)]
         if not most:  # a schedule has come down to the clean image
             specs = [[self._clean(spec) for spec in column] for column in specs]
-        return specs + [[self.masked] * len(examples) for _ in range(self.mode.masked)]
+        return specs + [[self.masked] * len(ids) for _ in range(self.mode.masked)]
 
     def _clean(self, spec: ViewSpec) -> ViewSpec:
         return ViewSpec(spec.corruption, self.corruptions[spec.corruption].identity, 0.0)

@@ -1,0 +1,72 @@
+"""Which options of `algorithm.views` go together."""
+
+from dataclasses import fields
+
+from roma.train.sections import AlgorithmConfig
+from roma_kernels.errors import fail
+
+
+def check_views(algorithm: AlgorithmConfig) -> None:
+    """Refuses options of views that do not go together, by the dotted key.
+
+    Raises:
+        ValueError: the message says which, and what to do.
+    """
+    views, mode = algorithm.views, algorithm.view_mode
+    attack = views.attack
+    late = {
+        "candidates": views.candidates is not None,
+        "target_divergence": views.target_divergence is not None,
+        "attack.count": attack.count > 0,
+        "pool": views.pool == "adversarial",
+    }
+    for key, given in late.items():
+        if given and mode != "roma":
+            off = {"pool": "seen, unseen or extra", "attack.count": "0"}.get(key, "null")
+            remedy = "such views follow from the rollouts: set algorithm.view_mode=roma"
+            _refuse(key, f"{off} with algorithm.view_mode={mode}", _value(views, key), remedy)
+    used = [key for key, given in late.items() if given]
+    if len(used) > 1:
+        got = " beside ".join(f"algorithm.views.{k}={_value(views, k)}" for k in used[1:])
+        remedy = "each makes views after the rollouts in its own way: choose one"
+        expected = f"{'0' if used[0] == 'attack.count' else 'null'} with {got}"
+        _refuse(used[0], expected, _value(views, used[0]), remedy)
+    if views.candidates is not None and views.candidates < views.k:
+        remedy = "draw at least as many as are kept"
+        expected = f"at least algorithm.views.k = {views.k}"
+        _refuse("candidates", expected, str(views.candidates), remedy)
+    if attack.count > views.k:
+        remedy = "they are among the K views"
+        expected = f"at most algorithm.views.k = {views.k}"
+        _refuse("attack.count", expected, str(attack.count), remedy)
+    if not late["attack.count"] and not late["pool"]:
+        remedy = "it does nothing there: set algorithm.views.pool=adversarial, or attack.count"
+        _check_unused(attack, "attack.", "without attacked views", remedy)
+    if not late["target_divergence"]:
+        remedy = "it does nothing there: set algorithm.views.target_divergence"
+        tries = type(views).search_steps
+        if views.search_steps != tries:
+            got = str(views.search_steps)
+            _refuse("search_steps", f"{tries} without target_divergence", got, remedy)
+    elif views.strength != "uniform":
+        remedy = "the level follows from the divergence: leave it out"
+        _refuse("strength", "uniform with target_divergence", views.strength, remedy)
+
+
+def _check_unused(section: object, prefix: str, where: str, remedy: str) -> None:
+    default = type(section)()
+    for option in fields(section):  # type: ignore[arg-type]  # a dataclass
+        own, usual = getattr(section, option.name), getattr(default, option.name)
+        if own != usual:
+            shown = "null" if usual is None else usual
+            _refuse(f"{prefix}{option.name}", f"{shown} {where}", str(own), remedy)
+
+
+def _value(views: object, key: str) -> str:
+    for name in key.split("."):
+        views = getattr(views, name)
+    return str(views)
+
+
+def _refuse(key: str, expected: str, got: str, remedy: str) -> None:
+    fail(f"algorithm.views.{key}", expected, got, remedy)
