@@ -174,8 +174,8 @@ class States:
         0 for a prompt without images, and for one of which nothing was run on the clean images.
         """
         assert self._images is not None  # they were asked for
-        weight = self.policy.head_weight
-        found = weight.new_zeros(len(self.batch.prompts.images), weight.shape[1]).float()
+        states = self._calls[0] if self._calls else self.policy.head_weight
+        found = states.new_zeros(len(self.batch.prompts.images), states.shape[1]).float()
         for prompt, state in self._images.items():
             found[prompt] = state
         return found

@@ -121,13 +121,16 @@ class Trainer:
         self.engine = make_engine(config, policy_loss, device, self._rate)
         self.learner = Learner(config, self.engine)
         self.late_views = LateViews(self.learner, self.view_maker)
-        self.collector = Collector(config, self.engine, self._sampler(), score, self.view_maker)
+        self.collector = Collector(
+            config, self.engine, self._sampler(), score, self.view_maker, self.data
+        )
         start = start or checkpoint.starting_point(trainer.out, trainer.resume)
         self._resumed_from = start
         if start:
             state = checkpoint.restore(start, policy=self.policy, engine=self.engine)
             self.step = state["step"]
             self.learner.load_state_dict(state.get("learner", {}))
+            self.collector.advantages.load_state_dict(state.get("advantages", {}))
 
     def _sampler(self) -> Sampler:
         engine, options = self.engine, self.config.worker.rollout
@@ -231,6 +234,7 @@ class Trainer:
             with clock.stage("update_actor"):
                 seen = views if self.view_maker.loss_sees_views else Views.none()
                 metrics |= self.learner.update(experience, seen, self.step)
+                self.collector.advantages.observe(metrics)
         metrics |= clock.metrics
         tokens = sum(ranks.told(int(experience.rollouts.mask.sum())))
         metrics["perf/tokens_per_second"] = tokens / metrics["timing_s/step"]
@@ -239,8 +243,15 @@ class Trainer:
         return metrics
 
     def draw(self) -> list[Example]:
-        """This rank's of the step's questions: an epoch takes every row once, in its own order."""
+        """This rank's of the step's questions: an epoch takes every row once, in its own order.
+
+        With algorithm.mssr.prioritised a step takes rows by what is tracked of them.
+        """
         count, rows = self.config.data.rollout_batch_size, self.data_size
+        mssr = self.collector.advantages.mssr
+        if mssr is not None and mssr.options.prioritised:
+            drawn = mssr.draw(self.step, count)
+            return [self.data[i] for i in drawn[self.learner.own()].tolist()]
         first = (self.step - 1) * count
         epochs = range(first // rows, (first + count - 1) // rows + 1)
         order = torch.cat([self._order(epoch) for epoch in epochs])[first % rows :]
@@ -295,6 +306,7 @@ class Trainer:
                     "step": self.step,
                     "metrics": dict(metrics),
                     "learner": self.learner.state_dict(),
+                    "advantages": self.collector.advantages.state_dict(),
                 },
                 keep=trainer.save_limit,
                 best_of=trainer.best_metric,

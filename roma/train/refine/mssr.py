@@ -119,6 +119,13 @@ class Mssr:
             ValueError: it is of another dataset.
         """
         if state is not None:
+            if state.get("dataset") != self.tracker.dataset:
+                expected = "the questions whose values the checkpoint tracks (mssr)"
+                remedy = (
+                    "resume on that data, or start anew from its weights: trainer.resume=never "
+                    "and worker.actor.model_path=…/actor"
+                )
+                fail("data.train_files", expected, "others", remedy)
             self.tracker.load_state_dict(state)
         elif ranks.rank() == 0:
             line = "the checkpoint is of a run without mssr: the value of each question begins anew"
