@@ -23,6 +23,17 @@ VOCAB = 4099  # odd, and of several tiles of the backward
 
 OPTIONS = ("bias", "softcap", "entropy", "row_temperature")
 ALL = frozenset(OPTIONS)
+# What the loss's own kernels are compiled for: options of a call.
+FORMS: tuple[dict[str, Any], ...] = (
+    {"ratio_level": "sequence"},
+    {"ratio_level": "sequence", "ref_unbiased": True},
+    {"ref_unbiased": True},
+    {"main": "cispo", "clip_high": 5.0},
+    {"main": "cispo", "clip_high": 5.0, "ratio_level": "sequence"},
+    {"main": "sapo"},
+    {"main": "sapo", "ratio_level": "sequence"},
+    {"main": "vespo"},
+)
 LAYOUTS = {
     "even": "rows of a multiple of 16, at aligned addresses",
     "depth of 8": "rows of a multiple of 8 and not of 16: the least that a descriptor takes",
@@ -104,6 +115,7 @@ class Loss:
     tokens: int = 11
     bias: bool = False
     aux: bool = True
+    weighed: bool = False
     workspace: int | None = None
     config: RomaConfig = RomaConfig(ref_coef=0.1)
 
@@ -120,6 +132,7 @@ class Loss:
             correct=torch.ones(self.sequences, dtype=torch.bool),
             ref_logp=torch.zeros(shape) if self.config.ref_coef else None,
             aux_view=torch.zeros(self.sequences, dtype=torch.int64) if aux else None,
+            rollout_weight=torch.ones(shape) if self.weighed else None,
             bias=torch.zeros(VOCAB, dtype=self.matrices.weight) if self.bias else None,
             config=self.config,
             workspace=self.workspace,
@@ -220,12 +233,19 @@ def _losses(every: bool) -> Iterator[Call]:
                 )
     yield Loss(bias=True, config=RomaConfig(worst_over="token", softcap=30.0))
     yield Loss(Matrices(BF16, FP32))
+    for form in FORMS:
+        yield Loss(config=RomaConfig(ref_coef=0.1, **form), weighed=True)
+    yield Loss(config=RomaConfig(gate_bound=1.0))
+    yield Loss(config=RomaConfig(entropy_coef=0.1))
 
 
 def _losses_over(over: WorstOver) -> Iterator[Call]:
     for ratio, coefficient in itertools.product(get_args(PenaltyRatio), (0.0, 0.1)):
         yield Loss(config=RomaConfig(worst_over=over, penalty_ratio=ratio, ref_coef=coefficient))
     yield Loss(aux=False, config=RomaConfig(worst_over=over, main=None))
+    for form, weighed in itertools.product(({}, *FORMS), (False, True)):
+        config = RomaConfig(worst_over=over, ref_coef=0.1 * ("ref_unbiased" in form), **form)
+        yield Loss(config=config, weighed=weighed)
     # Blocks of K are powers of two; K itself is told from 1 and from a multiple of 16. With a
     # workspace the log-probs of an image lie side by side, without one those of a token.
     for views, workspace in itertools.product((0, 1, 2, 4, 7, 15, 16, 32, 100), (None, 1)):

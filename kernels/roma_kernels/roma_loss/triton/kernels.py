@@ -1,4 +1,4 @@
-"""Four kernels: sums of each sequence, their total, coefficients of the clean image, of the views.
+"""Three kernels: the log-ratios of whole sequences, sums of each sequence, and their total.
 
 fp32, sums in a fixed order, no atomics: two runs are bitwise equal. See ../triton_backend.py.
 """
@@ -6,50 +6,127 @@ fp32, sums in a fixed order, no atomics: two runs are bitwise equal. See ../trit
 import triton
 import triton.language as tl
 
-from roma_kernels.roma_loss.triton.terms import _clipped_objective, _divergence, _view_gaps
+from roma_kernels.roma_loss.triton.terms import (
+    _divergence,
+    _gate,
+    _objective,
+    _reference_kl,
+    _view_gaps,
+)
 
 # Where a tensor starts depends on the batch: rows of [K+1, M], or a part of a user's. A token is
 # four bytes in each, and a kernel that knew of 16-byte addresses would be no faster.
-_ANYWHERE = (
+ANYWHERE = (
     *("dlogp_ptr", "dview_ptr", "logp_ptr", "view_ptr", "old_ptr", "ref_ptr", "view_old_ptr"),
     *("advantages_ptr", "ends_ptr", "lengths_ptr", "aux_ptr", "correct_ptr"),
+    "rollout_ptr",
 )
 
 
-@triton.jit(do_not_specialize=["stride_vk", "B"], do_not_specialize_on_alignment=_ANYWHERE)
-def _sums_kernel(
-    sums_ptr,  # [_SUMS, B]
-    divergence_ptr,  # [K, B]
-    worst_ptr,  # [B], or [M] if WORST_OVER is "token"
+@triton.jit(do_not_specialize=["stride_vk"], do_not_specialize_on_alignment=ANYWHERE)
+def _ratios_kernel(
+    levels_ptr,  # [B, LEVELS], of which 0 and 1 are written: clean image, sampled view
     logp_ptr,  # [M]
     view_ptr,  # [K, M]
     old_ptr,  # [M]
-    ref_ptr,  # [M] or None
     view_old_ptr,  # [M]
-    advantages_ptr,  # [M]
+    rollout_ptr,  # [M] or None
     ends_ptr,  # [B] int64
     lengths_ptr,  # [B] int64
     aux_ptr,  # [B] int64 or None
     stride_n,
     stride_vk,
     stride_vn,
+    clamp,
+    lowest,  # of vespo's log-weights
+    highest,
+    LEVEL: tl.constexpr,  # "mean", or "sum" of clamped ones and the sampler's
+    BLOCK_T: tl.constexpr,
+    LEVELS: tl.constexpr,
+):
+    i = tl.program_id(0)
+    length = tl.load(lengths_ptr + i)
+    start = tl.load(ends_ptr + i) - length
+    of_clean = 0.0
+    of_view = 0.0
+    of_sampler = 0.0
+    for first in range(0, length, BLOCK_T):
+        inside = first + tl.arange(0, BLOCK_T) < length
+        token = start + first + tl.arange(0, BLOCK_T)
+        clean = tl.load(logp_ptr + token * stride_n, inside, other=0.0)
+        gap = clean - tl.load(old_ptr + token, inside, other=0.0)
+        if LEVEL == "sum":
+            gap = tl.minimum(tl.maximum(gap, -clamp), clamp)
+            if rollout_ptr is not None:
+                rollout = tl.load(rollout_ptr + token, inside, other=1.0)
+                log_weight = tl.log(tl.maximum(rollout, 1e-30))  # below e^lowest
+                of_sampler += tl.sum(tl.minimum(tl.maximum(log_weight, lowest), highest))
+        of_clean += tl.sum(gap)
+        if aux_ptr is not None:
+            sampled = view_ptr + tl.load(aux_ptr + i) * stride_vk + token * stride_vn
+            gap = tl.load(sampled, inside, other=0.0)
+            gap -= tl.load(view_old_ptr + token, inside, other=0.0)
+            if LEVEL == "sum":
+                gap = tl.minimum(tl.maximum(gap, -clamp), clamp)
+            of_view += tl.sum(gap)
+    if LEVEL == "sum":
+        of_clean = tl.minimum(tl.maximum(of_clean + of_sampler, lowest), highest)
+        of_view = tl.minimum(tl.maximum(of_view + of_sampler, lowest), highest)
+    else:
+        of_clean /= tl.maximum(length, 1).to(tl.float32)
+        of_view /= tl.maximum(length, 1).to(tl.float32)
+    tl.store(levels_ptr + i * LEVELS, of_clean)
+    tl.store(levels_ptr + i * LEVELS + 1, of_view)
+
+
+@triton.jit(do_not_specialize=["stride_vk", "B"], do_not_specialize_on_alignment=ANYWHERE)
+def _sums_kernel(
+    sums_ptr,  # [_SUMS, B]
+    divergence_ptr,  # [K, B]
+    worst_ptr,  # [B], or [M] if WORST_OVER is "token"
+    levels_ptr,  # [B, LEVELS]: 0, 1 are read if LEVEL is not "token"; 2 to 4 are written
+    logp_ptr,  # [M]
+    view_ptr,  # [K, M]
+    old_ptr,  # [M]
+    ref_ptr,  # [M] or None
+    view_old_ptr,  # [M]
+    advantages_ptr,  # [M]
+    rollout_ptr,  # [M] or None
+    ends_ptr,  # [B] int64
+    lengths_ptr,  # [B] int64
+    aux_ptr,  # [B] int64 or None
+    bound_ptr,  # 0-dim, or None: no gate
+    stride_n,
+    stride_vk,
+    stride_vn,
     B,
     K,
-    low,
-    high,
-    dual,
+    shape_0,
+    shape_1,
+    shape_2,
+    shape_3,
     clamp,
+    ref_coef,
+    gate_rate,  # 1/τ
+    OBJECTIVE: tl.constexpr,
+    LEVEL: tl.constexpr,
+    UNBIASED: tl.constexpr,
     VIEW_OVER_CLEAN: tl.constexpr,
     WORST_OVER: tl.constexpr,
     MAIN: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    LEVELS: tl.constexpr,
 ):
     i = tl.program_id(0)
     length = tl.load(lengths_ptr + i)
     start = tl.load(ends_ptr + i) - length
     k = tl.arange(0, BLOCK_K)
+    level = tl.load(levels_ptr + i * LEVELS)
+    aux_level = tl.load(levels_ptr + i * LEVELS + 1)
     divergence = tl.zeros((BLOCK_K,), tl.float32)
+    shared = 0.0
+    aux_shared = 0.0
     highest = 0.0
     policy = 0.0
     above = 0.0
@@ -64,25 +141,35 @@ def _sums_kernel(
         clean = tl.load(logp_ptr + token * stride_n, inside, other=0.0)
         old = tl.load(old_ptr + token, inside, other=0.0)
         advantages = tl.load(advantages_ptr + token, inside, other=0.0)
+        rollout = 1.0
+        if rollout_ptr is not None:
+            rollout = tl.load(rollout_ptr + token, inside, other=0.0)
         moved += tl.sum(old - clean)
         if MAIN:
-            loss, _, over, under = _clipped_objective(
-                clean, old, advantages, low, high, dual, clamp
-            )
+            loss, _, slope, over, under = _objective(
+                clean, old, advantages, rollout, level, shape_0, shape_1, shape_2, shape_3, clamp,
+                OBJECTIVE, LEVEL,
+            )  # fmt: skip
             policy += tl.sum(loss)
             above += tl.sum(over.to(tl.float32))
             below += tl.sum(under.to(tl.float32))
+            shared += tl.sum(slope)
             if ref_ptr is not None:
-                d, _ = _divergence(tl.load(ref_ptr + token, inside, other=0.0) - clean, clamp)
+                ref = tl.load(ref_ptr + token, inside, other=0.0)
+                d, _, slope = _reference_kl(ref, clean, old, level, clamp, LEVEL, UNBIASED)
                 reference += tl.sum(d)
+                shared += ref_coef * tl.sum(slope)
         if aux_ptr is not None:
             sampled = view_ptr + tl.load(aux_ptr + i) * stride_vk + token * stride_vn
+            view = tl.load(sampled, inside, other=0.0)
             view_old = tl.load(view_old_ptr + token, inside, other=0.0)
-            loss, _, over, under = _clipped_objective(
-                tl.load(sampled, inside, other=0.0), view_old, advantages, low, high, dual, clamp
-            )
+            loss, _, slope, over, under = _objective(
+                view, view_old, advantages, rollout, aux_level, shape_0, shape_1, shape_2, shape_3,
+                clamp, OBJECTIVE, LEVEL,
+            )  # fmt: skip
             auxiliary += tl.sum(loss)
             aux_clipped += tl.sum((over | under).to(tl.float32))
+            aux_shared += tl.sum(slope)
         if divergence_ptr is not None:
             gap = _view_gaps(
                 view_ptr, clean, token, inside, K, stride_vk, stride_vn, VIEW_OVER_CLEAN, BLOCK_K
@@ -100,8 +187,10 @@ def _sums_kernel(
     tl.store(sums_ptr + 4 * B + i, reference)
     tl.store(sums_ptr + 5 * B + i, auxiliary)
     tl.store(sums_ptr + 6 * B + i, aux_clipped)
+    count = tl.maximum(length, 1).to(tl.float32)
+    tl.store(levels_ptr + i * LEVELS + 2, shared / count)
+    tl.store(levels_ptr + i * LEVELS + 3, aux_shared / count)
     if divergence_ptr is not None:
-        count = tl.maximum(length, 1).to(tl.float32)
         divergence /= count
         mean = tl.sum(divergence) / K
         divergence = tl.where(k < K, divergence, -1.0)
@@ -111,15 +200,20 @@ def _sums_kernel(
             penalty = highest / count
         elif WORST_OVER == "mean":
             penalty = mean
+        worst = tl.argmax(divergence, 0)
+        if bound_ptr is not None:
+            penalty, worst, share, gated = _gate(divergence, tl.load(bound_ptr), gate_rate)
+            tl.store(levels_ptr + i * LEVELS + 4, share)
+            tl.store(sums_ptr + 9 * B + i, gated)
         if WORST_OVER == "sequence" or WORST_OVER == "mean":
-            tl.store(worst_ptr + i, tl.argmax(divergence, 0).to(tl.int64))
+            tl.store(worst_ptr + i, worst.to(tl.int64))
         tl.store(sums_ptr + 7 * B + i, penalty)
         tl.store(sums_ptr + 8 * B + i, mean)
 
 
-@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=_ANYWHERE)
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=ANYWHERE)
 def _total_kernel(
-    metrics_ptr,  # [len(METRICS)], in its order
+    metrics_ptr,  # [len(METRICS)], in its order; 10, the entropy, is added later
     worst_ptr,  # 0-dim if WORST_OVER is "batch"
     sums_ptr,  # [_SUMS, B]
     divergence_ptr,  # [K, B] or None
@@ -150,6 +244,7 @@ def _total_kernel(
     aux_clipped = 0.0
     penalty = 0.0
     mean = 0.0
+    gated = 0.0
     for first in range(0, B, BLOCK_B):
         i = first + tl.arange(0, BLOCK_B)
         inside = i < B
@@ -165,6 +260,7 @@ def _total_kernel(
             right = tl.load(correct_ptr + i, inside, other=0).to(tl.float32)
             penalty += tl.sum(tl.load(sums_ptr + 7 * B + i, inside, other=0.0) * right)
             mean += tl.sum(tl.load(sums_ptr + 8 * B + i, inside, other=0.0) * right)
+            gated += tl.sum(tl.load(sums_ptr + 9 * B + i, inside, other=0.0) * right)
             if WORST_OVER == "batch":
                 places = k[:, None] * B + i[None, :]
                 both = (k < K)[:, None] & inside[None, :]
@@ -187,116 +283,5 @@ def _total_kernel(
     tl.store(metrics_ptr + 7, mean / sequences)
     tl.store(metrics_ptr + 8, auxiliary)
     tl.store(metrics_ptr + 9, aux_clipped / tokens)
-
-
-@triton.jit(
-    do_not_specialize=["first_token", "last_token"], do_not_specialize_on_alignment=_ANYWHERE
-)
-def _clean_coefficients_kernel(
-    dlogp_ptr,  # [M], zeros
-    weights_ptr,  # [B]: of each token loss of a sequence
-    logp_ptr,  # [M]
-    old_ptr,  # [M]
-    ref_ptr,  # [M] or None
-    advantages_ptr,  # [M]
-    ends_ptr,  # [B] int64
-    lengths_ptr,  # [B] int64
-    stride_n,
-    first_token,  # only tokens in [first_token, last_token)
-    last_token,
-    low,
-    high,
-    dual,
-    clamp,
-    ref_coef,
-    BLOCK_T: tl.constexpr,
-):
-    i = tl.program_id(0)
-    end = tl.load(ends_ptr + i)
-    start = end - tl.load(lengths_ptr + i)
-    weight = tl.load(weights_ptr + i)
-    last = tl.minimum(end, last_token)
-    for first in range(tl.maximum(start, first_token), last, BLOCK_T):
-        token = first + tl.arange(0, BLOCK_T)
-        inside = token < last
-        clean = tl.load(logp_ptr + token * stride_n, inside, other=0.0)
-        old = tl.load(old_ptr + token, inside, other=0.0)
-        advantages = tl.load(advantages_ptr + token, inside, other=0.0)
-        _, slope, _, _ = _clipped_objective(clean, old, advantages, low, high, dual, clamp)
-        if ref_ptr is not None:
-            gap = tl.load(ref_ptr + token, inside, other=0.0) - clean
-            slope -= ref_coef * _divergence(gap, clamp)[1]
-        tl.store(dlogp_ptr + token, slope * weight, inside)
-
-
-@triton.jit(
-    do_not_specialize=["stride_vk", "M", "first_token", "last_token"],
-    do_not_specialize_on_alignment=_ANYWHERE,
-)
-def _view_coefficients_kernel(
-    dview_ptr,  # [K, M], zeros
-    worst_ptr,  # [B] for WORST_OVER "sequence", 0-dim for "batch"
-    penalty_weights_ptr,  # [B]: of each token's divergence, 0 for a wrong rollout
-    aux_weights_ptr,  # [B]: of each token's auxiliary loss
-    logp_ptr,  # [M]
-    view_ptr,  # [K, M]
-    view_old_ptr,  # [M]
-    advantages_ptr,  # [M]
-    ends_ptr,  # [B] int64
-    lengths_ptr,  # [B] int64
-    aux_ptr,  # [B] int64 or None
-    stride_n,
-    stride_vk,
-    stride_vn,
-    M,
-    K,
-    first_token,  # only tokens in [first_token, last_token)
-    last_token,
-    low,
-    high,
-    dual,
-    clamp,
-    VIEW_OVER_CLEAN: tl.constexpr,
-    WORST_OVER: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    i = tl.program_id(0)
-    end = tl.load(ends_ptr + i)
-    start = end - tl.load(lengths_ptr + i)
-    weight = tl.load(penalty_weights_ptr + i)
-    k = tl.arange(0, BLOCK_K)
-    last = tl.minimum(end, last_token)
-    for first in range(tl.maximum(start, first_token), last, BLOCK_T):
-        token = first + tl.arange(0, BLOCK_T)
-        inside = token < last
-        clean = tl.load(logp_ptr + token * stride_n, inside, other=0.0)
-        gap = _view_gaps(
-            view_ptr, clean, token, inside, K, stride_vk, stride_vn, VIEW_OVER_CLEAN, BLOCK_K
-        )
-        d, slopes = _divergence(gap, clamp)
-        if not VIEW_OVER_CLEAN:
-            slopes = -slopes
-        if WORST_OVER == "mean":
-            slopes /= K
-        else:
-            if WORST_OVER == "token":
-                worst = tl.argmax(tl.where((k < K)[:, None], d, -1.0), 0)[None, :]
-            elif WORST_OVER == "sequence":
-                worst = tl.load(worst_ptr + i)
-            else:
-                worst = tl.load(worst_ptr)
-            slopes = tl.where(k[:, None] == worst, slopes, 0.0)
-        slopes *= weight
-        if aux_ptr is not None:
-            sampled = tl.load(aux_ptr + i)
-            aux = view_ptr + sampled * stride_vk + token * stride_vn
-            view_old = tl.load(view_old_ptr + token, inside, other=0.0)
-            advantages = tl.load(advantages_ptr + token, inside, other=0.0)
-            _, slope, _, _ = _clipped_objective(
-                tl.load(aux, inside, other=0.0), view_old, advantages, low, high, dual, clamp
-            )
-            slope *= tl.load(aux_weights_ptr + i)
-            slopes += tl.where(k[:, None] == sampled, slope[None, :], 0.0)
-        places = k.to(tl.int64)[:, None] * M + token[None, :]
-        tl.store(dview_ptr + places, slopes, (k < K)[:, None] & inside[None, :])
+    if divergence_ptr is not None:
+        tl.store(metrics_ptr + 11, gated / (sequences * K))

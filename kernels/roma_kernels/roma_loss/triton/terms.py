@@ -1,4 +1,8 @@
-"""A token's terms of the loss as Triton functions: k3, the clipped surrogate, the views' gaps."""
+"""A token's terms of the loss as Triton functions: k3, the clean objectives, the views' gaps.
+
+docs/MATH.md section 3 has the formulas, and ../torch_backend.py the same in PyTorch. `gap` is the
+log of the ratio, before its clamp.
+"""
 
 import triton
 import triton.language as tl
@@ -27,18 +31,129 @@ def _divergence(gap, clamp):
 
 
 @triton.jit
-def _clipped_objective(logp, old, advantages, low, high, dual, clamp):
-    """Loss of each token, its slope by logp, and whether it is clipped above and below."""
-    gap = logp - old
-    ratio = tl.exp(tl.minimum(tl.maximum(gap, -clamp), clamp))
+def _ratio(gap, clamp):
+    """ρ, and where its clamp leaves no gradient."""
+    return tl.exp(tl.minimum(tl.maximum(gap, -clamp), clamp)), tl.abs(gap) > clamp
+
+
+@triton.jit
+def _grpo(gap, advantages, low, high, dual, clamp):
+    """Loss of each token, its slope by the gap, and whether it is clipped above and below."""
+    ratio, flat = _ratio(gap, clamp)
     free = ratio * advantages
     clipped = tl.minimum(tl.maximum(ratio, low), high) * advantages
     clips = free > clipped
     loss = -tl.where(clips, clipped, free)
     ceiling = tl.where(advantages < 0, -dual * advantages, float("inf"))
-    flat = clips | (loss > ceiling) | (tl.abs(gap) > clamp)
-    slope = tl.where(flat, 0.0, -free)
+    slope = tl.where(clips | (loss > ceiling) | flat, 0.0, -free)
     return tl.minimum(loss, ceiling), slope, clips & (advantages > 0), clips & (advantages < 0)
+
+
+@triton.jit
+def _cispo(logp, gap, advantages, cap, clamp):
+    """The same, with a slope by logp; nothing is clipped below."""
+    ratio, _ = _ratio(gap, clamp)
+    slope = -tl.minimum(ratio, cap) * advantages
+    above = (ratio > cap) & (advantages > 0)
+    return slope * logp, slope, above, above & (advantages < 0)
+
+
+@triton.jit
+def _sapo(gap, advantages, of_positive, of_others, clamp):
+    """The same, with a slope by the gap; nothing is clipped."""
+    ratio, flat = _ratio(gap, clamp)
+    kappa = tl.where(advantages > 0, of_positive, of_others)
+    z = kappa * (ratio - 1)
+    small = tl.exp(-tl.abs(z))  # σ and σ(1 − σ) of it, without an overflow or a difference
+    whole = 1 / (1 + small)
+    loss = -4 / kappa * tl.where(z < 0, small, 1.0) * whole * advantages
+    slope = tl.where(flat, 0.0, -4 * small * whole * whole * ratio * advantages)
+    none = flat & (ratio < 0)
+    return loss, slope, none, none
+
+
+@triton.jit
+def _vespo(logp, log_w, advantages, k_high, rate_high, k_low, rate_low):
+    """The same, with a slope by logp; nothing is clipped."""
+    high = advantages >= 0
+    k = tl.where(high, k_high, k_low)
+    rate = tl.where(high, rate_high, rate_low)
+    slope = -tl.exp(rate + k * log_w - rate * tl.exp(log_w)) * advantages
+    none = high & (advantages < 0)
+    return slope * logp, slope, none, none
+
+
+@triton.jit
+def _objective(
+    logp, old, advantages, rollout, level, shape_0, shape_1, shape_2, shape_3, clamp,
+    OBJECTIVE: tl.constexpr, LEVEL: tl.constexpr,
+):  # fmt: skip
+    """Loss; its slope by logp, of the token's own and what all tokens share; clipped above, below.
+
+    Args: rollout: the sampler's weight; level: log of the sequence's ratio, if LEVEL is not
+    "token"; shapes: numbers of the objective, in the order of its function.
+    """
+    if LEVEL == "token":
+        gap = logp - old
+    else:
+        gap = tl.zeros_like(logp) + level
+    if OBJECTIVE == "grpo":
+        loss, slope, above, below = _grpo(gap, advantages, shape_0, shape_1, shape_2, clamp)
+    elif OBJECTIVE == "cispo":
+        loss, slope, above, below = _cispo(logp, gap, advantages, shape_0, clamp)
+    elif OBJECTIVE == "sapo":
+        loss, slope, above, below = _sapo(gap, advantages, shape_0, shape_1, clamp)
+    else:
+        loss, slope, above, below = _vespo(
+            logp, gap, advantages, shape_0, shape_1, shape_2, shape_3
+        )
+    if OBJECTIVE != "vespo":  # which has it in its level
+        loss *= rollout
+        slope *= rollout
+    shared = tl.zeros_like(slope)
+    if LEVEL == "mean" and OBJECTIVE != "cispo":
+        shared = slope
+        slope = tl.zeros_like(slope)
+    return loss, slope, shared, above, below
+
+
+@triton.jit
+def _reference_kl(
+    ref, logp, old, level, clamp, LEVEL: tl.constexpr, UNBIASED: tl.constexpr
+):  # fmt: skip
+    """KL to the reference, its slope by logp, and what all tokens share of that."""
+    d, slope = _divergence(ref - logp, clamp)
+    shared = tl.zeros_like(d)
+    slope = -slope
+    if UNBIASED:
+        if LEVEL == "mean":
+            gap = tl.zeros_like(logp) + level
+        else:
+            gap = logp - old
+        ratio, flat = _ratio(gap, clamp)
+        d *= ratio
+        slope *= ratio
+        by_ratio = tl.where(flat, 0.0, d)
+        if LEVEL == "mean":
+            shared = by_ratio
+        else:
+            slope += by_ratio
+    return d, slope, shared
+
+
+@triton.jit
+def _gate(divergence, bound, rate):
+    """A sequence's penalty, worst view (−1: none is left), weight, and how many views are out.
+
+    Args: divergence [BLOCK_K], −1 where there is no view; rate: 1/τ.
+    """
+    out = divergence > bound
+    left = tl.where(out, -1.0, divergence)
+    highest = tl.max(left)
+    worst = tl.where(highest < 0, -1, tl.argmax(left, 0))
+    highest = tl.maximum(highest, 0.0)
+    share = tl.exp(-highest * rate)
+    return highest * share, worst, share, tl.sum(out.to(tl.float32))
 
 
 @triton.jit
