@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support import small_model
+from support import method_ranks, small_model
 from support.engine_run import as_questions, run_config, trainer_of, weights
 from support.ranks import RANKS, Ranks, join, leave
 from support.small_run import config
@@ -36,6 +36,18 @@ OTHERS = {
         "worker.actor.mini_batch_size=2",
         "worker.actor.ppo_epochs=2",
         "algorithm.views.candidates=3",
+    ),
+    "moved": (
+        "trainer.total_steps=2",
+        "algorithm.control.target=gradient_share",
+        "algorithm.control.value=0.9",
+        "algorithm.views.gate_quantile=0.7",
+    ),
+    "contrast": (
+        "trainer.total_steps=2",
+        "algorithm.view_mode=dvrp",
+        "algorithm.dvrp.noised_coef=1",
+        "algorithm.dvrp.masked_coef=1",
     ),
     "half": ("trainer.total_steps=2", "trainer.dtype=bfloat16"),
 }
@@ -127,7 +139,7 @@ def _five_steps(rank: int, store: Path, folder: Path, engine: str) -> None:
     for name, options in OTHERS.items():
         _, found = _run(run_config(folder / f"{engine}-{name}", *named, *options))
         if rank == 0:
-            if name == "minis":
+            if name != "half":
                 _equal(found, others[name], 1e-3)
             norms = [[x["actor/grad_norm"] for x in lines] for lines in (found, others[name])]
             assert norms[0] == pytest.approx(norms[1], rel=HALF), name
@@ -214,3 +226,21 @@ def test_adapters_train_on_their_own_rollouts(
     if engine.startswith("zero"):
         ranks.stop()
     ranks.run(_sampled, tmp_path / "store", folder, engine)
+
+
+def _methods(rank: int, store: Path, folder: Path) -> None:
+    join(rank, store, LIMIT / 4)
+    one, root = torch.load(folder / "methods.pt", weights_only=False)
+    small_model.folder = lambda: root
+    for name, want in one.items():
+        found = method_ranks.run(folder / "fsdp2", name, "trainer.engine=fsdp2")
+        method_ranks.check(found, want, rank=rank)
+    leave()
+
+
+@pytest.mark.slow
+def test_methods_are_those_of_one_process(ranks: Ranks, tmp_path: Path) -> None:
+    """Of MSSR, SRPO, VGPO and NoisyRollout: advantages, metrics, and what a checkpoint keeps."""
+    one = {name: method_ranks.run(tmp_path / "one", name) for name in method_ranks.METHODS}
+    torch.save((one, small_model.folder()), tmp_path / "methods.pt")
+    ranks.run(_methods, tmp_path / "store", tmp_path)
