@@ -1,11 +1,15 @@
 """The demo from end to end, with data and steps too few to learn anything."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from experiments.digits.demo import ARMS, Sizes, run_demo
+from experiments.digits.arms import ARMS
+from experiments.digits.demo import Sizes, run_demo
+from experiments.digits.runs import Job
+from roma.train.config import dump, load_config
 
 SIZES = Sizes(train=64, val=8, test=6, warm_steps=2, steps=2)
 
@@ -34,6 +38,42 @@ def test_demo_leaves_what_it_promises_and_runs_again(tmp_path: Path) -> None:
         # Per corruption only where an answer was right, which two steps do not promise.
         assert ("actor/roma_penalty_worst" in logged) == (arm == "roma")
     assert len(list(tmp_path.glob("*.png"))) >= 3
+
+    # A method beside them: what is finished with the same settings is not run again.
+    (tmp_path / "naive-seed0" / "took.json").unlink()  # as if it had been interrupted
+    own = {arm: (tmp_path / f"{arm}-seed0" / "answers.json").stat().st_mtime_ns for arm in ARMS}
+    run_demo(tmp_path, seeds=[0], sizes=SIZES, methods=["vgpo"])
+    more = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert list(more["arms"]) == [*report["arms"], "vgpo"]
+    assert {a: tree for a, tree in more["arms"].items() if a != "vgpo"} == report["arms"]
+    again = {arm: (tmp_path / f"{arm}-seed0" / "answers.json").stat().st_mtime_ns for arm in ARMS}
+    assert {arm for arm in ARMS if again[arm] != own[arm]} == {"naive"}
+    assert more["costs"]["grpo"] == report["costs"]["grpo"]
+    assert "vgpo-grpo" in more["differences"]
+
+
+def test_a_job_with_other_settings_is_not_finished(tmp_path: Path) -> None:
+    def job(*overrides: str) -> Job:
+        needed = ["data.train_files=a", "worker.actor.model_path=b", *overrides]
+        config = load_config(None, needed)
+        return Job(arm="x", seed=0, folder=tmp_path, images=tmp_path, config=config)
+
+    assert job().took() is None
+    for name in ("took.json", "answers.json"):
+        (tmp_path / name).write_text('{"steps": 2}')
+    assert job().took() is None  # no config.yaml
+    config = job().config
+    assert config is not None
+    text = dump(config)
+    (tmp_path / "config.yaml").write_text(text)
+    assert job().took() == {"steps": 2}
+    assert job("worker.actor.lr=1e-5").took() is None
+    without = re.sub(r"  reweight: none\n", "", text)  # as a version before it had written
+    assert without != text
+    (tmp_path / "config.yaml").write_text(without)
+    assert job().took() == {"steps": 2} and job("algorithm.reweight=vgpo").took() is None
+    (tmp_path / "config.yaml").write_text(text + "unknown: 1\n")
+    assert job().took() is None
 
 
 @pytest.mark.parametrize("seeds", [[], [1, 1]])
