@@ -147,6 +147,7 @@ class Learner:
             metrics["rollout/off_policy_share"] = share
         if options.weight == "none":
             return batch, metrics
+        advantages = batch.advantages
         weight, own = rollout_weight(
             logp,
             sampled,
@@ -161,7 +162,13 @@ class Learner:
             both = ranks.summed({"clipped": own[clipped] * count, "count": count})
             metrics[clipped] = both["clipped"] / max(both["count"], 1)
             weight = weight[:, None].expand(batch.mask.shape)
-        return replace(batch, rollout_weight=weight), metrics
+        batch = replace(batch, rollout_weight=weight)
+        if how == "mask" and self.config.algorithm.roma.main != "vespo":
+            # What counts nothing has no advantage: the update does not run it. To vespo 0 stands
+            # for a small factor of a rollout's ratio.
+            by_token = advantages if advantages.ndim == 2 else advantages[:, None]
+            batch = replace(batch, advantages=by_token.where(weight > 0, 0))
+        return batch, metrics
 
     def _aux_view(self, experience: Experience, views: Views, step: int) -> Tensor | None:
         """[B]: the view of each rollout on which the auxiliary loss is taken."""

@@ -1,8 +1,7 @@
 """Which rollouts an update runs on which images, chosen before the forward.
 
-    clean     every rollout with a gain (A ≠ 0 and a weight ≠ 0, or a KL to a reference, or an
-              entropy bonus), and every right one: its log-probs are what the views are compared
-              with
+    clean     every rollout with a gain (A ≠ 0, or a KL to a reference, or an entropy bonus), and
+              every right one: its log-probs are what the views are compared with
     view k    right rollouts, if λ_inv > 0; rollouts with a gain that drew k, if λ_aux > 0
 
 No other pair has a gradient, takes part in a maximum or changes a metric (docs/MATH.md section 6).
@@ -40,7 +39,7 @@ class Plan:
     def of(cls, batch: UpdateBatch, config: RomaConfig, *, lean: bool) -> "Plan":
         """The pairs of a batch: those that matter, or all of them."""
         rollouts, views = len(batch.group), len(batch.view_pixels)
-        moved = _moved(batch, config)
+        moved = ((batch.advantages != 0).view(rollouts, -1)).any(1).numpy(force=True)
         others = config.ref_coef > 0 or config.entropy_coef > 0
         gain = moved | others if config.main else np.zeros(rollouts, dtype=bool)
         right = batch.correct.numpy(force=True)
@@ -70,16 +69,6 @@ class Plan:
     def wanted(self) -> Flags:
         """[K + 1, B]: the clean images, then each view."""
         return np.concatenate([self.clean[None], self.views])
-
-
-def _moved(batch: UpdateBatch, config: RomaConfig) -> Flags:
-    """[B]: a token's loss depends on its log-prob."""
-    moved = (batch.advantages != 0).view(len(batch.group), -1)
-    # To vespo a weight is a part of the ratio: 0 stands for a small one, not for no loss.
-    if batch.rollout_weight is not None and config.main != "vespo":
-        moved = moved & (batch.rollout_weight != 0) & batch.mask
-    found: Flags = moved.any(1).numpy(force=True)
-    return found
 
 
 def _positive(weight: float | torch.Tensor) -> bool:

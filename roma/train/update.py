@@ -245,7 +245,7 @@ class PolicyLoss(Scorer):
             mean = divergence.mean(0).nansum()  # NaN: not right
             metrics["roma_penalty_mean"] = mean / totals.sequences
             if self.config.gate_bound is not None:
-                gated = (divergence > self.config.gate_bound).sum()
+                gated = (divergence > self.config.gate_bound).to(divergence.dtype).sum()
                 metrics["roma_gated"] = gated / (len(divergence) * totals.sequences)
         logp = torch.zeros_like(batch.mask, dtype=out.logp.dtype)
         logp[rows] = logp[rows].masked_scatter(mask, out.logp.detach())

@@ -13,9 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import small_model
-from support.ranks import Ranks, join, leave
 from support.small_run import config as run_config
-from support.update_ranks import CUTS, Cut, Tried, batch_of, one_process, parts_of
+from support.update_ranks import CUTS, Cut, batch_of
 from torch import Tensor
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 
@@ -98,7 +97,7 @@ def test_terms_and_gradients_are_the_formula(
         loss.backward()
         assert metrics.keys() == {f"contrast_{term.name}" for term in contrast.terms}
         # All is float64 up to one rounding of each term, and of each coefficient; exp − 1 of the
-        # oracle cancels, by 4 eps of 1. A slope below the cap is under 13, and two terms may cancel.
+        # oracle cancels, by 4 eps of 1. A slope below the cap is under 13; two terms may cancel.
         size = sum(abs(t.coef) * float(metrics[f"contrast_{t.name}"]) for t in contrast.terms)
         assert abs(loss.item() - truth.item()) <= 4 * eps * size + 1e-14
         torch.testing.assert_close(
@@ -314,41 +313,3 @@ def test_a_run_logs_its_terms(tmp_path: Path, mode: str) -> None:
     resumed.fit()
     pairs = zip(trainer.policy.parameters(), resumed.policy.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
-
-
-# ‖two ranks − one process‖ / ‖one process‖ in fp32, as in test_ranks: 3e-7 is what others have.
-CLOSE = 1e-6
-
-
-def _two_ranks(rank: int, store: Path, data: Path) -> None:
-    """The first rank has two micro-batches, the second one and a part that stands in."""
-    join(rank, store, 75.0)
-    folder, batch, expected, totals = torch.load(data, weights_only=False)
-    parts = parts_of(batch, CUT, rank)[: 2 - rank]
-    parts += [replace(parts[0], idle=True)] * rank
-    for engine, form in (
-        ("ddp", "lean, shared"),
-        ("fsdp2", "joint, rows"),
-        ("fsdp2", "lean, rows"),
-    ):
-        own = PolicyLoss(Policy.load(folder).eval(), RomaConfig(), contrast=DVRP, **FORMS[form])
-        found = Tried(engine, own).gradients(parts, totals)
-        off = [(found[name] - weight).double().norm() for name, weight in expected.items()]
-        size = [weight.double().norm() for weight in expected.values()]
-        distance = float(torch.stack(off).norm() / torch.stack(size).norm())
-        assert distance <= CLOSE, f"{engine}, {form}: {distance:.1e}"
-    leave()
-
-
-@pytest.mark.slow
-def test_two_ranks_are_one_process(tmp_path: Path) -> None:
-    folder = small_model.folder() / "model"
-    one = PolicyLoss(Policy.load(folder).eval(), RomaConfig(), contrast=DVRP, update="joint")
-    batch = batch_of(one.policy, CUT, 2)
-    run = [p for rank in (0, 1) for part in CUT.ranks[rank][: 2 - rank] for p in part]
-    own = batch.select([CUT.prompts.index(p) for p in run])
-    data = folder, batch, one_process(one, own), own.totals()
-    torch.save(data, tmp_path / "data.pt")
-    ranks = Ranks()
-    ranks.run(_two_ranks, tmp_path / "store", tmp_path / "data.pt")
-    ranks.stop()

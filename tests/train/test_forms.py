@@ -167,6 +167,113 @@ def test_nothing_but_the_clean_pass_without_views(policy64: Policy) -> None:
             assert out.divergence.shape == (0, 12)
 
 
+OBJECTIVES = {
+    "cispo": RomaConfig(main="cispo", clip_high=5.0, aggregation="dapo"),
+    "gspo": RomaConfig(ratio_level="sequence", aggregation="luspo"),
+    "sapo": RomaConfig(main="sapo", ratio_level="sequence", entropy_coef=0.05),
+    "vespo": RomaConfig(main="vespo", aggregation="dapo"),
+    "unbiased": RomaConfig(ref_coef=0.2, ref_unbiased=True, gate_tau=0.1),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_in_every_form(policy64: Policy, name: str) -> None:
+    """With the sampler's weights, by token."""
+    config = OBJECTIVES[name]
+    batch = batch_of(policy64, 2, "no_advantage")
+    weight = torch.linspace(0.2, 2, 60, dtype=torch.float64).view(12, 5)
+    assert batch.old_logp is not None
+    ref = batch.old_logp - 0.1 if config.ref_coef else None
+    batch = replace(batch, rollout_weight=weight, ref_logp=ref)
+    plan = Plan.of(batch, config, lean=True)
+    every = config.ref_coef > 0 or config.entropy_coef > 0
+    assert plan.gain[:4].all() and (plan.gain[4:].all() if every else not plan.gain[4:].any())
+    with exact_norms():
+        expected, gradients = joint(policy64, config, batch)
+        for form, options in FORMS.items():
+            out, found = run(policy64, config, batch, **options)
+            assert apart(found, gradients) <= EXACT, form
+            assert out.metrics.keys() == expected.metrics.keys()
+            for metric, value in expected.metrics.items():
+                if metric == "ppo_kl" and out.scored != expected.scored:
+                    continue
+                torch.testing.assert_close(
+                    out.metrics[metric], value, rtol=0, atol=1e-12, msg=f"{form}: {metric}"
+                )
+        assert ("entropy" in expected.metrics) == (config.entropy_coef > 0)
+        without = joint(policy64, config, replace(batch, rollout_weight=None))[1]
+    assert apart(without, gradients) > 1e-3
+
+
+@pytest.mark.parametrize("bound", ["some", "none", "all"])
+def test_a_gate_in_every_form(policy64: Policy, bound: str) -> None:
+    """Views above the bound are left out of the maximum, and of right rollouts' gradient."""
+    batch = batch_of(policy64, 4, "mixed")
+    right = batch.correct
+    with exact_norms():
+        ungated, plain = joint(policy64, RomaConfig(), batch)
+        found = ungated.divergence[:, right].flatten()
+        # Not at one of them, where rounding would decide.
+        bounds = {"some": 1.001 * found.median(), "none": found.max() + 1, "all": found.min() / 2}
+        at = bounds[bound]
+        config = RomaConfig(gate_bound=at, gate_tau=0.5 if bound == "some" else None)
+        expected, gradients = joint(policy64, config, batch)
+        share = float((found > at).double().sum()) / (4 * TOTALS.sequences)
+        assert float(expected.metrics["roma_gated"]) == pytest.approx(share, rel=1e-9)
+        for form, options in FORMS.items():
+            out, own = run(policy64, config, batch, **options)
+            assert apart(own, gradients) <= EXACT, form
+            for metric, value in expected.metrics.items():
+                torch.testing.assert_close(
+                    out.metrics[metric], value, rtol=0, atol=1e-12, msg=f"{form}: {metric}"
+                )
+            torch.testing.assert_close(
+                out.divergence, expected.divergence, rtol=0, atol=1e-12, equal_nan=True
+            )
+        if bound == "all":
+            none = joint(policy64, RomaConfig(lambda_inv=0.0), batch)[1]
+            assert apart(gradients, none) <= EXACT and share > 0
+        elif bound == "none":
+            assert apart(gradients, plain) <= EXACT and share == 0
+        else:
+            assert apart(gradients, plain) > 1e-3
+            worst = ungated.divergence.masked_fill(ungated.divergence > at, 0).amax(0)[right]
+            penalty = (worst * (-worst / 0.5).exp()).sum() / TOTALS.sequences
+            torch.testing.assert_close(
+                expected.metrics["roma_penalty_worst"], penalty, rtol=0, atol=1e-12
+            )
+
+
+def test_a_gate_after_the_choice_is_found(
+    policy64: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two passes that run the worst view of all, which the loss then leaves out."""
+    batch = batch_of(policy64, 4, "mixed")
+    with exact_norms():
+        found = joint(policy64, RomaConfig(), batch)[0].divergence[:, batch.correct]
+        config = RomaConfig(gate_bound=1.001 * float(found.median()))
+        _, expected = joint(policy64, config, batch)
+        loss = PolicyLoss(policy64, config, update="two_pass")
+        choose, loss_config = loss._choose, loss.config
+
+        def ungated(*given: Any) -> Any:
+            loss.config = replace(loss_config, gate_bound=None)
+            chosen = choose(*given)
+            loss.config = loss_config
+            return chosen
+
+        monkeypatch.setattr(loss, "_choose", ungated)
+        policy64.zero_grad()
+        loss(batch, TOTALS).loss.backward()
+        own = {n: w.grad.clone() for n, w in policy64.named_parameters() if w.grad is not None}
+    assert apart(own, expected) > 1e-3
+
+
+def test_tokens_of_a_micro_batch_divide_no_loss(policy64: Policy) -> None:
+    with pytest.raises(ValueError, match="aggregation: expected 'grpo', 'dapo', 'dr_grpo' or"):
+        PolicyLoss(policy64, RomaConfig(aggregation="bnpo"))
+
+
 def test_a_reference_needs_every_rollout(policy64: Policy) -> None:
     """β > 0: a rollout without an advantage has the KL's gradient. main=None: the views alone."""
     batch = batch_of(policy64, 2, "no_advantage")

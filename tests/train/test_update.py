@@ -215,6 +215,20 @@ def test_known_features_are_not_computed_again(
     assert run == [3 * images]
 
 
+def test_weights_of_tokens_are_a_factor_of_their_losses(policy: Policy) -> None:
+    """Of both; where a loss is homogeneous in A, that is a factor of A (not so: the KL's)."""
+    batch, generator = batch_of(policy), torch.Generator().manual_seed(3)
+    weight = 2 * torch.rand(12, 5, generator=generator)
+    weight[0, 1] = 0
+    scaled = replace(batch, advantages=batch.advantages[:, None] * weight)
+    given = replace(batch, rollout_weight=weight)
+    for config in CONFIGS:
+        assert_equal_gradients(
+            gradients(policy, config, [given]), gradients(policy, config, [scaled])
+        )
+    assert [part.rollout_weight.shape for part in given.split(1)] == [(4, 5)] * 3
+
+
 def test_own_log_probs_are_the_old_ones_of_a_first_update(policy: Policy) -> None:
     batch = batch_of(policy)
     policy_loss = PolicyLoss(policy, RomaConfig())
