@@ -27,6 +27,18 @@ def check_methods(config: Config) -> None:
         _check_noisy(config)
 
 
+def scoring_passes(algorithm: AlgorithmConfig) -> int:
+    """How often a step scores its rollouts for their advantages, before the update.
+
+    A pass serves all that reads the log-probs, entropies or hidden states on the clean images.
+    """
+    entropy = algorithm.adv_estimator == "mssr" and algorithm.mssr.entropy_coef > 0
+    clean = int(entropy or algorithm.reweight != "none")
+    if algorithm.reweight != "srpo":
+        return clean
+    return clean + (2 if algorithm.srpo.contrast == "blind" else 1)
+
+
 def _check_options(algorithm: AlgorithmConfig) -> None:
     for name, (key, value) in _SWITCH.items():
         section = getattr(algorithm, name)

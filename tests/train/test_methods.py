@@ -22,6 +22,7 @@ from roma.data import Example
 from roma.models.prompts import PromptBatch
 from roma.models.qwen_vl import Policy
 from roma.rollout.base import Rollouts
+from roma.train.combinations import scoring_passes
 from roma.train.mixed import Mix, level_share
 from roma.train.refine import Sampled
 from roma.train.trainer import Trainer
@@ -332,15 +333,28 @@ def test_what_does_not_go_together(options: str) -> None:
     assert REFUSED[options] in str(caught.value) and "\n" not in str(caught.value)
 
 
+ON = {  # and the passes that score its rollouts
+    "mssr": (MSSR, 1),
+    "srpo": (SRPO, 3),
+    "vgpo": (("algorithm.reweight=vgpo",), 1),
+    "mssr and srpo": ((*MSSR, *SRPO, "algorithm.srpo.contrast=view"), 2),
+    "mssr and vgpo": ((*MSSR, "algorithm.reweight=vgpo"), 1),
+}
+
+
 @pytest.mark.parametrize("mode", ["none", "roma"])
-@pytest.mark.parametrize("method", ["mssr", "srpo", "vgpo"])
-def test_one_line_switches_a_method_on(method: str, mode: str, tmp_path: Path) -> None:
-    own = {"mssr": MSSR, "srpo": SRPO, "vgpo": ("algorithm.reweight=vgpo",)}[method]
-    trainer = Trainer(
-        config(tmp_path, *own, f"algorithm.view_mode={mode}", "trainer.total_steps=1")
-    )
+@pytest.mark.parametrize("method", ON)
+def test_one_line_switches_a_method_on(
+    method: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, passes = ON[method]
+    trainer = Trainer(config(tmp_path, *options, f"algorithm.view_mode={mode}"))
     trainer.collector.sampler = Worked(trainer.policy)
+    loss, calls = type(trainer.engine.policy_loss), []
+    score = loss.score
+    monkeypatch.setattr(loss, "score", lambda *a, **b: (calls.append(1), score(*a, **b))[1])
     trainer.step = 1
     metrics = trainer.train_step()
     assert metrics["actor/grad_norm"] > 0
     assert any("roma" in name for name in metrics) == (mode == "roma")
+    assert len(calls) == passes == scoring_passes(trainer.config.algorithm)

@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 from roma.models import flops
 from roma.train.batch import micro_batches
+from roma.train.combinations import scoring_passes
 from roma.train.config import Config
+from roma.train.contrast import Contrast
 from roma.train.estimate.states import FLOAT, Parameters
 
 
@@ -54,7 +56,10 @@ def images(config: Config) -> Images:
     """The most there can be: every rollout right, every one with an advantage."""
     algorithm, group = config.algorithm, config.worker.rollout.n
     views = algorithm.views.k if algorithm.view_mode == "roma" else 0
-    roma = algorithm.roma
+    roma, contrast = algorithm.roma, Contrast.of(algorithm)
+    if contrast:
+        seen = 1 + len(contrast.terms)
+        return Images(seen, group * seen)
     auxiliary = not isinstance(roma.lambda_aux, float) or roma.lambda_aux > 0
     if not views:
         return Images(1, group)
@@ -69,7 +74,8 @@ def largest(config: Config, sizes: Sizes, merge: int, ranks: int) -> tuple[Micro
     """The largest micro-batch, every answer at its longest; and micro-batches a mini-batch has.
 
     Of two passes the second has a graph for three images at most, clean, worst and auxiliary; the
-    first has none. It counts where it is named, not where "auto" may take it.
+    first has none. It counts where it is named, not where "auto" may take it. PAPO's and DVRP's
+    views have no graph, only the clean images have.
     """
     actor, run = config.worker.actor, images(config)
     length, most = sizes.largest_prompt, config.data.max_response_length
@@ -80,6 +86,8 @@ def largest(config: Config, sizes: Sizes, merge: int, ranks: int) -> tuple[Micro
     parts = micro_batches([own] * count, actor.micro_batch_tokens)
     held = max(map(len, parts))
     seen = min(1.0, 3 / run.prompt) if actor.update == "two_pass" else 1.0
+    if Contrast.of(config.algorithm):
+        seen = 1 / run.prompt
     return batch_of(
         prompts=held,
         prompt=length,
@@ -169,6 +177,10 @@ def work(config: Config, parameters: Parameters, sizes: Sizes, *, right: float) 
     once = seen + flops.forward(text, tower, clean).total + text.row * group * answer
     minis = config.data.rollout_batch_size // actor.mini_batch_size
     scored = (minis - 1) / minis  # the first one's log-probs come with its update
+    scored += scoring_passes(algorithm)
+    contrast = Contrast.of(algorithm)
+    if contrast:  # each update scores every rollout on these views
+        scored += actor.ppo_epochs * len(contrast.terms)
     if views and algorithm.views.candidates and algorithm.views.candidates > views:
         scored += 1 + algorithm.views.candidates
     # transformers samples until the longest answer ends; vLLM each one until its own end.
