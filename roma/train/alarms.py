@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from roma.train.config import Config
+from roma.train.loss_checks import CONTRASTS
 
 Read = Callable[[Mapping[str, float]], float | None]  # None: not known at this step
 
@@ -160,6 +161,10 @@ def _watched(config: Config) -> list[_Watched]:
         watched.append(_collapse(group))
     if config.algorithm.view_mode == "roma" and config.algorithm.roma.penalises:
         watched.append(_penalty())
+    if config.algorithm.view_mode in CONTRASTS:
+        watched.append(_masked())
+    if config.algorithm.control.target != "none":
+        watched.append(_control(config.algorithm.control.low, config.algorithm.control.high))
     return watched
 
 
@@ -200,6 +205,25 @@ def _penalty() -> _Watched:
         "(algorithm.views.max_level) or worker.actor.lr"
     )
     return _Watched("actor/roma_penalty_worst / reward/accuracy", gone, jump, read=read)
+
+
+def _masked() -> _Watched:
+    jump = _jump(
+        "answers leave the masked image's far faster than they used to, which the term rewards "
+        "without end; lower its coefficient, or cap (0.2 is PAPO's remedy)"
+    )
+    return _Watched("actor/contrast_masked", jump)
+
+
+def _control(low: float, high: float) -> _Watched:
+    stuck = _Alarm(
+        "it stays at a bound (algorithm.control.low, high): the target is out of reach, or has the "
+        "wrong size; give another algorithm.control.value, or widen the bounds",
+        bad=lambda value, _: not low < value < high,
+        good=lambda value, _: 2 * low < value < high / 2,
+        patience=20,
+    )
+    return _Watched("actor/lambda_inv", stuck)
 
 
 def _not_finite(says: str) -> _Alarm:

@@ -136,6 +136,22 @@ def test_a_run_without_a_penalty_has_no_alarm_for_it(override: str) -> None:
     assert said(alarms(override), "actor/roma_penalty_worst", [0.0] * 20) == []
 
 
+@pytest.mark.parametrize("mode", ["papo", "dvrp"])
+def test_a_masked_term_that_runs_away(mode: str) -> None:
+    series = [0.02] * SETTLED + [0.21] * 3
+    name = "actor/contrast_masked"
+    assert said(alarms(f"algorithm.view_mode={mode}"), name, series) == [SETTLED + 2]
+    assert said(alarms(), name, series) == []
+
+
+def test_a_lambda_that_stays_at_its_bound() -> None:
+    options = ("algorithm.control.target=penalty", "algorithm.control.value=0.01")
+    for bound in (1e-3, 100.0):
+        series = [bound] * 19 + [1.0] + [bound] * 40 + [1.0] + [bound] * 20
+        assert said(alarms(*options), "actor/lambda_inv", series) == [40, 81]
+    assert said(alarms(), "actor/lambda_inv", [100.0] * 60) == []
+
+
 def test_one_rollout_a_prompt_cannot_collapse() -> None:
     found = alarms("worker.rollout.n=1", "algorithm.adv_estimator=mssr")
     assert said(found, "rollout/distinct_share", [1.0] * 20) == []

@@ -194,6 +194,8 @@ def test_states_by_hand() -> None:
         (["algorithm.view_mode=none"], (1, 4)),
         (["algorithm.view_mode=rollout"], (1, 4)),
         ([], (3, 12)),
+        (["algorithm.view_mode=papo"], (2, 8)),
+        (["algorithm.view_mode=dvrp"], (3, 12)),
         (["algorithm.roma.lambda_inv=0"], (3, 8)),
         (["algorithm.roma.lambda_inv=0", "algorithm.views.k=4"], (5, 8)),
         (["algorithm.roma.lambda_inv=0", "algorithm.roma.lambda_aux=0"], (1, 4)),

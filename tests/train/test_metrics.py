@@ -49,11 +49,13 @@ def test_the_page_explains_every_metric_with_the_same_formula() -> None:
 
 
 def test_the_page_has_every_alarm() -> None:
-    found = Alarms(load_config(None, ["data.train_files=d", "worker.actor.model_path=m"]))
-    watched = {number.name for number in found._watched}
+    needed = ["data.train_files=d", "worker.actor.model_path=m"]
+    control = ["algorithm.control.target=penalty", "algorithm.control.value=0.01"]
+    runs = [load_config(None, needed + more) for more in (control, ["algorithm.view_mode=papo"])]
+    found = {number.name: number for run in runs for number in Alarms(run)._watched}
     named = {name for row in table("alarm") for name in re.findall(r"`([^`]+)`", row[0])}
-    assert named == watched
-    alarms = sum(len(number.alarms) for number in found._watched)
+    assert named == found.keys()
+    alarms = sum(len(number.alarms) for number in found.values())
     assert sum(row[0].count("`") // 2 for row in table("alarm")) == alarms
 
 
