@@ -136,10 +136,10 @@ def test_vgpo_leaves_a_failed_rollout_out_of_its_group(tmp_path: Path) -> None:
     rollouts = Fixed(0).sample(prompts, group_size=3, max_new_tokens=6)
     sampled = sampled_of(trainer, rollouts, prompts)
     failed = torch.zeros(12)
-    failed[1] = 1
+    failed[2] = 1
     lost = replace(sampled, rewards={**sampled.rewards, "failed": failed})
     found, _ = trainer.collector.advantages(lost)
-    left = torch.tensor([0, 2])
+    left = torch.tensor([0, 1])
     part = {"tokens": rollouts.tokens[left], "mask": rollouts.mask[left]}
     alone = replace(
         sampled,
@@ -150,7 +150,7 @@ def test_vgpo_leaves_a_failed_rollout_out_of_its_group(tmp_path: Path) -> None:
     )
     want, _ = trainer.collector.advantages(alone)
     torch.testing.assert_close(found[left], want, rtol=0, atol=2e-4)
-    assert not found[1].any() and found[3:].any(1).all()
+    assert want.any() and not found[2].any() and found[3:].any(1).all()
 
 
 @pytest.mark.parametrize("contrast", ["blind", "view"])
@@ -164,6 +164,9 @@ def test_srpo_compares_with_black_patches_and_without_what_was_read(
     masked = trainer.collector.advantages.start(prompts, examples, 1)
     assert masked is not None
     rollouts = Worked(trainer.policy).sample(prompts, group_size=4)
+    with torch.no_grad():  # known from the sampling, those of the clean images
+        features = trainer.policy.image_features(prompts.pixel_values, prompts.grids)
+    rollouts = replace(rollouts, features=features)
     sampled = sampled_of(trainer, rollouts, prompts, masked=masked)
     found, metrics = trainer.collector.advantages(sampled)
     black = masked.result()
@@ -252,7 +255,8 @@ def test_questions_without_images_have_nothing_to_weigh_by(method: str, tmp_path
 class Recorder:
     """Answers of one, then of two tokens, and what was asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
         self.calls: list[tuple[PromptBatch, dict[str, Any]]] = []
 
     def sample(self, prompts: PromptBatch, **options: Any) -> Rollouts:
@@ -261,7 +265,10 @@ class Recorder:
         rows, width = len(prompts.images) * options["group_size"], len(self.calls)
         tokens = torch.arange(rows)[:, None].repeat(1, width) + 9 + 3 * width
         mask = torch.ones_like(tokens, dtype=torch.bool)
-        return Rollouts(tokens.clamp(max=30), mask, mask[:, 0], torch.full(tokens.shape, -1.0))
+        with torch.no_grad():
+            features = self.policy.image_features(prompts.pixel_values, prompts.grids)
+        logp = torch.full(tokens.shape, -1.0)
+        return Rollouts(tokens.clamp(max=30), mask, mask[:, 0], logp, features)
 
 
 def test_some_rollouts_see_the_noisy_image(tmp_path: Path) -> None:
@@ -269,9 +276,10 @@ def test_some_rollouts_see_the_noisy_image(tmp_path: Path) -> None:
         "algorithm.view_mode=noisy_rollout",
         "algorithm.noisy_rollout.noisy=1",
         "worker.rollout.n=3",
+        "worker.actor.freeze_vision=true",
     )
     trainer = Trainer(config(tmp_path, *options))
-    trainer.collector.sampler = sampler = Recorder()
+    trainer.collector.sampler = sampler = Recorder(trainer.policy)
     examples = trainer.data[:4]
     experience, metrics = trainer.collector.collect(examples, 1)
     (clean, first), (noisy, second) = sampler.calls
@@ -284,7 +292,10 @@ def test_some_rollouts_see_the_noisy_image(tmp_path: Path) -> None:
     assert rows[:, :2, 0].flatten().tolist() == [12, 13, 14, 15, 16, 17, 18, 19]
     assert rows[:, 2].tolist() == [[15, 15], [16, 16], [17, 17], [18, 18]]
     assert experience.rollouts.mask.sum(-1).tolist() == [1, 1, 2] * 4
-    assert experience.rollouts.logp is None
+    assert experience.rollouts.logp is None and experience.rollouts.features is not None
+    kept = torch.cat(experience.rollouts.features.embeddings)
+    own = trainer.policy.image_features(clean.pixel_values, clean.grids)
+    assert torch.equal(kept, torch.cat(own.embeddings))
     assert experience.noisy is not None and experience.noisy.tolist() == [False, False, True] * 4
     # One group of three; the sampler's kinds are told apart in the rewards alone.
     rewards = experience.rewards["overall"]
