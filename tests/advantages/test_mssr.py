@@ -6,6 +6,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable
 from io import BytesIO
+from itertools import permutations
 
 import pytest
 import torch
@@ -146,6 +147,16 @@ def test_the_order_of_a_batch_is_of_no_meaning(seed: int) -> None:
         moved = other.advantage([prompts[i] for i in order], rewards[order])  # type: ignore[misc]
         assert torch.equal(found[order], moved)
     assert one.state_dict() == other.state_dict()
+
+
+def test_rewards_of_one_prompt_add_up_in_any_order() -> None:
+    states = []
+    for rewards in permutations([0.1, 0.2, 0.3]):  # whose sums differ in the last bit
+        tracker = BetaTracker()
+        tracker.start("a", 0.0)  # α = 0: it is the sum itself
+        tracker.advantage(["a"] * 3, torch.tensor(rewards, dtype=torch.float64))
+        states.append(tracker.state_dict())
+    assert all(state == states[0] for state in states)
 
 
 def test_ranks_are_joined() -> None:

@@ -105,6 +105,10 @@ def test_other_tags() -> None:
     words = "<think> left 3 right 4 so 7 </think> \\boxed{ 7 }".split()
     found = roles([words], perception=("<think>", "so"), reasoning=("so", "</think>"))
     assert found.roles.tolist() == [[2, 0, 0, 0, 0, 2, 1, 2, 1, 1, 1]]
+    # Of two that begin alike the longer one is meant.
+    words = ["see", "a", ".", "seen", "b", "!", "c"]
+    found = roles([words], perception=("see", "."), reasoning=("seen", "!"))
+    assert found.roles.tolist() == [[2, 0, 2, 2, 1, 2, 1]]
 
 
 def test_no_responses_and_no_tokens() -> None:

@@ -94,7 +94,9 @@ def batches(draw: st.DrawFn) -> Batch:
     image = torch.randn(len(sizes), D, generator=generator, dtype=torch.float64)
     mask = torch.rand(B, T, generator=generator) < 0.9
     difficulty = draw(
-        st.sampled_from(["plain", "no_gaps", "all_equal", "empty_row", "no_image", "opposite"])
+        st.sampled_from(
+            [*("plain", "no_gaps", "all_equal", "empty_row"), *("no_image", "opposite", "one_low")]
+        )
     )
     if difficulty == "no_gaps":
         mask = torch.ones_like(mask)
@@ -107,6 +109,9 @@ def batches(draw: st.DrawFn) -> Batch:
     elif difficulty == "opposite":  # every cosine is below 0
         hidden[:] = -image[0] + 0.1 * hidden
     image_state = image.repeat_interleave(torch.tensor(sizes), 0)
+    if difficulty == "one_low":  # 1 + ψ of it is below the code's clamp
+        hidden = image_state[:, None].repeat(1, T, 1)
+        hidden[:, 0] *= -1
     hidden = hidden.masked_fill(~mask[..., None], math.nan)
     order = torch.randperm(B, generator=generator)
     batch = {"hidden": hidden, "image_state": image_state, "mask": mask, "group": group}
@@ -171,6 +176,21 @@ def plain(dtype: torch.dtype = torch.float64) -> Batch:
     image = torch.randn(2, 6, generator=generator, dtype=torch.float64).to(dtype)
     mask, group = torch.ones(4, 10, dtype=torch.bool), torch.tensor([0, 1, 0, 1])
     return {"hidden": hidden, "image_state": image[group], "mask": mask, "group": group}
+
+
+def test_shares_of_a_length_are_whole() -> None:
+    """0.29·100 is 28.999999999999996 in binary, and 29 tokens pass the gate."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(1, 100, 4, generator=generator, dtype=torch.float64)
+    mask, group = torch.ones(1, 100, dtype=torch.bool), torch.tensor([0])
+    batch = {"hidden": hidden, "image_state": hidden[:, 0], "mask": mask, "group": group}
+    options = ("0.5", "1", "0.29")
+    found, expected = (
+        weights(**batch, **named(options, "paper")),
+        [weights_by_hand(batch, (*options[:2], kappa), "paper") for kappa in ("0.29", "0.28")],
+    )
+    assert float((found - expected[0]).abs().max()) <= BOUND
+    assert float((found - expected[1]).abs().max()) > 1e4 * BOUND
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
