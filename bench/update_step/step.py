@@ -7,6 +7,7 @@
     lean rows    only the pairs that can matter, a row each
     roma         only the pairs that can matter, a prompt once for all its rollouts
     two-pass     the same; views of right rollouts scored first, without a graph
+    mssr …       steps of other methods, with what they score beside the update (methods.py)
 
 Times are ratios to `grpo` here. A form is refused if its gradients are not those of `joint`, those
 of GRPO's forms if they are not those of `joint` without views.
@@ -58,6 +59,10 @@ CANDIDATES = {
     OURS: Candidate("lean", share=True),
     "two-pass": Candidate("two_pass", share=True),
 }
+METHODS = ("mssr", "srpo", "vgpo", "papo", "dvrp", "pgd")
+"""Candidates of methods.py."""
+METHODS_VIEWS = 2
+"""The K with which they stand in a row: the most views that one of them has."""
 PACKED = (OURS, "grpo", "two-pass")
 """Candidates of the variants whose `among` is "packed"."""
 
@@ -69,7 +74,9 @@ def names_of(variant: Variant) -> list[str]:
         return [n for n in names if n == TRL or not CANDIDATES[n].views]
     if variant.among == "few":
         return [n for n in names if n != "lean rows"]
-    return [n for n in names if variant.among != "packed" or n in PACKED]
+    if variant.among == "packed":
+        return [n for n in names if n in PACKED]
+    return names + (list(METHODS) if variant.views == METHODS_VIEWS else [])
 
 
 class UpdateStepBench:
@@ -87,7 +94,7 @@ class UpdateStepBench:
         self._found: dict[str, dict[str, str]] = {}
         self._folder = TemporaryDirectory()
         self._made = make(variant, Path(self._folder.name), device)
-        self._references: dict[bool, list[Tensor]] = {}
+        self._references: dict[bool | str, list[Tensor]] = {}
 
     @cached_property
     def yardstick(self) -> Run:
@@ -106,22 +113,30 @@ class UpdateStepBench:
 
     def run(self, name: str) -> Run:
         """One update's gradients; raises Wrong, and Unavailable without TRL."""
+        if name in METHODS:
+            return self._method(name)
         views = name != TRL and CANDIDATES[name].views
         call, weights = self._trl() if name == TRL else self._ours(CANDIDATES[name])
+        return self._timed(name, call, weights, views)
+
+    def _timed(
+        self, name: str, call: Callable[[], None], weights: list[Tensor], like: bool | str
+    ) -> Run:
+        """`like`: whose gradients it must have, `_reference`'s."""
 
         def run() -> Check | None:
             call()
             if not self._hold:
                 _forget(weights)  # so that they count as memory of each call
                 return None
-            return lambda: self._held(name, weights, views)
+            return lambda: self._held(name, weights, like)
 
         if self._hold:
-            self._reference(views)
+            self._reference(like)
             from bench.update_step.count import counted
 
             found = counted(call, weights)
-            self._held(name, weights, views)
+            self._held(name, weights, like)
             self._found[name] |= self._counts(name, found)
         return run
 
@@ -159,17 +174,27 @@ class UpdateStepBench:
         step = TrlStep(self._made)
         return step.run, step.weights(self._made.policy)
 
-    def _reference(self, views: bool) -> list[Tensor]:
-        """Gradients of the row-wise form that runs everything, with views or without."""
-        if views not in self._references:
-            call, weights = self._ours(Candidate("joint", views=views))
-            call()
-            self._references[views] = [_gradient(weight).clone() for weight in weights]
-        return self._references[views]
+    def _method(self, name: str) -> Run:
+        from bench.update_step.methods import Methods
+        from roma import RomaConfig
 
-    def _held(self, name: str, weights: Sequence[Tensor], views: bool) -> None:
+        found = Methods(self._made, RomaConfig(worst_over=self.variant.worst_over)).of(name)
+        weights: list[Tensor] = list(self._made.policy.parameters())
+        found.reference()
+        self._references[name] = [_gradient(weight).clone() for weight in weights]
+        return self._timed(name, found.step, weights, name)
+
+    def _reference(self, like: bool | str) -> list[Tensor]:
+        """Gradients of the row-wise form that runs everything: with views, without, a method's."""
+        if like not in self._references:
+            call, weights = self._ours(Candidate("joint", views=bool(like)))
+            call()
+            self._references[like] = [_gradient(weight).clone() for weight in weights]
+        return self._references[like]
+
+    def _held(self, name: str, weights: Sequence[Tensor], like: bool | str) -> None:
         off = whole = 0.0
-        for weight, want in zip(weights, self._reference(views), strict=True):
+        for weight, want in zip(weights, self._reference(like), strict=True):
             off += float((_gradient(weight) - want).double().square().sum())
             whole += float(want.double().square().sum())
         apart = (off / whole) ** 0.5
@@ -180,11 +205,15 @@ class UpdateStepBench:
     def _counts(self, name: str, found: "Counted") -> dict[str, str]:
         from bench.update_step.predicted import of_batch
 
-        predicted = of_batch(self._made, name)
-        return {
+        counts = {
             "executed_gflop": f"{found.flop / 1e9:.4g}",
-            "predicted_gflop": f"{predicted.total / 1e9:.4g}",
             "saved_mib": f"{found.saved / 2**20:.4g}",
+        }
+        if name in METHODS:
+            return counts
+        predicted = of_batch(self._made, name)
+        return counts | {
+            "predicted_gflop": f"{predicted.total / 1e9:.4g}",
             "packed_tokens": f"{predicted.tokens:.0f}",
         }
 

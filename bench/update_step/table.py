@@ -16,6 +16,16 @@ SAYS = {
     "roma": "**lean, prompt shared**",
     "two-pass": "two-pass, prompt shared",
 }
+METHODS = {
+    "grpo shared": "GRPO, prompt shared",
+    "mssr": "MSSR: one rollout a prompt, as many rollouts",
+    "vgpo": "VGPO",
+    "srpo": "SRPO",
+    "papo": "PAPO",
+    "dvrp": "DVRP",
+    "roma": "ROMA, K = 2",
+    "pgd": "ROMA, K = 2, views by PGD in 3 steps",
+}
 AT = "4"  # the K at which all is shown
 
 
@@ -24,7 +34,10 @@ def measured(rows: list[Row], path: Path) -> str:
     timed = [row for row in rows if row["op"] == "update_step" and row.get("ms_p50")]
     headline = [r for r in timed if r["what"] == str(HEADLINE) and r["right"] == "0.5"]
     first = headline[0]
-    parts = [_by_views(headline), _in_full(headline), _changed(timed), _packed(timed)]
+    parts = [
+        *(_by_views(headline), _in_full(headline), _changed(timed), _packed(timed)),
+        _methods(headline),
+    ]
     version = next((r["version"] for r in timed if r["provider"] == "trl"), "not here")
     commits = ", ".join(dict.fromkeys(r["commit"] for r in timed))
     source = (
@@ -125,6 +138,28 @@ def _packed(timed: list[Row]) -> list[str]:
         ms = 1000 * float(row["ms_p50"]) / count
         kib = 1024 * float(row["saved_mib"]) / count
         lines.append(f"| {count:.0f} | {ms:.1f} | {kib:.1f} | {_ratio([row], 'roma')} |")
+    return lines
+
+
+def _methods(headline: list[Row]) -> list[str]:
+    """A whole step's gradients by method, scoring passes in it, over GRPO's row-wise."""
+    own = {r["provider"]: r for r in headline if r["views"] == "2"}
+    if not own.keys() & METHODS.keys() - SAYS.keys():
+        return []
+    base = own[BASE]
+    lines = [
+        "| a step of another method, with what it scores | time, 95 % interval | FLOP | saved |",
+        _rule(4),
+    ]
+    for name, label in METHODS.items():
+        if name in own:
+            row = own[name]
+            low, high = (float(row[f"ratio_{end}"]) for end in ("low", "high"))
+            time = f"{float(row['ratio']):.2f} [{low:.2f}, {high:.2f}]"
+            over = [
+                f"{float(row[k]) / float(base[k]):.2f}" for k in ("executed_gflop", "saved_mib")
+            ]
+            lines.append(f"| {label} | {time} | {' | '.join(over)} |")
     return lines
 
 

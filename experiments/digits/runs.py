@@ -11,7 +11,7 @@ import os
 import pickle
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -48,7 +48,11 @@ class Job:
     images: Path
     """A pickle of `roma.evaluate.conditions.DegradedImages`."""
     config: Config | None = None
-    """Of the run; None: the model in `folder` is evaluated as it is."""
+    """Of the run; None: nothing is trained."""
+    model: Path | None = None
+    """Evaluated where nothing is trained; None: the one in `folder`."""
+    attacks: tuple[int, ...] = ()
+    """Levels of pool "adversarial" at which it is evaluated too, each against its own attacks."""
 
     @property
     def name(self) -> str:
@@ -197,7 +201,8 @@ def _run(job: Job, events: "Queue[tuple[str, int, int]]") -> dict[str, float]:
     from roma.train.trainer import train
 
     torch.set_num_threads(1)
-    path, start, cpu_start = job.folder, time.perf_counter(), time.process_time()
+    path, start = job.model or job.folder, time.perf_counter()
+    cpu_start = time.process_time()
     if job.config is not None:
         shutil.rmtree(job.folder, ignore_errors=True)
 
@@ -209,7 +214,11 @@ def _run(job: Job, events: "Queue[tuple[str, int, int]]") -> dict[str, float]:
     images = pickle.loads(job.images.read_bytes())
     policy = Policy.load(path)
     answer = policy_answerer(policy, max_new_tokens=ANSWER_TOKENS)
-    evaluate(answer, images, batch_size=500).save(job.answers)
+    found = evaluate(answer, images, batch_size=500)
+    if job.attacks:
+        found = _with_attacks(found, policy, images.examples, job.attacks)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    found.save(job.answers)
     took = {
         "steps": 0 if job.config is None else job.config.trainer.total_steps,
         "train_s": round(trained - start, 1),
@@ -219,3 +228,16 @@ def _run(job: Job, events: "Queue[tuple[str, int, int]]") -> dict[str, float]:
     (job.folder / "took.json").write_text(json.dumps(took) + "\n", encoding="utf-8")
     events.put((job.arm, job.seed, _DONE))
     return took
+
+
+def _with_attacks(found: Any, policy: Any, examples: Sequence[Any], levels: Sequence[int]) -> Any:
+    """A result, and the model's answers to images that PGD made against it."""
+    from roma.evaluate.attack import evaluate_attacked
+    from roma.evaluate.conditions import cells_of
+    from roma.evaluate.result import EvalResult
+
+    cells = cells_of(["adversarial"], levels)
+    own = evaluate_attacked(
+        policy, examples, cells, max_new_tokens=ANSWER_TOKENS, batch_size=len(examples)
+    )
+    return EvalResult(found.ids, found.cells | {cell: own.cells[cell] for cell in cells})

@@ -33,7 +33,7 @@ COMPARISONS = (
     *((method, "grpo") for method in METHODS),
     *((method, "roma") for method in METHODS if method.endswith("_roma")),
 )
-"""The paired differences of a report, first minus second; a pair with an absent arm is left out."""
+"""The paired differences of the demo's report."""
 
 RESAMPLES = 10_000
 
@@ -45,6 +45,7 @@ def build_report(
     versions: Mapping[str, str],
     timings: Mapping[str, Any],
     tuned_on: str = "validation split",
+    comparisons: Sequence[tuple[str, str]] = COMPARISONS,
     bootstrap_seed: int = 0,
 ) -> dict[str, Any]:
     """The contents of report.json.
@@ -56,6 +57,8 @@ def build_report(
         versions: package → version.
         timings: stage → seconds; may be nested. "runs": "<arm>-seed<k>" → "steps", "train_cpu_s".
         tuned_on: what the settings were chosen on.
+        comparisons: pairs of arms whose difference is taken, first minus second; a pair with an
+            absent arm is left out.
         bootstrap_seed: of the resamples that all intervals share.
 
     Returns:
@@ -85,7 +88,7 @@ def build_report(
         return tree_of(first.columns, found)
 
     differences = {}
-    for one, other in COMPARISONS:
+    for one, other in comparisons:
         shared = sorted(set(results.get(one, ())) & set(results.get(other, ())))
         if shared:
             by_seed = {str(seed): difference(one, other, [seed]) for seed in shared}

@@ -18,7 +18,9 @@ from bench.layout import Layout
 from bench.update_step import predicted, step, table
 from bench.update_step.count import counted
 from bench.variants import HEADLINE, Variant, plan
+from roma.train.batch import Totals, UpdateBatch
 from roma.train.plan import Plan
+from roma.train.update import PolicyLoss
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +53,43 @@ def bench() -> step.UpdateStepBench:
     made = ops.bench_of(smoke(), "cpu")
     assert isinstance(made, step.UpdateStepBench)
     return made
+
+
+@pytest.fixture(scope="module")
+def methods(bench: step.UpdateStepBench) -> dict[str, float]:
+    """GFLOP of a step of each method, whose gradients were compared with the row-wise form's."""
+    for name in ("grpo", "grpo shared", "roma", *step.METHODS):
+        bench.run(name)
+    return {
+        n: float(bench.columns(n)["executed_gflop"]) for n in ("grpo", "roma", *step.METHODS)
+    } | {"shared": float(bench.columns("grpo shared")["executed_gflop"])}
+
+
+def test_a_method_takes_the_passes_that_it_says(methods: dict[str, float]) -> None:
+    """A pass without a graph over one view is a third of GRPO's step, but for its vision."""
+    one = methods["papo"] - methods["shared"]
+    assert methods["shared"] / 3 == pytest.approx(one, rel=0.2)
+    assert methods["dvrp"] - methods["shared"] == pytest.approx(2 * one, rel=0.1)
+    assert 0 < methods["vgpo"] - methods["shared"] < 1.01 * one  # the image's features are there
+    assert 2 * one < methods["srpo"] - methods["shared"] < 3.01 * one
+    assert methods["mssr"] == pytest.approx(4 / 3 * methods["grpo"], rel=0.05)
+    # Three passes forward and back to the pixels, one forward, on two views of right rollouts.
+    assert methods["roma"] + 5 * one < methods["pgd"] < methods["roma"] + 17 * one
+
+
+def test_a_method_without_its_term_is_refused(
+    bench: step.UpdateStepBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = PolicyLoss.forward
+
+    def without(loss: PolicyLoss, batch: UpdateBatch, totals: Totals) -> Any:
+        if loss.update == "lean":
+            batch = batch.without_views()
+        return made(loss, batch, totals)
+
+    monkeypatch.setattr(PolicyLoss, "forward", without)
+    with pytest.raises(Wrong, match="its gradients are off"):
+        bench.run("papo")
 
 
 def test_a_wrong_choice_of_the_worst_view_is_refused(
@@ -138,6 +177,8 @@ def test_the_plan_has_every_axis() -> None:
     assert step.names_of(headline[0]) == [
         *("grpo", "trl", "grpo shared", "joint", "lean rows", "roma", "two-pass"),
     ]
+    with_two = next(v for v in headline if v.views == 2)
+    assert set(step.names_of(with_two)) == {*step.names_of(headline[0]), *step.METHODS}
     without = next(v for v in headline if not v.views)
     assert step.names_of(without) == ["grpo", "trl", "grpo shared"]
 
@@ -178,12 +219,18 @@ def test_the_measured_tables() -> None:
         row("roma", 4, 0.75, what=f"{HEADLINE} ragged"),
         row("roma", 4, 0.5, what=str(HEADLINE).replace("prompt=384", "prompt=32")),
         row("roma", 4, 0.9, **small),
+        *(row(name, 2, r) for name, r in {"grpo": 1.0, "grpo shared": 0.3, "papo": 0.4}.items()),
         {**row("two-pass", 4, 1.0), "ms_p50": "", "reason": "refused: off"},
     ]
     lines = table.measured(rows, Path("x.csv")).splitlines()
-    assert lines[:2] == ["| time | K = 0 | K = 4 |", "|---|---|---|"]
-    assert "| GRPO, a row and a vision pass per rollout | 1 | 1 |" in lines
-    assert "| TRL's `_compute_loss` | 1.10 |  |" in lines
+    assert lines[:2] == ["| time | K = 0 | K = 2 | K = 4 |", "|---|---|---|---|"]
+    assert "| GRPO, a row and a vision pass per rollout | 1 | 1 | 1 |" in lines
+    assert "| TRL's `_compute_loss` | 1.10 |  |  |" in lines
+    shown = [line for line in lines if line.startswith(("| PAPO", "| GRPO, prompt shared |"))]
+    assert shown[-2:] == [
+        "| GRPO, prompt shared | 0.30 [0.15, 0.60] | 0.30 | 0.30 |",
+        "| PAPO | 0.40 [0.20, 0.80] | 0.40 | 0.40 |",
+    ]
     in_full = "90 · 100 · 120 | 1.25 [0.62, 2.50] | 1.25 | 1.00 | 1.25 | 1.00 |"
     assert f"| **lean, prompt shared** | {in_full}" in lines
     assert "| 100% right, K = 4 |  |  |  | 1.50 |  |" in lines

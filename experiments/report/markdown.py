@@ -1,0 +1,50 @@
+"""A report's tables as Markdown: `python -m experiments.report.markdown REPORT.json`."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.report.columns import columns_of, hardest_columns
+from experiments.report.costs import cpu_seconds_of, steps_of
+from experiments.report.plots import arm_style
+from experiments.report.report import signed
+
+
+def tables(report: Mapping[str, Any]) -> str:
+    """Accuracies with steps and CPU seconds, then paired differences, mean over seeds."""
+    parts = [_accuracies(report)]
+    if report["differences"]:
+        parts.append(_differences(report))
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def _accuracies(report: Mapping[str, Any]) -> list[str]:
+    columns = list(columns_of(next(iter(report["arms"].values()))))
+    lines = [f"| arm | steps | CPU s a run | {' | '.join(columns)} |", _rule(3 + len(columns))]
+    for arm, tree in report["arms"].items():
+        costs = report["costs"].get(arm)
+        cells = [f"{entry['mean']:.1f}" for entry in columns_of(tree).values()]
+        own = [arm_style(arm).label, steps_of(costs), cpu_seconds_of(costs), *cells]
+        lines.append(f"| {' | '.join(own)} |")
+    return lines
+
+
+def _differences(report: Mapping[str, Any]) -> list[str]:
+    first = next(iter(report["arms"].values()))
+    columns = [c for c in columns_of(first) if c in hardest_columns(first) or "adv" in c]
+    lines = [f"| difference, points | {' | '.join(columns)} |", _rule(1 + len(columns))]
+    for name, by_seed in report["differences"].items():
+        label = " − ".join(arm_style(arm).label for arm in name.split("-"))
+        flat = columns_of(by_seed["mean"])
+        lines.append(f"| {label} | {' | '.join(signed(flat[c]) for c in columns)} |")
+    return lines
+
+
+def _rule(columns: int) -> str:
+    return "|---" * columns + "|"
+
+
+if __name__ == "__main__":
+    print(tables(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
