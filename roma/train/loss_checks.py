@@ -97,6 +97,13 @@ def _check_aggregation(config: Config) -> None:
 
 def _check_sampler(config: Config) -> None:
     rollout = config.worker.rollout
+    for name, value in (("weight", rollout.weight), ("off_policy", rollout.off_policy)):
+        if rollout.name == "hf" and value not in ("none", None):
+            remedy = "transformers samples from the policy itself: leave it out"
+            usual = "none" if name == "weight" else "null"
+            fail(
+                f"worker.rollout.{name}", f"{usual} with worker.rollout.name=hf", str(value), remedy
+            )
     if rollout.weight == "none" and rollout.weight_level != "token":
         expected = "token with worker.rollout.weight=none"
         fail("worker.rollout.weight_level", expected, rollout.weight_level, "choose a weight too")

@@ -240,6 +240,7 @@ def test_off_is_as_before(tmp_path: Path) -> None:
     assert not any(part in name for name in lines[0] for part in none if name.startswith("actor"))
 
 
+VLLM = "worker.rollout.name=vllm"
 SLIPS = {  # options of `algorithm`, or of `worker`
     "papo.coef=0.1": "papo.coef: expected 0.01 without algorithm.view_mode=papo",
     "dvrp.cap=1 view_mode=papo": "dvrp.cap: expected 10.0 without algorithm.view_mode=dvrp",
@@ -254,12 +255,16 @@ SLIPS = {  # options of `algorithm`, or of `worker`
     "views.gate_quantile=0.9 roma.lambda_inv=0": "views.gate_quantile: expected null without a",
     "views.gate_quantile=0.9 roma.gate_bound=1": "roma.gate_bound: expected null with views.gate",
     "views.gate_quantile=0.9 roma.worst_over=token": "roma.worst_over: expected sequence with",
-    "roma.aggregation=bnpo": "roma.aggregation: expected grpo, dapo, dr_grpo or luspo, got bnpo",
+    "roma.aggregation=bnpo": "roma.aggregation: expected grpo, dapo, dr_grpo or luspo, got",
     "worker.rollout.weight_level=sequence": "worker.rollout.weight_level: expected token with",
-    "worker.rollout.weight_level=sequence worker.rollout.weight=mask roma.main=vespo": (
+    "worker.rollout.weight=mask": "worker.rollout.weight: expected none with worker.rollout.name",
+    "worker.rollout.off_policy=1": "worker.rollout.off_policy: expected null with worker.rollout.n",
+    f"{VLLM} worker.rollout.weight_level=sequence worker.rollout.weight=mask roma.main=vespo": (
         "worker.rollout.weight_level: expected token with algorithm.roma.main=vespo"
     ),
-    "worker.rollout.off_policy=1 view_mode=noisy_rollout": "worker.rollout.off_policy: expected",
+    f"{VLLM} worker.rollout.off_policy=1 view_mode=noisy_rollout": (
+        "worker.rollout.off_policy: expected null with algorithm.view_mode=noisy_rollout"
+    ),
     "roma.main=cispo": "roma.clip_high: expected a number ≥ 1",
     "roma.ref_unbiased=true": "roma.ref_unbiased: expected False",
 }
@@ -279,7 +284,7 @@ def test_what_does_not_go_together_names_key_and_remedy(options: str) -> None:
 
 def test_what_goes_together() -> None:
     papo = ("algorithm.view_mode=papo", "algorithm.papo.cap=0.2")
-    vespo = ("algorithm.roma.main=vespo", "worker.rollout.weight=mask")
+    vespo = ("algorithm.roma.main=vespo", "worker.rollout.weight=mask", VLLM)
     for options in (PENALTY, SHARE, papo, vespo):
         load_config(None, [*RUN, *options])
     config = load_config(None, [*RUN, *vespo, "algorithm.roma.vespo=[1, 2, 2, 1]"])

@@ -117,8 +117,10 @@ def test_a_step_learns_with_weights(tmp_path: Path, experience: Experience) -> N
     """Two updates: the loss has them, the second one by its own prompts."""
     losses = []
     for weight in ("none", "truncate"):
-        options = f"worker.rollout.weight={weight}", "worker.actor.mini_batch_size=2"
-        learning = Trainer(config(tmp_path / weight, "algorithm.view_mode=none", *options))
+        options = "algorithm.view_mode=none", "worker.actor.mini_batch_size=2"
+        given = config(tmp_path / weight, *options)
+        rollout = replace(given.worker.rollout, weight=weight)
+        learning = Trainer(replace(given, worker=replace(given.worker, rollout=rollout)))
         metrics = learning.learner.update(experience, Views.none(), 1)
         losses.append(metrics["actor/pg_loss"])
     assert losses[0] != losses[1]
