@@ -7,16 +7,17 @@ With h the last layer's hidden state of a token and μ the mean one of its promp
     w_t = ρ_t·(1 + G_t·β·t/T)            G_t = 1 for the top κ of ρ among the last γ, else 0
     ψ_t = minmax(w)_t − mean             over the sequence
     φ_i = minmax(Σ_t w_t)_i − mean       over the rollouts of the prompt
-    Â_t = A·(1 + ψ_t)·(1 + φ_i)
+    Â_t = A·(1 + ψ_t)·(1 + φ_i)          1 + ψ kept in [0.1, 2], 1 + φ in [0.9, 2]
 
 minmax(x) = (x − min)/(max − min + 1e-8). The gate looks at the places from ⌊(1 − γ)T⌋ on, counted
-from 0, and passes the best max(1, ⌊κ·n⌋) of these n, ties included.
+from 0, and passes the best max(1, ⌊κ·n⌋) of these n, ties included. The two bounds, the 1e-8 and
+the gate's roundings are read in the official code.
 
 `variant="code"` is what the official code does otherwise: ρ_t = cos − min(0, min cos) of the
-sequence; (t − 1)/(T − 1) in the place of t/T; the Σ of a rollout over minmax(w); and 1 + ψ is kept
-in [0.1, 2], 1 + φ in [0.9, 2]. Two things of that code are taken in neither: it knows groups as
-rows that stand side by side in a micro-batch, which here are the prompts of the whole batch, and
-the release shifts and scales cos by the micro-batch's own extremes.
+sequence; (t − 1)/(T − 1) in the place of t/T; and the Σ of a rollout over minmax(w). Two things of
+that code are taken in neither: it knows groups as rows that stand side by side in a micro-batch,
+which here are the prompts of the whole batch, and the release shifts and scales cos by the
+micro-batch's own extremes.
 """
 
 import math
@@ -123,10 +124,9 @@ def weights(
     low = w.where(mask, math.inf).amin(-1, keepdim=True)
     high = w.where(mask, -math.inf).amax(-1, keepdim=True)
     scaled = ((w - low) / (high - low + _EPS)).where(mask, 0.0)
-    token = 1 + scaled - scaled.sum(-1, keepdim=True) / count.clamp(min=1)
-    rollout = 1 + _within_group((scaled if as_code else w).sum(-1), group)
-    if as_code:
-        token, rollout = token.clamp(0.1, 2.0), rollout.clamp(0.9, 2.0)
+    token = (1 + scaled - scaled.sum(-1, keepdim=True) / count.clamp(min=1)).clamp(0.1, 2.0)
+    total = (scaled if as_code else w).sum(-1)
+    rollout = (1 + _within_group(total, group)).clamp(0.9, 2.0)
     seen = (image_state != 0).any(-1, keepdim=True)
     return (token * rollout[:, None]).where(seen, 1.0).where(mask, 0.0)
 

@@ -74,9 +74,7 @@ def weights_by_hand(
         for row in rows:
             psi = centred(scaled[row]) if scaled[row] else []
             for t, own in zip(places[row], psi, strict=True):
-                token, rollout = 1 + own, 1 + phi[row]
-                if variant == "code":
-                    token, rollout = min(max(token, 0.1), 2.0), min(max(rollout, 0.9), 2.0)
+                token, rollout = min(max(1 + own, 0.1), 2.0), min(max(1 + phi[row], 0.9), 2.0)
                 seen = bool((batch["image_state"][row] != 0).any())
                 found[row, t] = token * rollout if seen else 1.0
     return found
@@ -109,7 +107,7 @@ def batches(draw: st.DrawFn) -> Batch:
     elif difficulty == "opposite":  # every cosine is below 0
         hidden[:] = -image[0] + 0.1 * hidden
     image_state = image.repeat_interleave(torch.tensor(sizes), 0)
-    if difficulty == "one_low":  # 1 + ψ of it is below the code's clamp
+    if difficulty == "one_low":  # 1 + ψ of it is below the bound
         hidden = image_state[:, None].repeat(1, T, 1)
         hidden[:, 0] *= -1
     hidden = hidden.masked_fill(~mask[..., None], math.nan)
