@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from roma.models.images import decode_image
 from roma.views.batch import degrade_batch
-from roma.views.corruptions import ADVERSARIAL, CORRUPTIONS, Corruption
+from roma.views.corruptions import ADVERSARIAL, CORRUPTIONS, NEEDS_POLICY, Corruption
 from roma.views.sample import ViewSpec, seed_for
 from roma_kernels.errors import fail
 
@@ -45,10 +45,12 @@ def draw_gallery(
         >>> draw_gallery(np.zeros((32, 64, 3), np.uint8)).mode
         'RGB'
     """
-    corruptions = {name: row for name, row in corruptions.items() if row.pool != ADVERSARIAL}
+    given = corruptions
+    corruptions = {name: row for name, row in given.items() if row.pool != ADVERSARIAL}
     if not corruptions:
         expected = "at least one corruption that an image alone is enough for"
-        fail("corruptions", expected, "none", "leave it out for CORRUPTIONS")
+        remedy = NEEDS_POLICY if given else "leave it out for CORRUPTIONS"
+        fail("corruptions", expected, ", ".join(given) or "none", remedy)
     shown = _middle(image.shape[1], image.shape[0], window)
     width, height = _tile_size(
         *(high - low for low, high in zip(shown[:2], shown[2:], strict=True))

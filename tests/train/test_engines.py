@@ -49,6 +49,16 @@ OTHERS = {
         "algorithm.dvrp.noised_coef=1",
         "algorithm.dvrp.masked_coef=1",
     ),
+    "attacked": (
+        "trainer.total_steps=1",
+        "algorithm.views.attack.count=1",
+        "algorithm.views.max_level=4",
+    ),
+    "searched": (
+        "trainer.total_steps=1",
+        "algorithm.views.target_divergence=1e-5",
+        "algorithm.views.max_level=5",
+    ),
     "half": ("trainer.total_steps=2", "trainer.dtype=bfloat16"),
 }
 # bfloat16 rounds by 2^-9 a product, and a norm is of many; a rank's own normalisers double it.
