@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 
+from roma.train.methods import SrpoConfig
 from roma.train.sections import AlgorithmConfig, Config
 from roma_kernels.errors import fail
 
@@ -19,10 +20,12 @@ def check_methods(config: Config) -> None:
 
     Raises:
         ValueError: an option of a method that is off; a group of one, or of several, where the
-            estimator needs the other; NoisyRollout without a clean and a noisy rollout.
+            estimator needs the other; tags that are none; NoisyRollout without a clean and a noisy
+            rollout.
     """
     _check_options(config.algorithm)
     _check_group(config)
+    _check_tags(config.algorithm.srpo)
     if config.algorithm.view_mode == "noisy_rollout":
         _check_noisy(config)
 
@@ -64,6 +67,20 @@ def _check_group(config: Config) -> None:
     if estimator != "mssr" and count == 1:
         remedy = "A is 0 for every rollout: raise it, or take algorithm.adv_estimator=mssr"
         fail("worker.rollout.n", f"at least 2 with {estimator}", "1", remedy)
+
+
+def _check_tags(options: SrpoConfig) -> None:
+    tags = {"perception_tag": options.perception_tag, "reasoning_tag": options.reasoning_tag}
+    for name, texts in tags.items():
+        if not all(texts) or texts[0] == texts[1]:
+            remedy = "give what opens and what closes it"
+            fail(f"algorithm.srpo.{name}", "two different texts, none empty", str(texts), remedy)
+    if options.perception_tag[0] == options.reasoning_tag[0]:
+        expected, got = (
+            "a tag that opens otherwise than perception_tag",
+            repr(tags["reasoning_tag"]),
+        )
+        fail("algorithm.srpo.reasoning_tag", expected, got, "name two different tags")
 
 
 def _check_noisy(config: Config) -> None:

@@ -19,7 +19,7 @@ class MssrConfig:
     one optimizer step a training step that KL is 0."""
     forgetting: Literal["monotone", "published"] = "monotone"
     """How the memory follows the KL: "monotone": the shorter, the more the policy moves;
-    "published": shortest at KL 0, too."""
+    "published": shortest at KL 0, longest at the target, and shortest again above it."""
     entropy: Literal["sampled", "full"] = "sampled"
     """H of the shaping: "sampled": -p·log p of the sampled token, as published; "full": the
     entropy of the token's whole distribution."""

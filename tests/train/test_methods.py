@@ -333,6 +333,8 @@ REFUSED = {
     "algorithm.view_mode=noisy_rollout algorithm.noisy_rollout.noisy=4": "algorithm.noisy_rollout.noisy: expected less than worker.rollout.n = 4, got 4",
     "algorithm.view_mode=noisy_rollout algorithm.adv_estimator=mssr worker.rollout.n=1": "worker.rollout.n: expected at least 2 with noisy_rollout",
     "algorithm.view_mode=noisy_rollout worker.rollout.weight=truncate": "worker.rollout.weight: expected none with algorithm.view_mode=noisy_rollout",
+    "algorithm.reweight=srpo algorithm.srpo.perception_tag=[a,a]": "algorithm.srpo.perception_tag: expected two different texts, none empty",
+    "algorithm.reweight=srpo algorithm.srpo.perception_tag=[<think>,so]": "algorithm.srpo.reasoning_tag: expected a tag that opens otherwise than perception_tag",
     "algorithm.reweight=vgpo algorithm.vgpo.kappa=0": "algorithm.vgpo.kappa: expected a number > 0 and ≤ 1",
 }
 
