@@ -177,7 +177,7 @@ OBJECTIVES = {
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_in_every_form(policy64: Policy, name: str) -> None:
+def test_every_objective_in_two_forms(policy64: Policy, name: str) -> None:
     """With the sampler's weights, by token."""
     config = OBJECTIVES[name]
     batch = batch_of(policy64, 2, "no_advantage")
@@ -190,8 +190,8 @@ def test_every_objective_in_every_form(policy64: Policy, name: str) -> None:
     assert plan.gain[:4].all() and (plan.gain[4:].all() if every else not plan.gain[4:].any())
     with exact_norms():
         expected, gradients = joint(policy64, config, batch)
-        for form, options in FORMS.items():
-            out, found = run(policy64, config, batch, **options)
+        for form in ("lean, rows", "two_pass, shared"):
+            out, found = run(policy64, config, batch, **FORMS[form])
             assert apart(found, gradients) <= EXACT, form
             assert out.metrics.keys() == expected.metrics.keys()
             for metric, value in expected.metrics.items():
@@ -208,7 +208,7 @@ def test_every_objective_in_every_form(policy64: Policy, name: str) -> None:
 @pytest.mark.parametrize("bound", ["some", "none", "all"])
 def test_a_gate_in_every_form(policy64: Policy, bound: str) -> None:
     """Views above the bound are left out of the maximum, and of right rollouts' gradient."""
-    batch = batch_of(policy64, 4, "mixed")
+    batch = batch_of(policy64, 3, "mixed")
     right = batch.correct
     with exact_norms():
         ungated, plain = joint(policy64, RomaConfig(), batch)
@@ -218,7 +218,7 @@ def test_a_gate_in_every_form(policy64: Policy, bound: str) -> None:
         at = bounds[bound]
         config = RomaConfig(gate_bound=at, gate_tau=0.5 if bound == "some" else None)
         expected, gradients = joint(policy64, config, batch)
-        share = float((found > at).double().sum()) / (4 * TOTALS.sequences)
+        share = float((found > at).double().sum()) / (3 * TOTALS.sequences)
         assert float(expected.metrics["roma_gated"]) == pytest.approx(share, rel=1e-9)
         for form, options in FORMS.items():
             out, own = run(policy64, config, batch, **options)
@@ -248,7 +248,7 @@ def test_a_gate_after_the_choice_is_found(
     policy64: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two passes that run the worst view of all, which the loss then leaves out."""
-    batch = batch_of(policy64, 4, "mixed")
+    batch = batch_of(policy64, 3, "mixed")
     with exact_norms():
         found = joint(policy64, RomaConfig(), batch)[0].divergence[:, batch.correct]
         config = RomaConfig(gate_bound=1.001 * float(found.median()))
