@@ -50,9 +50,10 @@ STUDIES = {
         {
             "grpo": ARMS["grpo"],
             "roma": ARMS["roma"],
-            "pgd_eps4": _roma("views.pool=adversarial", "views.max_level=3"),
-            "pgd_eps8": _roma("views.pool=adversarial", "views.max_level=4"),
-            "seen_pgd": _roma("views.attack.count=1"),
+            "pgd": _roma("views.pool=adversarial", "views.max_level=3"),
+            "seen_pgd": _roma(
+                "views.attack.count=1", f"views.level_table={CONFIGS}/demo_attack.yaml"
+            ),
         },
         attacks=(2, 3, 4),
     ),
