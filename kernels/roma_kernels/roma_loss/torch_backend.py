@@ -206,25 +206,25 @@ def _log_ratios(logp: Tensor, old: Tensor, batch: Batch, config: RomaConfig) -> 
 
 
 def _objective(
-    logp: Tensor, gap: Tensor, weights: Tensor, batch: Batch, config: RomaConfig
+    logp: Tensor, gap: Tensor, divisor: Tensor, batch: Batch, config: RomaConfig
 ) -> _Objective:
-    """The losses of an image, weighed, and their slopes by each log-prob."""
-    if batch.rollout_weight is not None and config.main != "vespo":
-        weights = weights * batch.rollout_weight
+    """The losses of an image, each over its divisor [N], and their slopes by each log-prob."""
     found = _objective_of(config)(logp, gap, batch.advantages, config)
-    slope = found.slope * weights
+    loss, slope = found.loss / divisor, found.slope / divisor
+    if batch.rollout_weight is not None and config.main != "vespo":
+        loss, slope = loss * batch.rollout_weight, slope * batch.rollout_weight
     if config.ratio_level == "sequence" and config.objective in ("grpo", "sapo"):
         slope = _shared(slope, batch)
-    return found._replace(loss=found.loss * weights, slope=slope)
+    return found._replace(loss=loss, slope=slope)
 
 
 def _reference_kl(
-    gap: Tensor, weights: Tensor, batch: Batch, config: RomaConfig
+    gap: Tensor, divisor: Tensor, batch: Batch, config: RomaConfig
 ) -> tuple[Tensor, Tensor]:
     """KL to the reference, its sum, and its slopes by each log-prob; gap: the ratio's log."""
     assert batch.ref_logp is not None
     d, slope = _divergence(batch.ref_logp, batch.logp, config.log_ratio_clamp)
-    d, slope = d * weights, -slope * weights
+    d, slope = d / divisor, -slope / divisor
     if not config.ref_unbiased:
         return d.sum(), slope
     ratio = torch.exp(gap.clamp(-config.log_ratio_clamp, config.log_ratio_clamp))
@@ -257,13 +257,13 @@ def _combine(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, worst view and metrics of counted tokens; adds the coefficients to two tensors of 0."""
     penalty_divisor, sequence_divisors = divisors(batch, config)
-    weights = 1 / sequence_divisors[batch.sequence]
+    token_divisors = sequence_divisors[batch.sequence]
     total_tokens = batch.total_tokens.clamp(min=1)
     zero = batch.logp.new_zeros(())
     metrics = dict.fromkeys(METRICS, zero)
     if config.main is not None:
         gap = _log_ratios(batch.logp, batch.old, batch, config)
-        clean = _objective(batch.logp, gap, weights, batch, config)
+        clean = _objective(batch.logp, gap, token_divisors, batch, config)
         metrics["pg_loss"] = clean.loss.sum()
         metrics["pg_clipfrac_higher"] = clean.above.sum() / total_tokens
         metrics["pg_clipfrac_lower"] = clean.below.sum() / total_tokens
@@ -271,13 +271,13 @@ def _combine(
         if config.ref_coef and batch.ref_logp is not None:
             if config.main == "vespo":
                 gap = batch.logp - batch.old
-            metrics["ref_kl"], slope = _reference_kl(gap, weights, batch, config)
+            metrics["ref_kl"], slope = _reference_kl(gap, token_divisors, batch, config)
             dlogp += config.ref_coef * slope
     if batch.aux_view is not None:
         index = batch.aux_view[batch.sequence][None]
         sampled = batch.view_logp.gather(0, index)[0]
         gap = _log_ratios(sampled, batch.view_old, batch, config)
-        aux = _objective(sampled, gap, weights, batch, config)
+        aux = _objective(sampled, gap, token_divisors, batch, config)
         metrics["roma_aux_loss"] = aux.loss.sum()
         metrics["roma_aux_clipfrac"] = (aux.above | aux.below).sum() / total_tokens
         dview_logp.scatter_(0, index, (batch.lambda_aux * aux.slope)[None])
