@@ -92,15 +92,14 @@ class _Ball:
     def __init__(self, clean: Tensor, eps: float, seed: int) -> None:
         """At its random start."""
         self.radius = int(eps + 1e-9)
-        middle = clean.float()
-        self._low = (middle - self.radius).clamp(min=0)
-        self._high = (middle + self.radius).clamp(max=255)
+        self._clean, self.best = clean, clean
         unit = random_words(seed, clean.numel(), clean.device).float() / 2**32
-        self._place = self._project(middle + self.radius * (2 * unit.view(clean.shape) - 1))
-        self.best = clean
+        self._place = self._project(clean + self.radius * (2 * unit.view(clean.shape) - 1))
 
     def _project(self, place: Tensor) -> Tensor:
-        return torch.minimum(torch.maximum(place, self._low), self._high)
+        middle = self._clean.float()
+        inside = torch.maximum(place, middle - self.radius)
+        return torch.minimum(inside, middle + self.radius).clamp(0, 255)
 
     def image(self) -> Tensor:
         """[H, W, 3] uint8: the point in whole levels, which the ball holds too."""
