@@ -131,6 +131,7 @@ def _check_fixed(spec: type, fixed: dict[str, Any]) -> None:
     choices["difficulty"] = HEAD_DIFFICULTIES if spec is HeadSpec else LOSS_DIFFICULTIES
     if spec is LossSpec:
         choices |= {"totals": ("own", "number", "tensor"), "head_difficulty": HEAD_DIFFICULTIES}
+        choices["weights"] = ("none", "sequence", "token")
     for name, value in fixed.items():
         if name not in known:
             fail(name, f"a field of {spec.__name__}", "an unknown one", f"it has {known}")

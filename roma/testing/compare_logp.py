@@ -14,6 +14,7 @@ from roma.testing.candidate import Backend, on
 from roma.testing.strategies import LossSpec
 from roma_kernels.roma_loss import batch
 from roma_kernels.roma_loss.api import roma_loss_from_logp
+from roma_kernels.roma_loss.config import RomaConfig
 
 TERMS = {
     "pg_loss": "main",
@@ -22,6 +23,7 @@ TERMS = {
     "roma_penalty_worst": "inv",
     "roma_penalty_mean": "mean",
     "ppo_kl": "moved",
+    "entropy": "entropy",
 }
 """Metric → the oracle's token terms that it sums; the loss sums several, the others are shares."""
 
@@ -43,9 +45,14 @@ def require_clear_of_kinks(want: oracle.Expected, noise: float) -> None:
     require(clear, f"a log-ratio lies {want.kink:.1e} nats from a kink")
 
 
+def leaves_of(case: dict[str, Any]) -> list[str]:
+    """What is differentiable: both kinds of log-probs, and entropies where there is a bonus."""
+    return [*LOGPS, *(["entropy"] if case.get("entropy") is not None else [])]
+
+
 def on_leaves(case: dict[str, Any]) -> dict[str, Any]:
-    """The same case with fresh differentiable logp and view_logp."""
-    return case | {name: case[name].detach().clone().requires_grad_() for name in LOGPS}
+    """The same case with fresh differentiable log-probs and entropies."""
+    return case | {n: case[n].detach().clone().requires_grad_() for n in leaves_of(case)}
 
 
 def call(case: dict[str, Any], backend: Backend) -> Any:
@@ -91,15 +98,22 @@ def check_choice(
     flat, by_oracle = chosen.reshape(-1), want.worst_view.reshape(-1)
     for row, (mine, theirs) in enumerate(zip(flat.tolist(), by_oracle.tolist(), strict=True)):
         if theirs < 0:
-            assert worst_over == "token" and mine == -1, f"worst_view: −1 where masked, got {mine}"
+            why = "where masked" if worst_over == "token" else "where the gate leaves no view"
+            assert mine == -1, f"worst_view: −1 {why}, got {mine}"
             continue
         values = want.penalty[row]
         assert 0 <= mine < len(values), f"worst_view: expected a view in 0..K-1, got {mine}"
+        if worst_over == "sequence":
+            out = want.gated[row]
+            assert not bool(out[mine]), f"worst_view: chose {mine} in row {row}, which is gated"
+            values = values.masked_fill(out, -1.0)
         assert float(values[theirs] - values[mine]) <= 2 * limit, (
             f"worst_view: chose {mine} in row {row}, where the penalties are {values.tolist()}"
         )
         own = scored[:, want.sets[row]]
         for lower in range(mine):
+            if worst_over == "sequence" and bool(want.gated[row][lower]):
+                continue
             assert not torch.equal(own[lower], own[mine]), (
                 f"worst_view: chose {mine} in row {row}, where view {lower} has the same "
                 "log-probs; of equal views the lowest index is the worst"
@@ -107,21 +121,58 @@ def check_choice(
 
 
 def check_metrics(
-    got: Any, want: oracle.Expected, eager: oracle.Expected, leaves: list[Tensor], noise: float
+    got: Any,
+    want: oracle.Expected,
+    eager: oracle.Expected,
+    leaves: list[Tensor],
+    noise: float,
+    config: RomaConfig,
+    spread: float,
 ) -> None:
-    """Every metric, and the loss itself; `leaves` are the oracle's log-probs."""
+    """Every metric, and the loss itself.
+
+    `leaves` are the oracle's log-probs and entropies; `spread` is the error of a divergence.
+    """
+    tau = math.inf if config.gate_tau is None else config.gate_tau
+    loose = {name: noise * size for name, size in want.loose_terms.items()}
+    loose["inv"] = spread / tau * float(want.terms["inv"].detach().abs().sum())
+    lambdas = {"main": 1.0, "aux": float(config.lambda_aux), "inv": float(config.lambda_inv)}
+    loose["loss"] = sum(weight * loose[name] for name, weight in lambdas.items())
     assert got.metrics.keys() == METRICS, f"metrics: got {list(got.metrics)}"
     for name, result in got.metrics.items():
         bare = result.shape == () and not result.requires_grad
         assert bare, f"{name}: expected a detached 0-dim tensor"
-        value, spread = want.metrics[name], 0.0  # a share: away from kinks the counts are exact
+        value, off = want.metrics[name], 0.0  # a share: away from kinks the counts are exact
         if name in TERMS or name == "loss":
-            parts = want.terms.values() if name == "loss" else [want.terms[TERMS[name]]]
+            term = TERMS.get(name, name)
+            parts = want.terms.values() if name == "loss" else [want.terms[term]]
             by_leaf = slopes(value, leaves, retain_graph=True)
-            spread = tolerance.scalar_noise(torch.cat(list(parts)), by_leaf, noise)
+            off = tolerance.scalar_noise(torch.cat(list(parts)), by_leaf, noise)
+            off += loose.get(term, 0.0)
         for scalar in (result, got.loss) if name == "loss" else (result,):
-            how = {"dtype": scalar.dtype, "noise": spread}
+            how = {"dtype": scalar.dtype, "noise": off}
             tolerance.check(name, scalar, value, eager.metrics[name], **how)
+
+
+def gradient_noise(
+    want: oracle.Expected,
+    name: str,
+    own_slope: Tensor,
+    gradient: Tensor,
+    config: RomaConfig,
+    noise: float,
+    spread: float,
+) -> Tensor:
+    """Error of the loss's gradient by the log-probs of that name, if log-ratios are off by noise.
+
+    own_slope is the gradient's own slope: an error of the log-ratio moves the gradient by as much.
+    A gate's weight is off by that of its divergence over τ.
+    """
+    off = 2 * noise * own_slope.abs() + tolerance.eps(torch.float32) * gradient.abs()
+    off = off + noise * want.loose.get(name, torch.zeros_like(off))
+    if name == "view_logp" and config.gate_tau is not None:
+        off = off + spread / config.gate_tau * gradient.abs()
+    return off
 
 
 def penalty_noise(want: oracle.Expected, logp_error: float, slope: float) -> float:
@@ -168,23 +219,23 @@ def check_against_oracle(spec: LossSpec, backend: Backend) -> None:
 
     spread = penalty_noise(want, noise, math.exp(want.reach))
     check_choice(got, want, eager, spread, spec.config.worst_over)
-    leaves, plain_leaves = [theirs[n] for n in LOGPS], [plain[n] for n in LOGPS]
-    check_metrics(got, want, eager, leaves, noise)
+    names = leaves_of(case)
+    leaves, plain_leaves = [theirs[n] for n in names], [plain[n] for n in names]
+    check_metrics(got, want, eager, leaves, noise, spec.config, spread)
 
     rate = slopes(want.loss, leaves, create_graph=True, retain_graph=True)
     curve = slopes(torch.stack([g.sum() for g in rate]).sum(), leaves)
     plain_rate = slopes(eager.loss, plain_leaves)
     masked = ~case["mask"]
-    for name, g, h, e in zip(LOGPS, rate, curve, plain_rate, strict=True):
-        grad = mine[name].grad
+    for name, g, h, e in zip(names, rate, curve, plain_rate, strict=True):
+        grad, others = mine[name].grad, own.get(name, torch.zeros(()))
         if grad is None:  # nothing depends on it
-            assert not bool(g.any()) and not bool(own[name].any()), f"{name} got no gradient"
+            assert not bool(g.any()) and not bool(others.any()), f"{name} got no gradient"
             continue
         assert bool((grad[..., masked] == 0).all()), f"d{name} on masked positions"
-        # h is the slope's own slope: an error of the log-ratio moves the gradient by as much
-        wobble = 2 * noise * h.abs() + tolerance.eps(torch.float32) * g.abs()
-        by_entry = wobble * float(upstream.abs()) + tolerance.eps(torch.float32) * own[name].abs()
-        value, rough = upstream * g + own[name], upstream * e + own[name]
+        wobble = gradient_noise(want, name, h, g, spec.config, noise, spread)
+        by_entry = wobble * float(upstream.abs()) + tolerance.eps(torch.float32) * others.abs()
+        value, rough = upstream * g + others, upstream * e + others
         tolerance.check(f"d{name}", grad, value, rough, dtype=torch.float32, noise=by_entry)
 
     for name in LOGPS:
@@ -206,6 +257,8 @@ def take(case: dict[str, Any], order: Tensor) -> dict[str, Any]:
         "advantages",
         "correct",
         "aux_view",
+        "rollout_weight",
+        "entropy",
     )
     out = dict(case)
     for name in rows:

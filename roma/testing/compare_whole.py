@@ -107,7 +107,8 @@ def check_against_oracle(
     compare_logp.check_choice(got, want, eager, spread, spec.config.worst_over)
     assert want.logp is not None and want.view_logp is not None
     logps = [want.logp, want.view_logp]
-    compare_logp.check_metrics(got, want, eager, logps, noise)
+    leaves = [*logps, *([] if want.entropy is None else [want.entropy])]
+    compare_logp.check_metrics(got, want, eager, leaves, noise, spec.config, spread)
 
     rate = compare_logp.slopes(want.loss, logps, create_graph=True, retain_graph=True)
     bend = torch.stack([g.sum() for g in rate]).sum()
@@ -117,14 +118,22 @@ def check_against_oracle(
         whole = torch.cat([logp[None], view_logp]).detach().reshape(spec.k + 1, -1)
         return whole[:, counted].reshape(-1)
 
-    h = by_row(*curve) * float(upstream)
+    offs = [
+        compare_logp.gradient_noise(want, name, h, g, spec.config, noise, spread)
+        for name, h, g in zip(compare_logp.LOGPS, curve, rate, strict=True)
+    ]
+    size = float(upstream.abs())
     g = by_row(*rate) * float(upstream) + by_row(own["logp"], own["view_logp"])
+    of_entropy = torch.zeros_like(g)
+    if want.entropy is not None:  # of the clean image alone
+        (by_entropy,) = compare_logp.slopes(want.loss, [want.entropy], retain_graph=True)
+        of_entropy[: len(counted)] = by_entropy.reshape(-1)[counted] * float(upstream)
     dz = tolerance.dlogits(
         stacked,
         targets,
         g,
-        0.0,
-        2 * noise * h.abs() + tolerance.eps(accumulate) * g.abs(),
+        of_entropy,
+        by_row(*offs) * size + tolerance.eps(accumulate) * g.abs(),
         row_noise,
         scale=scale,
         softcap=spec.config.softcap,

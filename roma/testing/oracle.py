@@ -17,8 +17,8 @@ from torch import Tensor
 
 from roma_kernels.linear_logprob.reference import HeadReference, linear_logprob_reference
 from roma_kernels.roma_loss.batch import Batch
-from roma_kernels.roma_loss.config import RomaConfig
-from roma_kernels.roma_loss.reference import roma_loss_reference
+from roma_kernels.roma_loss.config import LOG_WEIGHTS, RomaConfig
+from roma_kernels.roma_loss.reference import LossReference, roma_loss_reference, token_losses
 
 
 def head(hidden, weight, tokens, *, dtype: torch.dtype = torch.float64, **options) -> HeadReference:
@@ -47,8 +47,14 @@ class Expected:
     penalty: what the max runs over: D [B, K], d [positions, K] ("token", 0 where masked) or
     Σ m·D / denominator [1, K] ("batch").
     sets: for each row of `penalty` the counted tokens whose divergence it holds.
-    kink: the smallest distance, in nats, of any log-ratio from a place where a derivative jumps.
+    gated: [B, K] bool, what a gate leaves out of the max.
+    kink: the smallest distance, in nats, of any log-ratio from a place where a derivative jumps, or
+    a gate opens.
     reach: the largest clamped log-ratio, in nats.
+    loose: by how much a gradient by "logp" and "view_logp" moves, at most, where all log-ratios are
+    off by 1 nat: what its own derivative does not tell, of weights that are constants, and of sums
+    over a sequence that cancel.
+    loose_terms: the same of the terms "main" and "aux".
     """
 
     loss: Tensor
@@ -57,10 +63,14 @@ class Expected:
     penalty: Tensor
     sets: list[Tensor]
     worst_view: Tensor
+    gated: Tensor
     kink: float
     reach: float
+    loose: dict[str, Tensor]
+    loose_terms: dict[str, float]
     logp: Tensor | None = None
     view_logp: Tensor | None = None
+    entropy: Tensor | None = None
     heads: dict[str, HeadReference] = field(default_factory=dict)
 
     def scalar(self, name: str) -> Tensor:
@@ -149,7 +159,15 @@ def view_loss(
     elif config.worst_over == "batch":
         right = [n for n, is_right in zip(rows, correct.tolist(), strict=True) if is_right]
         sets = [torch.cat(right) if right else index[:0]]
-    kink, reach = _extremes(found.log_ratios, config)
+    kink, reach = _extremes(found.log_ratios, config, gate=_distance_from_gate(batch, found))
+    if config.main == "vespo" and rollout_weight is not None:
+        reach = max(reach, -LOG_WEIGHTS[0])
+
+    def spread(loose: Tensor) -> Tensor:
+        whole = loose.new_zeros(*loose.shape[:-1], mask.numel())
+        return whole.index_copy(-1, index, loose).reshape(*loose.shape[:-1], *mask.shape)
+
+    loose, loose_terms = _loose(batch, found, config)
     return Expected(
         loss=found.loss,
         metrics=found.metrics,
@@ -157,26 +175,89 @@ def view_loss(
         penalty=penalty,
         sets=sets,
         worst_view=chosen,
+        gated=found.gated,
         kink=kink,
         reach=reach,
+        loose={name: spread(values) for name, values in loose.items()},
+        loose_terms=loose_terms,
     )
 
 
-def _extremes(log_ratios: dict[str, Tensor], config: RomaConfig) -> tuple[float, float]:
+def _extremes(
+    log_ratios: dict[str, Tensor], config: RomaConfig, gate: float
+) -> tuple[float, float]:
     """Distance of the log-ratios from the nearest kink, and the largest of them, clamped."""
     limit = config.log_ratio_clamp
-    clips = [1 - config.clip_low, 1 + config.clip_high, config.dual_clip or 0.0]
-    kinks, reach = [math.inf], 0.0
+    clips = {
+        "grpo": [1 - config.clip_low, 1 + config.clip_high, config.dual_clip or 0.0],
+        "cispo": [config.clip_high],  # where it is counted as clipped
+    }.get(config.objective, [])
+    kinks, reach = [math.inf, gate], 0.0
     for name, values in log_ratios.items():
         sizes = values.detach().abs().reshape(-1)
         if not len(sizes):
             continue
-        kinks.append(float((sizes - limit).abs().min()))
+        of_objective = name in ("main", "aux")
+        # A constant weight is continuous at the clamp, and so is its product with a log-prob.
+        constant = of_objective and config.objective in ("cispo", "vespo")
+        if not constant or (name == "main" and config.ref_unbiased):
+            kinks.append(float((sizes - limit).abs().min()))
         reach = max(reach, min(float(sizes.max()), limit))
-        if name in ("main", "aux"):
+        if of_objective:
             edges = [math.log(edge) for edge in clips if edge > 0]
             kinks += [float((values.detach() - edge).abs().min()) for edge in edges]
     return min(kinks), reach
+
+
+def _by_sequence(values: Tensor, batch: Batch) -> Tensor:
+    """Means [..., N] over each sequence, for each of its tokens."""
+    sums = values.new_zeros((*values.shape[:-1], len(batch.lengths)))
+    sums = sums.index_add(-1, batch.sequence, values)
+    return (sums / batch.lengths.clamp(min=1))[..., batch.sequence]
+
+
+def _distance_from_gate(batch: Batch, found: LossReference) -> float:
+    """How far all log-ratios must be off, in nats, until a gate opens or closes."""
+    if batch.gate_bound is None or not found.gated.numel():
+        return math.inf
+    delta = found.log_ratios["inv"].detach()
+    # |expm1 δ| is d's slope; twice, and 1 for what rounding adds to a sum.
+    slope = 2 * _by_sequence(torch.expm1(delta.clamp(max=20.0)).abs(), batch) + 1
+    steepest = slope.new_ones(found.gated.T.shape)
+    steepest[:, batch.sequence] = slope
+    return float(((found.penalty.T.detach() - batch.gate_bound).abs() / steepest).min())
+
+
+def _loose(
+    batch: Batch, found: LossReference, config: RomaConfig
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """`Expected.loose` [N] and [K, N], and `Expected.loose_terms`."""
+    by_token = {name: torch.zeros_like(batch.logp.detach()) for name in ("main", "aux")}
+    terms = dict.fromkeys(by_token, 0.0)
+    if config.local and config.main != "cispo" and not config.ref_unbiased:
+        return {}, terms
+    for name, (logp, log_ratio, weight) in found.inputs.items():
+        x = log_ratio.detach().requires_grad_()
+        loss, _, _, constant = token_losses(logp.detach(), x, batch.advantages, config)
+        if constant is not None:
+            (steep,) = torch.autograd.grad(constant.sum(), x)
+            errors = batch.lengths[batch.sequence] if config.main == "vespo" else 1
+            by_token[name] += (weight * batch.advantages * steep).detach().abs() * errors
+            terms[name] = float((by_token[name] * logp.detach().abs()).sum())
+        elif config.ratio_level == "sequence":
+            (rate,) = torch.autograd.grad(loss.sum(), x)
+            by_token[name] += _by_sequence((weight * rate).detach().abs(), batch)
+    if config.ref_unbiased and "ref" in found.log_ratios:
+        delta = found.log_ratios["ref"].detach().clamp(max=config.log_ratio_clamp)
+        d = found.terms["ref"].detach()
+        rate = d / (torch.expm1(delta) - delta).clamp(min=1e-30)  # weight and ratio
+        own = rate * (torch.exp(delta) + 1) + d
+        by_token["main"] += 2 * config.ref_coef * (own + _by_sequence(own, batch))
+    of_views = torch.zeros_like(batch.view_logp.detach())
+    if batch.aux_view is not None:
+        index = batch.aux_view[batch.sequence][None]
+        of_views.scatter_(0, index, (batch.lambda_aux * by_token["aux"])[None])
+    return {"logp": by_token["main"], "view_logp": of_views}, terms
 
 
 def roma_loss(
@@ -205,7 +286,12 @@ def roma_loss(
     logp, clean_head = score(hidden)
     scored = [] if view_hidden is None else [score(states) for states in view_hidden]
     view_logp = torch.stack([x for x, _ in scored]) if scored else logp.new_zeros(0, *mask.shape)
-    expected = view_loss(logp, view_logp, mask=mask, config=config, dtype=dtype, **of_view_loss)
-    expected.logp, expected.view_logp = logp, view_logp
+    entropy = None
+    if config.entropy_coef > 0:
+        entropy = logp.new_zeros(mask.numel()).index_copy(0, counted, clean_head.entropy)
+        entropy = entropy.reshape(mask.shape)
+    how = {"entropy": entropy, "dtype": dtype, **of_view_loss}
+    expected = view_loss(logp, view_logp, mask=mask, config=config, **how)
+    expected.logp, expected.view_logp, expected.entropy = logp, view_logp, entropy
     expected.heads = {"clean": clean_head} | {f"view{k}": h for k, (_, h) in enumerate(scored)}
     return expected

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from roma.testing import oracle
+from roma.testing.loss_configs import configs
 from roma.testing.tensors import generator, head_tensors, strided
 from roma_kernels.roma_loss.config import RomaConfig
 
@@ -120,8 +121,9 @@ DEFAULT = RomaConfig()
 class LossSpec:
     """One call of roma_loss or of roma_loss_from_logp (which ignores the fields of the head).
 
-    old: whether old_logp is given. own: whether the gradient of another objective on the returned
-    log-probs joins the loss's. strided: whether bias, correct and aux_view have a stride of 2.
+    old: whether old_logp is given. weights: the sampler's: "none", by "sequence" or by "token".
+    own: whether the gradient of another objective on the returned log-probs joins the loss's.
+    strided: whether bias, correct and aux_view have a stride of 2.
     """
 
     b: int = 3
@@ -134,6 +136,7 @@ class LossSpec:
     totals: str = "own"
     aux: bool = True
     old: bool = True
+    weights: str = "none"
     own: bool = False
     strided: bool = False
     config: RomaConfig = DEFAULT
@@ -235,7 +238,8 @@ class LossSpec:
         view_old_logp = logp + 0.25 * normal(b, t)
         ref_logp = logp + 0.5 * normal(b, t)
         if self.difficulty == "at_clip_edge":
-            edges = [1 - config.clip_low, 1 + config.clip_high, config.dual_clip or 1.0]
+            high = config.clip_high + (config.main != "cispo")
+            edges = [1 - config.clip_low, high, config.dual_clip or 1.0]
             edge = torch.tensor(edges, dtype=torch.float64).log()[
                 torch.randint(3, (b, t), generator=g)
             ]
@@ -260,6 +264,17 @@ class LossSpec:
         if self.token_advantages:
             tokenwise["advantages"] = advantages
         case: dict[str, Any] = {"correct": correct, "advantages": advantages, "cu_seqlens": None}
+        if in_states:
+            case["entropy"] = None
+        if in_states and config.entropy_coef > 0:
+            of_entropy = generator(self.seed + 3)
+            tokenwise["entropy"] = 3 * torch.rand(b, t, generator=of_entropy, dtype=torch.float64)
+        case["rollout_weight"] = None
+        if self.weights != "none":
+            shape = (b,) if self.weights == "sequence" else (b, t)
+            # Between 0 and 2, a fifth of them 0.
+            weights = (torch.rand(shape, generator=g, dtype=torch.float64) * 2.5 - 0.5).clamp(min=0)
+            (case if self.weights == "sequence" else tokenwise)["rollout_weight"] = weights
         if self.packed:
             kept = torch.arange(t)[None] < lengths[:, None]
             if self.difficulty == "row_all_masked":
@@ -290,13 +305,15 @@ class LossSpec:
     def _spoil(self, case: dict[str, Any]) -> None:
         """Fill every masked place with what padding may hold."""
         masked = ~case["mask"]
-        for name in ("logp", "old_logp", "ref_logp", "view_old_logp"):
-            if name in case:
+        for name in ("logp", "old_logp", "ref_logp", "view_old_logp", "entropy"):
+            if case.get(name) is not None:
                 case[name] = case[name].masked_fill(masked, float("nan"))
         if "view_logp" in case:
             case["view_logp"] = case["view_logp"].masked_fill(masked, float("inf"))
         if self.token_advantages:
             case["advantages"] = case["advantages"].masked_fill(masked, float("nan"))
+        if self.weights == "token":
+            case["rollout_weight"] = case["rollout_weight"].masked_fill(masked, float("nan"))
         if "tokens" in case:
             case["tokens"] = case["tokens"].masked_fill(masked, -100)
 
@@ -319,33 +336,6 @@ def _pack(name: str, x: Tensor, kept: Tensor) -> Tensor:
     return x[:, kept] if name.startswith("view_") and name != "view_old_logp" else x[kept]
 
 
-def configs(**fixed: Any) -> st.SearchStrategy[RomaConfig]:
-    """Every option of RomaConfig, its numbers from short lists."""
-    drawn: dict[str, st.SearchStrategy] = {
-        "lambda_inv": st.sampled_from([0.0, 1.0, 3.0]),
-        "lambda_aux": st.sampled_from([0.0, 0.5, 1.0]),
-        "penalty_ratio": st.sampled_from(["view/clean", "clean/view"]),
-        "worst_over": st.sampled_from(["sequence", "token", "batch", "mean"]),
-        "penalty_over": st.sampled_from(["all", "correct"]),
-        "main": st.sampled_from(["grpo", None]),
-        "aggregation": st.sampled_from(["grpo", "dapo", "dr_grpo"]),
-        "clip_low": st.sampled_from([0.1, 0.2]),
-        "clip_high": st.sampled_from([0.2, 0.3]),
-        "dual_clip": st.sampled_from([None, 1.5, 3.0]),
-        "ref_coef": st.sampled_from([0.0, 0.05]),
-        "aux_old": st.sampled_from(["clean", "view"]),
-        "log_ratio_clamp": st.sampled_from([2.0, 20.0]),
-        "temperature": st.sampled_from([1.0, 0.7]),
-        "softcap": st.sampled_from([None, 5.0]),
-        "max_length": st.just(16),
-    }
-    drawn |= {k: st.just(x) for k, x in fixed.items()}
-    # main=None with a KL to a reference is refused: the KL is a part of main.
-    return st.fixed_dictionaries(drawn).map(
-        lambda o: RomaConfig(**(o | ({"ref_coef": 0.0} if o["main"] is None else {})))
-    )
-
-
 def loss_specs(
     config: st.SearchStrategy[RomaConfig] | None = None, **fixed: Any
 ) -> st.SearchStrategy[LossSpec]:
@@ -361,6 +351,7 @@ def loss_specs(
         "totals": st.sampled_from(["own", "number", "tensor"]),
         "aux": st.booleans(),
         "old": st.booleans(),
+        "weights": st.sampled_from(["none", "none", "sequence", "token"]),
         "own": st.booleans(),
         "strided": st.booleans(),
         "config": configs() if config is None else config,
@@ -373,7 +364,13 @@ def loss_specs(
         ),
     }
     specs = st.builds(LossSpec, **(drawn | {k: st.just(x) for k, x in fixed.items()}))
-    # K = 0 with λ_inv > 0 is refused.
-    return specs.map(
-        lambda s: s if s.k else replace(s, config=replace(s.config, lambda_inv=0.0), aux=False)
-    )
+    return specs.map(_made_right)
+
+
+def _made_right(spec: LossSpec) -> LossSpec:
+    """A drawn call without what would be refused."""
+    if not spec.k:  # no view to penalise
+        spec = replace(spec, config=replace(spec.config, lambda_inv=0.0), aux=False)
+    if spec.config.main == "vespo" and spec.weights == "sequence":
+        spec = replace(spec, weights="token")
+    return spec

@@ -75,7 +75,7 @@ def test_a_changing_lambda_does_not_recompile(kind: str) -> None:
     case = LossSpec(bias=True).make()
     values = [0.1 + 0.3 * step for step in range(20)]
     weights = values if kind == "number" else list(map(torch.tensor, values))
-    configs = [RomaConfig(lambda_inv=w, lambda_aux=w) for w in weights]
+    configs = [RomaConfig(lambda_inv=w, lambda_aux=w, gate_bound=w) for w in weights]
     calls = [case | {"config": config} for config in configs]
     assert count_compilations(lambda **x: compare_whole.call(x, "auto"), calls) <= 2
 
@@ -154,8 +154,11 @@ def test_two_lambdas_are_two_losses() -> None:
 
 def test_every_argument_given(kernel: str) -> None:
     """No constant is None: torch.library then sees a list of tensors, another kind of argument."""
-    config = RomaConfig(ref_coef=0.1, aux_old="view")
-    spec = LossSpec(bias=True, totals="tensor", config=config)
+    config = RomaConfig(
+        main="sapo", ratio_level="sequence", ref_coef=0.1, ref_unbiased=True, aux_old="view",
+        gate_bound=torch.tensor(0.2), gate_tau=1.0,
+    )  # fmt: skip
+    spec = LossSpec(bias=True, totals="tensor", weights="token", config=config)
     case = compare_whole.on_leaves(spec.make())
     compare_whole.check_against_oracle(spec, kernel)
     compiled = torch.compile(lambda **x: compare_whole.call(x, kernel), fullgraph=True)

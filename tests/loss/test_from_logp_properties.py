@@ -70,10 +70,12 @@ def test_appending_masked_tokens_changes_nothing(spec: LossSpec, backend: str) -
         "view_old_logp",
         "view_logp",
         "mask",
-        "advantages",
+        "entropy",
+        *(["advantages"] if spec.token_advantages else []),
+        *(["rollout_weight"] if spec.weights == "token" else []),
     ):
         x = case[name]
-        if x is None or (name == "advantages" and not spec.token_advantages):
+        if x is None:
             continue
         junk = (
             torch.full((*x.shape[:-1], 3), float("nan"))
@@ -110,19 +112,22 @@ def test_packed_equals_padded(spec: LossSpec, backend: str) -> None:
         assert bool(((left - right).abs() <= slack).all()), name
 
 
-@given(spec=loss_specs(config=configs(ref_coef=0.0, lambda_inv=0.0)))
+@given(spec=loss_specs(config=configs(ref_coef=0.0, lambda_inv=0.0, entropy_coef=0.0)))
 @pytest.mark.parametrize("factor", [0.5, 4.0])
 def test_loss_scales_with_advantages(factor: float, spec: LossSpec, backend: str) -> None:
-    """Both surrogates are homogeneous in A, clips included (by a power of two: bit for bit)."""
+    """Both losses are homogeneous in A, clips included (by a power of two: bit for bit).
+
+    But for numbers below the normal ones, which vespo's φ can be.
+    """
     case = spec.make_logp()
     a, b = (
         compare_logp.call(case, backend),
         compare_logp.call(case | {"advantages": factor * case["advantages"]}, backend),
     )
-    assert torch.equal(b.loss, factor * a.loss)
+    assert abs(float(b.loss) - factor * float(a.loss)) < torch.finfo(torch.float32).tiny
 
 
-@given(spec=loss_specs(k=1, config=configs(lambda_inv=1.0)))
+@given(spec=loss_specs(k=1, config=configs(lambda_inv=1.0, gate_bound=None, gate_tau=None)))
 def test_one_view_is_the_plain_penalty(spec: LossSpec, backend: str) -> None:
     """With K = 1 all four ways of choosing agree."""
     case = spec.make_logp()
@@ -135,7 +140,11 @@ def test_one_view_is_the_plain_penalty(spec: LossSpec, backend: str) -> None:
 
 @given(
     spec=loss_specs(
-        b=5, packed=False, config=configs(worst_over="sequence") | configs(worst_over="token")
+        b=5,
+        packed=False,
+        config=(configs(worst_over="sequence") | configs(worst_over="token")).filter(
+            lambda config: config.aggregation != "bnpo"  # which divides by a call's own tokens
+        ),
     )
 )
 def test_shards_add_up(spec: LossSpec, backend: str) -> None:

@@ -6,9 +6,9 @@
     L_inv = (1/B) Σ_i m_i max_k D_i^k
     L  = agg w·l(clean) + β·agg k3(ref) − η·mean H + λ_aux·agg w·l(sampled view) + λ_inv·L_inv
 
-l is that of main="grpo"; `_losses` has the others. Autograd makes the backward. In float64 this is
-what every back end is held to, and through `roma.testing` every kernel of a user's own. It shares
-no formula with a kernel.
+l is that of main="grpo"; `token_losses` has the others. Autograd makes the backward. In float64
+this is what every back end is held to, and through `roma.testing` every kernel of a user's own. It
+shares no formula with a kernel.
 """
 
 from dataclasses import dataclass, field
@@ -39,9 +39,9 @@ class LossReference:
     """[B, K] bool: what the gate leaves out of the maximum."""
     log_ratios: dict[str, Tensor]
     """Every log-ratio before its clamp: "main", "ref", "aux", "inv"."""
-    held: dict[str, tuple[Tensor, Tensor]]
-    """Of "main" and "aux", where a log-prob has a constant weight: its log-ratio [N], and the
-    weight [N] as a function of that, before it is made a constant."""
+    inputs: dict[str, tuple[Tensor, Tensor, Tensor]]
+    """Of "main" and "aux", [N] each: logp and log-ratio as `token_losses` takes them, and the
+    weight of what it returns."""
 
 
 @dataclass
@@ -51,7 +51,6 @@ class _Ratios:
     batch: Batch
     config: RomaConfig
     seen: dict[str, Tensor] = field(default_factory=dict)
-    held: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def clamped(self, name: str, log_ratio: Tensor) -> Tensor:
         """A log-ratio within ± log_ratio_clamp."""
@@ -98,11 +97,12 @@ def roma_loss_reference(
     if sampler is None or config.main == "vespo":  # which has it in its weight
         sampler = torch.ones_like(batch.logp)
 
+    inputs: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
     def objective(name: str, logp: Tensor, log_ratio: Tensor) -> Tensor:
-        loss, above, below, held = _losses(logp, log_ratio, batch.advantages, config)
+        loss, above, below, _ = token_losses(logp, log_ratio, batch.advantages, config)
         clipped[name] = above, below
-        if held is not None:
-            ratios.held[name] = log_ratio, weight * sampler * batch.advantages * held
+        inputs[name] = logp, log_ratio, weight * sampler
         return weight * sampler * loss
 
     tokens = batch.total_tokens.clamp(min=1)
@@ -147,7 +147,7 @@ def roma_loss_reference(
         "entropy": total["entropy"],
         "roma_gated": (gated & batch.correct).sum() / pairs,
     }
-    return LossReference(loss, chosen, metrics, terms, penalty.T, gated.T, ratios.seen, ratios.held)
+    return LossReference(loss, chosen, metrics, terms, penalty.T, gated.T, ratios.seen, inputs)
 
 
 def _token_weights(batch: Batch, config: RomaConfig) -> Tensor:
@@ -166,12 +166,12 @@ def _token_weights(batch: Batch, config: RomaConfig) -> Tensor:
     return weight.expand_as(batch.logp)
 
 
-def _losses(
+def token_losses(
     logp: Tensor, log_ratio: Tensor, advantages: Tensor, config: RomaConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """By token: main's loss; 1 where the ratio is clipped above (A > 0), below (A < 0).
 
-    And the weight of the log-prob, before it is made a constant, where main has one.
+    And what stands before −A·logp, not yet a constant, where that is the loss.
     """
     never, positive = torch.zeros_like(advantages), advantages > 0
     if config.main == "vespo":
