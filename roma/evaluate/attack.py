@@ -69,8 +69,7 @@ def evaluate_attacked(
         ValueError: no question, `batch_size` < 1, or a cell of another pool.
 
     Example:
-        >>> from roma.evaluate.answers import Answer, correct_answers
-    from roma.evaluate.conditions import cells_of
+        >>> from roma.evaluate.conditions import cells_of
         >>> [str(cell) for cell in cells_of(["adversarial"], [3])]
         ['pgd L3']
     """
