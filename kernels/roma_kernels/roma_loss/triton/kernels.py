@@ -12,6 +12,7 @@ from roma_kernels.roma_loss.triton.terms import (
     _objective,
     _reference_kl,
     _view_gaps,
+    _worst,
 )
 
 # Where a tensor starts depends on the batch: rows of [K+1, M], or a part of a user's. A token is
@@ -77,6 +78,18 @@ def _ratios_kernel(
         of_view /= tl.maximum(length, 1).to(tl.float32)
     tl.store(levels_ptr + i * LEVELS, of_clean)
     tl.store(levels_ptr + i * LEVELS + 1, of_view)
+
+
+@triton.jit
+def _store_sums(ptr, B, policy, above, below, moved, reference, auxiliary, aux_clipped):
+    """Writes a sequence's sums of terms, each to its row of [_SUMS, B]."""
+    tl.store(ptr + 0 * B, policy)
+    tl.store(ptr + 1 * B, above)
+    tl.store(ptr + 2 * B, below)
+    tl.store(ptr + 3 * B, moved)
+    tl.store(ptr + 4 * B, reference)
+    tl.store(ptr + 5 * B, auxiliary)
+    tl.store(ptr + 6 * B, aux_clipped)
 
 
 @triton.jit(do_not_specialize=["stride_vk", "B"], do_not_specialize_on_alignment=ANYWHERE)
@@ -180,13 +193,7 @@ def _sums_kernel(
             if WORST_OVER == "token":
                 worst = tl.argmax(tl.where((k < K)[:, None], d, -1.0), 0)
                 tl.store(worst_ptr + token, worst.to(tl.int64), inside)
-    tl.store(sums_ptr + 0 * B + i, policy)
-    tl.store(sums_ptr + 1 * B + i, above)
-    tl.store(sums_ptr + 2 * B + i, below)
-    tl.store(sums_ptr + 3 * B + i, moved)
-    tl.store(sums_ptr + 4 * B + i, reference)
-    tl.store(sums_ptr + 5 * B + i, auxiliary)
-    tl.store(sums_ptr + 6 * B + i, aux_clipped)
+    _store_sums(sums_ptr + i, B, policy, above, below, moved, reference, auxiliary, aux_clipped)
     count = tl.maximum(length, 1).to(tl.float32)
     tl.store(levels_ptr + i * LEVELS + 2, shared / count)
     tl.store(levels_ptr + i * LEVELS + 3, aux_shared / count)
@@ -195,12 +202,7 @@ def _sums_kernel(
         mean = tl.sum(divergence) / K
         divergence = tl.where(k < K, divergence, -1.0)
         tl.store(divergence_ptr + k * B + i, divergence, k < K)
-        penalty = tl.max(divergence)
-        if WORST_OVER == "token":
-            penalty = highest / count
-        elif WORST_OVER == "mean":
-            penalty = mean
-        worst = tl.argmax(divergence, 0)
+        penalty, worst = _worst(divergence, highest / count, mean, WORST_OVER)
         if bound_ptr is not None:
             penalty, worst, share, gated = _gate(divergence, tl.load(bound_ptr), gate_rate)
             tl.store(levels_ptr + i * LEVELS + 4, share)

@@ -142,6 +142,17 @@ def _reference_kl(
 
 
 @triton.jit
+def _worst(divergence, highest, mean, WORST_OVER: tl.constexpr):
+    """A sequence's penalty and worst view, without a gate; highest: the mean of tokens' maxima."""
+    penalty = tl.max(divergence)
+    if WORST_OVER == "token":
+        penalty = highest
+    elif WORST_OVER == "mean":
+        penalty = mean
+    return penalty, tl.argmax(divergence, 0)
+
+
+@triton.jit
 def _gate(divergence, bound, rate):
     """A sequence's penalty, worst view (−1: none is left), weight, and how many views are out.
 
