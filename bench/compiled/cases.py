@@ -243,9 +243,9 @@ def _losses_over(over: WorstOver) -> Iterator[Call]:
     for ratio, coefficient in itertools.product(get_args(PenaltyRatio), (0.0, 0.1)):
         yield Loss(config=RomaConfig(worst_over=over, penalty_ratio=ratio, ref_coef=coefficient))
     yield Loss(aux=False, config=RomaConfig(worst_over=over, main=None))
-    for form, weighed in itertools.product(({}, *FORMS), (False, True)):
+    for form, weighed, workspace in itertools.product(({}, *FORMS), (False, True), (None, 1)):
         config = RomaConfig(worst_over=over, ref_coef=0.1 * ("ref_unbiased" in form), **form)
-        yield Loss(config=config, weighed=weighed)
+        yield Loss(config=config, weighed=weighed, workspace=workspace)
     # Blocks of K are powers of two; K itself is told from 1 and from a multiple of 16. With a
     # workspace the log-probs of an image lie side by side, without one those of a token.
     for views, workspace in itertools.product((0, 1, 2, 4, 7, 15, 16, 32, 100), (None, 1)):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 import roma
-from bench.compiled.cases import calls
+from bench.compiled.cases import FORMS, calls
 from bench.compiled.chips import CHIPS
 from bench.compiled.launches import recorded
 from roma_kernels.linear_logprob.triton import tuning
@@ -60,6 +60,9 @@ def drawn_loss(draw: random.Random) -> None:
             (len(mask), ends[:-1]) if packed else (len(lengths), torch.arange(len(lengths)))
         )
         view_states, rows = view_states.flatten(0, 1), torch.arange(views)[:, None] * size + starts
+    # Other objectives are compiled with four views.
+    form = draw.choice(({}, *FORMS)) if views == 4 else {}
+    reference = "ref_unbiased" in form
     roma.roma_loss(
         torch.ones(*shape, depth, dtype=torch.bfloat16).requires_grad_(),
         view_states.requires_grad_(),
@@ -68,10 +71,14 @@ def drawn_loss(draw: random.Random) -> None:
         mask=mask,
         advantages=torch.ones(len(lengths)),
         correct=torch.ones(len(lengths), dtype=torch.bool),
+        ref_logp=torch.zeros(shape) if reference else None,
         aux_view=torch.zeros(len(lengths), dtype=torch.int64) if views else None,
+        rollout_weight=torch.ones(shape) if form and draw.random() < 0.5 else None,
         cu_seqlens=ends.int() if packed else None,
         view_rows=rows,
-        config=roma.RomaConfig(worst_over=over, lambda_inv=float(views > 0)),
+        config=roma.RomaConfig(
+            worst_over=over, lambda_inv=float(views > 0), ref_coef=0.1 * reference, **form
+        ),
         backend="triton",
     ).loss.backward()
 
