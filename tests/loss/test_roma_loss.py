@@ -63,8 +63,8 @@ def test_frozen_parts(spec: LossSpec, frozen: tuple[str, ...], backend: str) -> 
 def test_signatures_are_the_contract() -> None:
     """Names, order and what may be passed by position: DESIGN.md, "Public interface"."""
     shared = (
-        "mask advantages correct old_logp ref_logp aux_view view_old_logp cu_seqlens "
-        "total_sequences total_tokens total_correct config backend"
+        "mask advantages correct old_logp ref_logp aux_view view_old_logp rollout_weight "
+        "cu_seqlens total_sequences total_tokens total_correct config backend"
     ).split()
     head = ["vocab_group", "workspace"]
     expected = {
@@ -76,7 +76,7 @@ def test_signatures_are_the_contract() -> None:
             ["hidden", "view_hidden", "weight", "tokens"],
             ["bias", "view_rows", *head, *shared],
         ),
-        roma.roma_loss_from_logp: (["logp", "view_logp"], shared),
+        roma.roma_loss_from_logp: (["logp", "view_logp"], ["entropy", *shared]),
     }
     for function, (positional, named) in expected.items():
         parameters = inspect.signature(function).parameters.values()

@@ -77,9 +77,12 @@ def needed(case: dict[str, Any]) -> Tensor:
 
 
 def two_pass(case: dict[str, Any], worst_view: Tensor) -> Tensor:
-    """Of the needed pairs of a right sequence the worst alone: what a second pass runs."""
+    """Of the needed pairs of a right sequence the worst alone: what a second pass runs.
+
+    Where the gate leaves no view, view 0.
+    """
     keep = needed(case)
-    which = torch.arange(len(keep))[:, None] == worst_view
+    which = torch.arange(len(keep))[:, None] == worst_view.clamp(min=0)
     return sampled(case, keep & case["correct"] & which)
 
 

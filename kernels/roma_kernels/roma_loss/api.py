@@ -99,9 +99,10 @@ def roma_loss(
 
     Two passes. So the maximum is exact over the views that are there. If a first pass without a
     graph has found the worst view, of each right rollout ("sequence") or of the call ("batch"), it
-    is enough to run that one with a graph, and the sampled one. roma_penalty_mean would count zeros
-    then: take it from the first pass (`view_divergence`). "token" and "mean" need every view of a
-    right rollout. worst_view means nothing where a rollout has no view.
+    is enough to run that one with a graph, and the sampled one (with gate_bound any one where all
+    views are left out). roma_penalty_mean and roma_gated would count zeros then: take them from the
+    first pass (`view_divergence`). "token" and "mean" need every view of a right rollout.
+    worst_view means nothing where a rollout has no view.
 
     Several micro-batches or ranks: pass the totals over all of them. Their losses, gradients and
     metrics then add up to those of one call. A wrapper that averages gradients over ranks (DDP,
