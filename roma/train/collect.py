@@ -126,9 +126,9 @@ class Collector:
         on_all(lambda: encoded.append(self.encode(examples)))
         (prompts,) = encoded
         views = self.view_maker.start(self.policy, prompts, examples, step)
-        masked = self.advantages.start(prompts, examples, step)
         if self.view_maker.rollouts_see_views:
             prompts = views.result().applied_to(prompts)
+        masked = self.advantages.start(prompts, examples, step)  # of what the policy sees
         rollouts = self._sample(prompts, views, step)
         group = torch.arange(len(examples), device=self.policy.device)
         group = group.repeat_interleave(self.config.worker.rollout.n)

@@ -164,7 +164,7 @@ class ViewMaker:
     Attributes:
         mode: what is made, and who sees it.
         level_share: of a step, the factor of its highest level, 0..1; for a schedule.
-        masked: what is done to a masked view.
+        masked: what is done to a masked view of the mode.
     """
 
     def __init__(self, algorithm: AlgorithmConfig, seed: int, device: torch.device) -> None:
@@ -228,10 +228,12 @@ class ViewMaker:
     def start_masked(
         self, policy: Policy, prompts: PromptBatch, examples: Sequence[Example], step: int
     ) -> "Future[Views]":
-        """Has the thread make one view of each prompt with black patches; in any mode."""
-        return self._thread.submit(
-            self._make, policy, prompts, examples, [[self.masked] * len(examples)], (step, "masked")
-        )
+        """Has the thread make one view of each prompt with black patches, in any mode.
+
+        Its chance is always 0.6: that of `masked` is the mode's.
+        """
+        specs = [[ViewSpec("patch_mask", MASKED)] * len(examples)]
+        return self._thread.submit(self._make, policy, prompts, examples, specs, (step, "masked"))
 
     def make(
         self, policy: Policy, prompts: PromptBatch, examples: Sequence[Example], step: int

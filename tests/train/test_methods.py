@@ -25,6 +25,7 @@ from roma.rollout.base import Rollouts
 from roma.train.combinations import scoring_passes
 from roma.train.mixed import Mix, level_share
 from roma.train.refine import Sampled
+from roma.train.refine.srpo import Srpo
 from roma.train.trainer import Trainer
 
 MSSR = ("algorithm.adv_estimator=mssr", "worker.rollout.n=1")
@@ -203,6 +204,31 @@ def test_srpo_compares_with_black_patches_and_without_what_was_read(
     other = (logp, corrupted, None if contrast == "blind" else blind, roles, rollouts.mask)
     for wrong in (other, (logp, logp, *given[2:])):
         assert (srpo.reweight(base, *wrong) - want).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("mode", ["rollout", "papo"])
+def test_srpo_blackens_what_the_policy_saw(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a mode's own degradation, and with a chance that is no option of the mode's."""
+    options = ["data.max_response_length=12", f"algorithm.view_mode={mode}"]
+    options += ["algorithm.papo.probability=1"] * (mode == "papo")
+    trainer = Trainer(config(tmp_path, *SRPO, *options))
+    trainer.collector.sampler = Worked(trainer.policy)
+    seen: list[Sampled] = []
+    whole = Srpo.__call__
+    monkeypatch.setattr(Srpo, "__call__", lambda *given: (seen.append(given[1]), whole(*given))[1])
+    examples = [trainer.data[row] for row in range(4)]
+    trainer.collector.collect(examples, 1)
+    assert seen[0].masked is not None
+    black = seen[0].masked.result().images[0]
+    clean, moved, left = trainer.collector.encode(examples), 0, 0
+    for before, own, masked in zip(clean.images, seen[0].prompts.images, black, strict=True):
+        for image, sampled_on, view in zip(before, own, masked, strict=True):
+            on = (view != 0).any(-1)
+            assert (view[on] == sampled_on[on]).all()
+            left, moved = left + on.sum(), moved + (sampled_on != image).sum()
+    assert left > 0 and (moved > 0) == (mode == "rollout")
 
 
 def test_the_reasoning_that_a_template_opens_is_found(tmp_path: Path) -> None:
