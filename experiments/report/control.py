@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from roma.evaluate.figures import KINDS, save, styled
 
 HELD = {
-    "penalty": ("actor/roma_penalty_right", "penalty of right rollouts, nats a token"),
-    "gradient_share": ("actor/gradient_share", "share of the gradients' norms"),
+    "penalty": ("actor/roma_penalty_right", "penalty, nats a token"),
+    "gradient_share": ("actor/gradient_share", "share of norms"),
 }
 """Target of `algorithm.control` → the metric that it holds, and its unit."""
 

@@ -1,14 +1,18 @@
 """The methods' configurations: they load, and a method differs from the demo in itself alone."""
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from experiments.digits.arms import ARMS, METHODS, methods_of
-from roma.train.config import Config, load_config, to_dict
-from roma.train.schema import leaves
+from roma.train.config import Config, from_dict, load_config, to_dict
+from roma.train.schema import leaves, parse_yaml
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+METHODS_MD = (ROOT / "docs/METHODS.md").read_text(encoding="utf-8")
 PUBLISHED = sorted(CONFIGS.glob("qwen25vl_7b_*.yaml"))
 
 ON = {
@@ -75,6 +79,33 @@ def test_the_published_settings_have_the_method_on(path: Path) -> None:
 
 def test_every_method_has_published_settings() -> None:
     assert {path.stem.removeprefix("qwen25vl_7b_") for path in PUBLISHED} == set(ON)
+
+
+def _lines() -> list[str]:
+    """Each line of the YAML in docs/METHODS.md, which is a configuration by itself."""
+    blocks = re.findall(r"```yaml\n(.*?)```", METHODS_MD, re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if not line.startswith("#")]
+
+
+@pytest.mark.parametrize("line", _lines())
+def test_a_line_of_the_document_switches_something_on(line: str) -> None:
+    tree = {"data": {"train_files": "a"}, "worker": {"actor": {"model_path": "b"}}}
+    usual = to_dict(from_dict(tree))
+    given = yaml.safe_load(line)
+    if given["algorithm"].get("adv_estimator") == "mssr":
+        tree["worker"]["rollout"] = {"n": 1}  # type: ignore[dict-item]
+    assert to_dict(from_dict(tree | given))["algorithm"] != usual["algorithm"]
+
+
+def test_the_objectives_of_the_document_are_those_of_the_trainer() -> None:
+    table = METHODS_MD.partition("| objective |")[2].partition("\n\n")[0]
+    cells = [row.split("|")[2] for row in table.splitlines()[2:]]
+    options = [re.findall(r"`(.*?)`", cell)[0] for cell in cells]
+    actor = {"model_path": "b", "lora": {"rank": 8}}  # a reference is the model without adapters
+    tree = {"data": {"train_files": "a"}, "worker": {"actor": actor}}
+    given = [{"algorithm": {"roma": parse_yaml(f"{{{own}}}", own)}} for own in options]
+    made = [from_dict(tree | own).algorithm.roma for own in given]
+    assert len(made) >= 10 and len({repr(config) for config in made}) == len(made)
 
 
 def test_methods_by_name() -> None:
