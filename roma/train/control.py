@@ -22,8 +22,9 @@ class LambdaControl:
         penalty          log λ += rate · clip((D − value) / value, ±1)
         gradient_share   log λ += rate · clip(logit(value) − logit(s), ±1)
 
-    D is the mean penalty of right rollouts, nats a token. The first is dual ascent on the
-    Lagrangian of "maximise the reward subject to D ≤ value", in log λ, so that λ stays positive.
+    D is the mean penalty of right rollouts, nats a token, but for those of which the legibility
+    gate leaves no view. The first is dual ascent on the Lagrangian of "maximise the reward subject
+    to D ≤ value", in log λ, so that λ stays positive.
     s = λ·g / (λ·g + m) is the penalty's share of the gradients' norms, g and m as they stand; the λ
     that would make it `value` lies logit(value) − logit(s) away, so that rate 1 goes all the way.
     λ stays within [low, high]. A step without a right rollout, or without one of the two gradients,

@@ -210,20 +210,30 @@ class Learner:
         # A mean over what was run.
         metrics["ppo_kl"] *= totals.tokens / max(metrics.pop("scored"), 1)
         metrics["grad_norm"] = self.engine.step()
-        metrics |= _norms(metrics) | self._penalty_of_right(metrics, totals)
+        metrics |= _norms(metrics) | self._penalty_of_right(metrics, totals, divergence)
         pictured = torch.tensor([bool(own) for own in batch.prompts.images], device=logp.device)
         divergence = divergence.masked_fill(~pictured[batch.group], torch.nan)
         if specs:
             metrics.update(_by_corruption(divergence, specs))
         return metrics, logp, divergence
 
-    def _penalty_of_right(self, metrics: dict[str, float], totals: Totals) -> dict[str, float]:
-        """The mean of the penalty over right rollouts, nats; nothing where there is none."""
-        if self.config.algorithm.control.target != "penalty" or not totals.correct:
+    def _penalty_of_right(
+        self, metrics: dict[str, float], totals: Totals, divergence: Tensor
+    ) -> dict[str, float]:
+        """The penalty's mean over right rollouts that have a view in it, nats; nothing without any.
+
+        One that the gate takes all views of would count as 0, and λ_inv fall the more of them.
+        """
+        if self.config.algorithm.control.target != "penalty":
+            return {}
+        bound, right = self._policy_loss.config.gate_bound, totals.correct
+        if bound is not None:
+            right -= int(ranks.summed({"out": int((divergence > bound).all(0).sum())})["out"])
+        if not right:
             return {}
         over = self.config.algorithm.roma.penalty_over
         count = totals.sequences if over == "all" else totals.correct
-        return {"roma_penalty_right": metrics["roma_penalty_worst"] * count / totals.correct}
+        return {"roma_penalty_right": metrics["roma_penalty_worst"] * count / right}
 
 
 def _flat(values: Tensor, mask: Tensor) -> Tensor:

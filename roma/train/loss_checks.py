@@ -57,6 +57,10 @@ def _check_control(config: Config) -> None:
         remedy = "it is the penalty's share of both norms"
         expected = "less than 1 with target=gradient_share"
         fail("algorithm.control.value", expected, f"{control.value:g}", remedy)
+    if control.target == "penalty" and algorithm.roma.gate_tau is not None:
+        expected = "null with algorithm.control.target=penalty"
+        remedy = "it lowers the penalty of larger divergences: take gradient_share, or gate_bound"
+        fail("algorithm.roma.gate_tau", expected, f"{algorithm.roma.gate_tau:g}", remedy)
     start = algorithm.roma.lambda_inv
     if not control.low <= start <= control.high:
         expected = f"within control.low = {control.low:g} and control.high = {control.high:g}"

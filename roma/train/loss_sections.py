@@ -42,9 +42,10 @@ class ControlConfig:
     """Sub-section `algorithm.control`: λ_inv moves from step to step towards a target (ours)."""
 
     target: Literal["none", "penalty", "gradient_share"] = "none"
-    """What is held at `value`. "penalty": the mean over right rollouts of the penalty, nats a
-    token; more of it raises λ_inv. "gradient_share": the penalty's share of the two gradients'
-    norms on the head's input, 0..1; less of it raises λ_inv. "none": λ_inv stays as it is given."""
+    """What is held at `value`. "penalty": the mean of the penalty over right rollouts of which the
+    gate leaves a view, nats a token; more of it raises λ_inv. "gradient_share": the penalty's share
+    of the two gradients' norms on the head's input, 0..1; less of it raises λ_inv. "none": λ_inv
+    stays as it is given."""
     value: PositiveFloat | None = None
     """The target. With a target it must be given."""
     rate: PositiveFloat = 0.1

@@ -30,7 +30,8 @@ LOGGED: dict[str, str] = {
     "(rest), by the hidden states that the head reads",
     "actor/gradient_share": "grad_norm/inv / (grad_norm/inv + grad_norm/rest), 0..1",
     "actor/lambda_inv": "λ_inv of the step, where algorithm.control moves it",
-    "actor/roma_penalty_right": "the penalty's mean over right rollouts, nats a token",
+    "actor/roma_penalty_right": "the penalty's mean over right rollouts that it has a view of, "
+    "nats a token",
     "actor/roma_gate_bound": "divergence above which a view was left out of the step, nats",
     "actor/contrast_{view}": "agg_t min(k3, cap) of clean and noised or masked view, as it enters "
     "the loss, before its coefficient, nats",

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import small_model
 from support.engine_run import run_config, trainer_of, weights
+from support.small_run import config
 from support.update_ranks import CUTS, batch_of
 
 from roma.train.batch import Totals
@@ -231,6 +232,26 @@ def test_a_run_moves_it_and_a_resumed_run_goes_on_to_the_bit(
             assert after == pytest.approx(line[name] * factor, rel=1e-9)
 
 
+def test_rollouts_without_a_view_left_are_no_penalty_of_0(tmp_path: Path) -> None:
+    """Counted as 0 they would lower λ_inv, and a lower λ_inv would leave more of them."""
+    one = (*PENALTY, "trainer.total_steps=1")
+    found: list[torch.Tensor] = []
+    plain = Trainer(config(tmp_path / "plain", *one))
+    plain.learner.gate.observe = found.append  # type: ignore[method-assign]
+    plain.fit()
+    bound = float(found[0].amin(0).nanmedian())  # NaN: not a right rollout's
+    gated = Trainer(config(tmp_path / "gated", *one, f"algorithm.roma.gate_bound={bound}"))
+    lines: list[dict[str, float]] = []
+    gated.fit(lambda _, metrics: lines.append(dict(metrics)))
+    worst = found[0].masked_fill(~(found[0] <= bound), -math.inf).amax(0)
+    left = worst[worst.isfinite()]
+    assert 0 < len(left) < len(worst) - int(found[0].isnan().any(0).sum())
+    assert lines[0]["actor/roma_penalty_right"] == pytest.approx(float(left.mean()), rel=1e-4)
+    out = torch.tensor([[2 * bound, math.nan]] * 2)
+    nothing = gated.learner._penalty_of_right({"roma_penalty_worst": 0.0}, Totals(2, 9, 1), out)
+    assert nothing == {}
+
+
 def test_off_is_as_before(tmp_path: Path) -> None:
     """The loss has the configuration's own options, numbers where they were numbers."""
     trainer, lines = run(tmp_path / "off", "trainer.total_steps=1")
@@ -250,6 +271,7 @@ SLIPS = {  # options of `algorithm`, or of `worker`
     "control.target=gradient_share control.value=1": "control.value: expected less than 1",
     "control.target=penalty control.value=1 view_mode=none": "control.target: expected none with",
     "control.target=penalty control.value=1 roma.lambda_inv=0": "roma.lambda_inv: expected within",
+    "control.target=penalty control.value=1 roma.gate_tau=1": "roma.gate_tau: expected null with",
     "worker.actor.update=two_pass view_mode=dvrp": "worker.actor.update: expected auto, joint or",
     "roma.gate_tau=1 view_mode=none": "roma.gate_tau: expected null without a penalty",
     "views.gate_quantile=0.9 roma.lambda_inv=0": "views.gate_quantile: expected null without a",
