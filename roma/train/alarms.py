@@ -101,6 +101,9 @@ class _Watched:
 def _watched(config: Config) -> list[_Watched]:
     group = config.worker.rollout.n
     rollouts = config.data.rollout_batch_size * group
+    alike = "of its group", "a higher worker.rollout.n or temperature"
+    if config.algorithm.adv_estimator == "mssr":  # n is 1: the step is the group
+        alike = "of the step", "a higher data.rollout_batch_size or temperature"
     watched = [
         _Watched("actor/loss", _not_finite("every weight may be by now; go back to a checkpoint")),
         _Watched(
@@ -124,8 +127,8 @@ def _watched(config: Config) -> list[_Watched]:
         _Watched(
             "advantage/nonzero_share",
             _flat(
-                "no rollout is better than another of its group, so nothing is learnt; take harder "
-                "or easier questions, a higher worker.rollout.n or temperature",
+                f"no rollout is better than another {alike[0]}, so nothing is learnt; take harder "
+                f"or easier questions, {alike[1]}",
                 patience=3,
             ),
         ),

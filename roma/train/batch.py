@@ -41,7 +41,7 @@ class UpdateBatch:
     old_logp: Tensor | None  # [B, T]; None: the policy as it is now sampled the tokens
     clean_features: ImageFeatures | None = None  # of the clean images, as they were sampled on
     ref_logp: Tensor | None = None  # [B, T] of a reference policy, where the loss has a KL to it
-    rollout_weight: Tensor | None = None  # [B, T] ≥ 0, of the sampler's correction; A is 0 where 0
+    rollout_weight: Tensor | None = None  # [B, T] ≥ 0, of the sampler's correction
     idle: bool = False  # there for another rank's sake: its loss is 0, whatever it has
 
     @classmethod

@@ -85,9 +85,10 @@ def _check_tags(options: SrpoConfig) -> None:
 
 def _check_noisy(config: Config) -> None:
     rollout, noisy = config.worker.rollout, config.algorithm.noisy_rollout.noisy
-    if rollout.n < 2:
-        remedy = "a prompt needs a clean and a noisy rollout"
-        fail("worker.rollout.n", "at least 2 with noisy_rollout", str(rollout.n), remedy)
+    if config.algorithm.adv_estimator == "mssr":  # all others have refused n = 1
+        remedy = "its one rollout a question cannot be both clean and noisy: take grpo"
+        expected = "grpo, dr_grpo or rloo with algorithm.view_mode=noisy_rollout"
+        fail("algorithm.adv_estimator", expected, "mssr", remedy)
     if noisy is not None and noisy >= rollout.n:
         expected = f"less than worker.rollout.n = {rollout.n}"
         remedy = "a rollout at least sees the clean image; view_mode=rollout degrades all"

@@ -125,6 +125,17 @@ def test_few_rollouts_take_more_steps_to_call_a_format_missing() -> None:
     assert said(found, "reward/format", [0.0] * 40) == [29]
 
 
+def test_one_rollout_a_question_is_not_told_to_have_more() -> None:
+    """mssr refuses a worker.rollout.n above 1: its rollouts are compared over the step."""
+    for options, wanted in (
+        ((), "worker.rollout.n"),
+        (("algorithm.adv_estimator=mssr", "worker.rollout.n=1"), "data.rollout_batch_size"),
+    ):
+        found = alarms(*options)
+        lines = [found.check(step, {"advantage/nonzero_share": 0.0}) for step in range(3)][-1]
+        assert f"a higher {wanted} or temperature" in lines[0]
+
+
 def test_no_right_answer_is_no_missing_penalty() -> None:
     found = alarms()
     values = {**NORMAL, "reward/accuracy": 0.0, "actor/roma_penalty_worst": 0.0}

@@ -357,7 +357,7 @@ REFUSED = {
     "algorithm.vgpo.beta=1 algorithm.reweight=srpo": "algorithm.vgpo.beta: expected 0.3 without algorithm.reweight=vgpo",
     "algorithm.noisy_rollout.noisy=1": "algorithm.noisy_rollout.noisy: expected None without algorithm.view_mode=noisy_rollout",
     "algorithm.view_mode=noisy_rollout algorithm.noisy_rollout.noisy=4": "algorithm.noisy_rollout.noisy: expected less than worker.rollout.n = 4, got 4",
-    "algorithm.view_mode=noisy_rollout algorithm.adv_estimator=mssr worker.rollout.n=1": "worker.rollout.n: expected at least 2 with noisy_rollout",
+    "algorithm.view_mode=noisy_rollout algorithm.adv_estimator=mssr worker.rollout.n=1": "algorithm.adv_estimator: expected grpo, dr_grpo or rloo with algorithm.view_mode=noisy_rollout",
     "algorithm.view_mode=noisy_rollout worker.rollout.weight=truncate": "worker.rollout.weight: expected none with algorithm.view_mode=noisy_rollout",
     "algorithm.reweight=srpo algorithm.srpo.perception_tag=[a,a]": "algorithm.srpo.perception_tag: expected two different texts, none empty",
     "algorithm.reweight=srpo algorithm.srpo.perception_tag=[<think>,so]": "algorithm.srpo.reasoning_tag: expected a tag that opens otherwise than perception_tag",

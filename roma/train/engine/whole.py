@@ -70,7 +70,7 @@ class Ddp(Single):
     """`DistributedDataParallel`: every rank has everything, gradients are averaged."""
 
     def wrap(self) -> None:
-        """Only the forward of the loss goes through it: nothing else has a backward."""
+        """Only the forward of the loss goes through it: nothing else has a weight's gradient."""
         cuda = self.policy.device.type == "cuda"
         self.wrapped = nn.parallel.DistributedDataParallel(
             self.door,
