@@ -20,7 +20,7 @@ from roma.train.estimate import Assumed, MicroBatch, Options, Parameters, estima
 from roma.train.estimate import run as estimate_run
 from roma.train.estimate.activations import activations, casts
 from roma.train.estimate.states import read_model, states
-from roma.train.estimate.work import Images, batch_of, images, largest
+from roma.train.estimate.work import Images, batch_of, images, largest, work
 from roma.train.update import PolicyLoss
 
 CPU = {"cuda": False}
@@ -206,6 +206,30 @@ def test_images_that_a_rollout_is_run_on(
     change: list[str], expected: tuple[int, int], tmp_path: Path
 ) -> None:
     assert images(small_run.config(tmp_path, *change)) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "passes"),
+    [
+        (["candidates=3"], 1 + 3),
+        (["attack.count=1"], 1 + 3 * 2 + 1),
+        (["pool=adversarial", "k=3", "attack.steps=2"], 1 + 3 * (2 * 2 + 1)),
+        (["target_divergence=0.1", "search_steps=4"], 1 + 4 * 2),
+    ],
+)
+def test_views_made_after_the_rollouts_are_counted(
+    options: list[str], passes: int, tmp_path: Path
+) -> None:
+    """In scorings of every rollout, all of them right; a second mini-batch costs one half."""
+    parameters = Parameters.of(small_run.config(tmp_path))
+    sizes = estimate_run.Sizes(20, 16, 20, 16, 6)
+
+    def scoring(*change: str) -> float:
+        return work(small_run.config(tmp_path, *change), parameters, sizes, right=1.0).scoring
+
+    half = scoring("worker.actor.mini_batch_size=2")
+    found = scoring(*(f"algorithm.views.{option}" for option in options))
+    assert scoring() == 0 and found == pytest.approx(2 * half * passes)
 
 
 def test_the_largest_micro_batch_is_the_trainers(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from roma.train.combinations import scoring_passes
 from roma.train.config import Config
 from roma.train.contrast import Contrast
 from roma.train.estimate.states import FLOAT, Parameters
+from roma.train.sections import AlgorithmConfig
 
 
 class Sizes(NamedTuple):
@@ -173,8 +174,12 @@ def work(config: Config, parameters: Parameters, sizes: Sizes, *, right: float) 
         for form in forms
     )
     seen = flops.forward(text, tower, flops.images(frames)).total
-    clean = flops.packed([flops.Group(prompt.tokens, prompt.completions)])
-    once = seen + flops.forward(text, tower, clean).total + text.row * group * answer
+
+    def scoring(rollouts: int) -> float:
+        own = flops.packed([flops.Group(prompt.tokens, [answer] * rollouts)])
+        return seen + flops.forward(text, tower, own).total + text.row * rollouts * answer
+
+    once = scoring(group)
     minis = config.data.rollout_batch_size // actor.mini_batch_size
     scored = (minis - 1) / minis  # the first one's log-probs come with its update
     scored += scoring_passes(algorithm)
@@ -183,15 +188,33 @@ def work(config: Config, parameters: Parameters, sizes: Sizes, *, right: float) 
         scored += actor.ppo_epochs * len(contrast.terms)
     if views and algorithm.views.candidates and algorithm.views.candidates > views:
         scored += 1 + algorithm.views.candidates
+    # Searches and attacks score a question's right rollouts, or all if none is right.
+    probed = probes(algorithm)
+    scored += probed > 0
+    late = probed * scoring(true or group)
     # transformers samples until the longest answer ends; vLLM each one until its own end.
     steps = answer if config.worker.rollout.name == "vllm" else config.data.max_response_length
     decoded = flops.packed([flops.Group(prompt.tokens, [steps + 1] * group)])
     sampled = seen + flops.forward(text, tower, decoded).total + text.row * group * steps
     return Work(
         update=count * actor.ppo_epochs * update,
-        scoring=count * scored * once,
+        scoring=count * (scored * once + late),
         sampling=count * sampled,
     )
+
+
+def probes(algorithm: AlgorithmConfig) -> int:
+    """How often a step scores a view that it searches for or attacks with, views added up.
+
+    A backward pass to the pixels counts as one more (`roma.train.attack`).
+    """
+    views = algorithm.views
+    if algorithm.view_mode != "roma":
+        return 0
+    if views.target_divergence is not None:
+        return views.search_steps * views.k
+    attacked = views.k if views.pool == "adversarial" else views.attack.count
+    return attacked * (2 * views.attack.steps + 1)
 
 
 class Rate(NamedTuple):
