@@ -213,7 +213,10 @@ class PolicyLoss(Scorer):
         divergence: Tensor | None,
         view_logp: Tensor | None,
     ) -> Update:
-        kept = np.flatnonzero(plan.clean)
+        # One without a token adds nothing; with it there may be as many rollouts as tokens, where
+        # the loss would take what is by token for what is by rollout.
+        some = plan.clean & (states.lengths > 0)
+        kept = np.flatnonzero(some if some.any() else plan.clean)
         lengths = states.lengths[kept]
         views, rollouts = np.nonzero(plan.views[:, kept])
         device = batch.tokens.device
@@ -236,6 +239,7 @@ class PolicyLoss(Scorer):
         metrics, penalised = metrics | contrasts, plan.penalised
         if divergence is None:
             divergence = out.logp.new_full(plan.views.shape, torch.nan)
+            divergence[:, torch.from_numpy(penalised)] = 0  # of a rollout without a token
             found = self._divergence(torch.cat([out.logp[None], out.view_logp]), lengths)
             divergence[:, rows] = found.masked_fill(
                 ~torch.from_numpy(penalised[kept]).to(device), torch.nan

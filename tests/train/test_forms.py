@@ -287,14 +287,19 @@ def test_a_reference_needs_every_rollout(policy64: Policy) -> None:
     assert apart(found, expected) <= EXACT
 
 
-def test_advantages_of_tokens(policy64: Policy) -> None:
+@pytest.mark.parametrize("name", ["advantages", "rollout_weight"])
+def test_numbers_of_tokens(policy64: Policy, name: str) -> None:
+    """Of as many rollouts as tokens, too: they are not taken for numbers of rollouts."""
     batch = batch_of(policy64, 2, "mixed")
-    by_token = batch.advantages[:, None] * torch.linspace(0, 1, 5, dtype=torch.float64)
-    batch = replace(batch, advantages=by_token)
-    with exact_norms():
-        _, expected = joint(policy64, RomaConfig(), batch)
-        for form in ("lean, shared", "two_pass, shared"):
-            assert apart(run(policy64, RomaConfig(), batch, **FORMS[form])[1], expected) <= EXACT
+    by_token = batch.advantages[:, None] * torch.linspace(0.5, 1, 5, dtype=torch.float64)
+    by_token = by_token.abs() if name == "rollout_weight" else by_token
+    few = torch.arange(5) < torch.tensor([3, 0, 1, 1, 1, 1, 0, 2, 1, 1, 1, 0])[:, None]
+    for mask in (batch.mask, few):
+        own = replace(batch, mask=mask, **{name: by_token})
+        with exact_norms():
+            _, expected = joint(policy64, RomaConfig(), own)
+            for form in ("lean, shared", "two_pass, shared"):
+                assert apart(run(policy64, RomaConfig(), own, **FORMS[form])[1], expected) <= EXACT
 
 
 def test_checkpointed(policy64: Policy) -> None:
