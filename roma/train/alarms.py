@@ -163,7 +163,7 @@ def _watched(config: Config) -> list[_Watched]:
     if group > 1:
         watched.append(_collapse(group))
     if config.algorithm.view_mode == "roma" and config.algorithm.roma.penalises:
-        watched.append(_penalty())
+        watched.append(_penalty(config))
     if config.algorithm.view_mode in CONTRASTS:
         watched.append(_masked())
     if config.algorithm.control.target != "none":
@@ -191,9 +191,14 @@ def _collapse(group: int) -> _Watched:
     return _Watched("rollout/distinct_share · n - 1", alarm, read=read)
 
 
-def _penalty() -> _Watched:
+def _penalty(config: Config) -> _Watched:
+    algorithm = config.algorithm
+    gated = algorithm.roma.gates or algorithm.views.gate_quantile is not None
+    # What a gate leaves out is in the mean alone, and says how far the views go.
+    name = "actor/roma_penalty_mean" if gated else "actor/roma_penalty_worst"
+
     def read(metrics: Mapping[str, float]) -> float | None:
-        penalty, right = metrics.get("actor/roma_penalty_worst"), metrics.get("reward/accuracy")
+        penalty, right = metrics.get(name), metrics.get("reward/accuracy")
         return penalty / right if penalty is not None and right else None  # none right: none has it
 
     gone = _Alarm(
@@ -207,7 +212,7 @@ def _penalty() -> _Watched:
         "views change right answers far more than they used to; lower the levels "
         "(algorithm.views.max_level) or worker.actor.lr"
     )
-    return _Watched("actor/roma_penalty_worst / reward/accuracy", gone, jump, read=read)
+    return _Watched(f"{name} / reward/accuracy", gone, jump, read=read)
 
 
 def _masked() -> _Watched:

@@ -24,7 +24,8 @@ LOGGED: dict[str, str] = {
     "actor/loss": f"{LOSS_METRICS['loss']}; with papo or dvrp + Σ coef·contrast",
     "actor/ppo_kl": "mean of old_logp − logp over the tokens of the rollouts that were run, nats",
     "actor/roma_penalty/{corruption}": "mean of D_i^k over right rollouts with such a view, nats",
-    "actor/roma_worst_view/{corruption}": "share of right rollouts with this worst view, 0..1",
+    "actor/roma_worst_view/{corruption}": "share of right rollouts with this worst view, gated or "
+    "not, 0..1",
     "actor/grad_norm": "L2 norm of the gradient over all parameters, before clipping",
     "actor/grad_norm/{term}": "L2 norm of the gradient of λ_inv·L_inv (inv), or of all other terms "
     "(rest), by the hidden states that the head reads",

@@ -142,6 +142,13 @@ def test_no_right_answer_is_no_missing_penalty() -> None:
     assert [line for step in range(20) for line in found.check(step, values)] == []
 
 
+@pytest.mark.parametrize("gate", ["views.gate_quantile=0.9", "roma.gate_bound=1"])
+def test_a_penalty_that_a_gate_leaves_out_is_not_missing(gate: str) -> None:
+    found = alarms(f"algorithm.{gate}")
+    assert said(found, "actor/roma_penalty_worst", [0.0] * 20) == []
+    assert said(found, "actor/roma_penalty_mean", [0.0] * 20) == [3]
+
+
 @pytest.mark.parametrize("override", ["algorithm.view_mode=none", "algorithm.roma.lambda_inv=0"])
 def test_a_run_without_a_penalty_has_no_alarm_for_it(override: str) -> None:
     assert said(alarms(override), "actor/roma_penalty_worst", [0.0] * 20) == []
