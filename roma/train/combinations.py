@@ -15,15 +15,24 @@ _SWITCH = {
 """Sub-section of `algorithm` -> the key and the value that turn its method on."""
 
 
+_PART = {
+    ("mssr", "entropy_coef", 0.0): ("entropy", "entropy_divisor"),
+    ("noisy_rollout", "anneal", False): ("steepness", "midpoint"),
+}
+"""Sub-section, option of it and the value that turns a part of its method off -> options of that
+part."""
+
+
 def check_methods(config: Config) -> None:
     """Refuses methods that cannot be combined, by the dotted key.
 
     Raises:
-        ValueError: an option of a method that is off; a group of one, or of several, where the
-            estimator needs the other; tags that are none; NoisyRollout without a clean and a noisy
-            rollout.
+        ValueError: an option of a method, or of a part of it, that is off; a group of one, or of
+            several, where the estimator needs the other; tags that are none; NoisyRollout without a
+            clean and a noisy rollout.
     """
     _check_options(config.algorithm)
+    _check_parts(config.algorithm)
     _check_group(config)
     _check_tags(config.algorithm.srpo)
     if config.algorithm.view_mode == "noisy_rollout":
@@ -54,6 +63,18 @@ def _check_options(algorithm: AlgorithmConfig) -> None:
                 expected = f"{usual} without algorithm.{key}={value}"
                 remedy = f"it does nothing there: leave it out, or give algorithm.{key}={value}"
                 fail(f"algorithm.{name}.{option.name}", expected, str(own), remedy)
+
+
+def _check_parts(algorithm: AlgorithmConfig) -> None:
+    for (name, switch, off), options in _PART.items():
+        section = getattr(algorithm, name)
+        default = type(section)()
+        for option in options if getattr(section, switch) == off else ():
+            own, usual = getattr(section, option), getattr(default, option)
+            if own != usual:
+                expected = f"{usual} with algorithm.{name}.{switch}={off}"
+                remedy = "it does nothing there: leave one of the two out"
+                fail(f"algorithm.{name}.{option}", expected, str(own), remedy)
 
 
 def _check_group(config: Config) -> None:

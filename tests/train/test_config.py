@@ -130,6 +130,35 @@ def test_a_slip_names_the_key_and_the_remedy(override: str) -> None:
     assert SLIPS[override] in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        (
+            "adv_estimator=mssr",
+            "entropy_coef=0 entropy=full",
+            "mssr.entropy: expected sampled with",
+        ),
+        (
+            "adv_estimator=mssr",
+            "entropy_coef=0 entropy_divisor=3",
+            "mssr.entropy_divisor: expected",
+        ),
+        (
+            "view_mode=noisy_rollout",
+            "anneal=false steepness=9",
+            "noisy_rollout.steepness: expected",
+        ),
+    ],
+)
+def test_an_option_of_a_part_that_is_off_is_refused(method: str, options: str, said: str) -> None:
+    name = method.partition("=")[2]
+    given = [f"algorithm.{method}", *(f"algorithm.{name}.{option}" for option in options.split())]
+    given += ["worker.rollout.n=1"] * (name == "mssr")
+    load(*given[:2], *given[3:])
+    with pytest.raises(ValueError, match=rf"^algorithm\.{said}"):
+        load(*given)
+
+
 def test_two_passes_need_a_worst_view_of_a_sequence() -> None:
     load("worker.actor.update=two_pass", "algorithm.roma.worst_over=batch")
     with pytest.raises(ValueError, match=r"algorithm.roma.worst_over: expected sequence or batch"):
