@@ -33,9 +33,10 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 @dataclass(frozen=True)
 class Study:
-    """Arms, the first of which the others are compared with."""
+    """Arms, and those that the others are compared with."""
 
     arms: Mapping[str, Arm]
+    against: tuple[str, ...]
     attacks: tuple[int, ...] = ()
     """Levels of pool "adversarial" at which they are measured too."""
 
@@ -55,6 +56,7 @@ STUDIES = {
                 "views.attack.count=1", f"views.level_table={CONFIGS}/demo_attack.yaml"
             ),
         },
+        against=("grpo", "roma"),
         attacks=(2, 3, 4),
     ),
     "gate": Study(
@@ -66,7 +68,8 @@ STUDIES = {
             "erased_quantile50": _roma(_ERASED, "views.gate_quantile=0.5"),
             "erased_bound": _roma(_ERASED, "roma.gate_bound=0.3"),
             "erased_tau": _roma(_ERASED, "roma.gate_tau=0.3"),
-        }
+        },
+        against=("roma", "erased"),
     ),
     "control": Study(
         {
@@ -75,7 +78,8 @@ STUDIES = {
             "control_share": _roma(
                 "control.target=gradient_share", "control.value=0.3", "control.every=5"
             ),
-        }
+        },
+        against=("roma",),
     ),
 }
 
@@ -182,9 +186,12 @@ class _Run:
                   for seed in self.seeds}
             for arm in self.arms
         }  # fmt: skip
-        first, *others = self.arms
-        pairs = [(arm, first) for arm in others]
-        pairs += [(arm, "roma") for arm in others if "roma" in others and arm != "roma"]
+        pairs = [
+            (arm, other)
+            for other in self.study.against
+            if other in self.arms
+            for arm in list(self.arms)[list(self.arms).index(other) + 1 :]
+        ]
         return build_report(
             results,
             config={arm: list(self.arms[arm].overrides) for arm in self.arms},
