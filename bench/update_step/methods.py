@@ -21,13 +21,13 @@ from torch import Tensor
 from bench.update_step.made import Made, one_row_each
 from roma import RomaConfig
 from roma.advantages import mssr, srpo, vgpo
-from roma.train.attack import perturb
 from roma.train.batch import UpdateBatch
+from roma.train.config.sections import AlgorithmConfig
+from roma.train.config.views import AttackConfig
 from roma.train.contrast import Contrast
-from roma.train.probe import Probe
-from roma.train.sections import AlgorithmConfig
 from roma.train.update import PolicyLoss
-from roma.train.view_options import AttackConfig
+from roma.train.views.attack import perturb
+from roma.train.views.probe import Probe
 
 EPS = 4.0  # 8-bit levels
 VIEWS = 2

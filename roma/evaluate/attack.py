@@ -1,7 +1,7 @@
 """Accuracy under attack: each question is answered on its image, attacked, and answered again.
 
-The target of an attack is the model's own clean answer: PGD (`roma.train.attack`) looks for the
-image within ε levels on which that answer's log-probs move most. So two models see different
+The target of an attack is the model's own clean answer: PGD (`roma.train.views.attack`) looks for
+the image within ε levels on which that answer's log-probs move most. So two models see different
 images, each those that are worst for it.
 
 Passes for n questions: a greedy answer and one scoring pass; and for each ε `steps` forward and
@@ -23,11 +23,11 @@ from roma.models.qwen_vl import Policy
 from roma.rewards import RewardFunction, compute_score
 from roma.rollout.base import Rollouts
 from roma.rollout.hf import generate
-from roma.train.attack import perturb
 from roma.train.batch import UpdateBatch
-from roma.train.probe import Probe
+from roma.train.config.views import AttackConfig
 from roma.train.scoring import Scorer
-from roma.train.view_options import AttackConfig
+from roma.train.views.attack import perturb
+from roma.train.views.probe import Probe
 from roma.views import ADVERSARIAL, CORRUPTIONS, Corruption, seed_for
 from roma_kernels.errors import fail
 

@@ -15,7 +15,7 @@ from roma.evaluate.conditions import Cell, DegradedImages, Image, cells_of
 from roma.evaluate.result import CellResult, EvalResult, summarise, summary_table
 from roma.models.device import resolve_device
 from roma.rewards import RewardFunction, compute_score
-from roma.train.view_options import AttackConfig
+from roma.train.config.views import AttackConfig
 from roma.views import ADVERSARIAL, CORRUPTIONS, load_levels
 from roma_kernels.errors import fail
 
@@ -266,7 +266,7 @@ def _load_policy(model: str | Path, device: torch.device, engine: str) -> "Polic
 def _vllm_sampler(policy: "Policy") -> "Sampler":
     """VLLM with the weights of the policy's folder and most of the GPU."""
     from roma.rollout.vllm import VllmSampler
-    from roma.train.sections import VllmConfig
+    from roma.train.config.sections import VllmConfig
 
     return VllmSampler(policy, weights=None, options=VllmConfig(memory=0.85, sleep=False))
 

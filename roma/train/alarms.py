@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from roma.train.config import Config
-from roma.train.loss_checks import CONTRASTS
+from roma.train.config.check_losses import CONTRASTS
 
 Read = Callable[[Mapping[str, float]], float | None]  # None: not known at this step
 

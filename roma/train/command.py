@@ -32,7 +32,7 @@ def run(options: argparse.Namespace, configs: Sequence[Path]) -> None:
             print(f"{name}\n    {meaning}")
     elif options.list_keys:
         from roma.train.config import Config
-        from roma.train.schema import explain
+        from roma.train.config.schema import explain
 
         for entry in explain(Config):
             print(f"{entry.key} = {entry.default}    ({entry.kind})\n    {entry.meaning}")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from roma.train.batch import Totals
-from roma.train.sections import AlgorithmConfig
+from roma.train.config.sections import AlgorithmConfig
 from roma_kernels.errors import fail
 from roma_kernels.roma_loss.config import RomaConfig
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from roma.train import ranks
-from roma.train.loss_sections import ControlConfig
+from roma.train.config.losses import ControlConfig
 
 DECAY = 0.9  # of the bound of the gate: about the last ten steps
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from roma.train.attack import perturb
 from roma.train.collect import Experience
 from roma.train.learner import Learner
-from roma.train.probe import Probe
-from roma.train.search import search_levels
 from roma.train.views import ViewMaker, Views
+from roma.train.views.attack import perturb
+from roma.train.views.probe import Probe
+from roma.train.views.search import search_levels
 from roma.views import ViewSpec, seed_for
 
 

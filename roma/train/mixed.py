@@ -12,7 +12,7 @@ from torch import Tensor
 
 from roma.advantages.noisy_rollout import noise_share
 from roma.rollout.base import Rollouts
-from roma.train.sections import Config
+from roma.train.config.sections import Config
 
 
 @dataclass(frozen=True)

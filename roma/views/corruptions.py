@@ -3,7 +3,7 @@
 Levels 1 to 3 of the seen and unseen corruptions are MATH.md section 2. Where ImageNet-C (arXiv
 1903.12261) has a corruption, all five levels are its own, salt_and_pepper's those of its
 impulse_noise; downscale and posterize are ours. patch_mask at L3 is PAPO's (arXiv 2507.06448); pgd
-is `roma.train.attack`'s. Level 0 is the clean image, and between two levels
+is `roma.train.views.attack`'s. Level 0 is the clean image, and between two levels
 parameters are interpolated linearly, so a level is any number.
 """
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from roma.advantages import ESTIMATORS, AdvantageInputs, Estimator, dr_grpo, grpo, rloo
-from roma.train.sections import AlgorithmConfig
+from roma.train.config.sections import AlgorithmConfig
 
 FUNCTIONS = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo}
 

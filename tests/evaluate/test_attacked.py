@@ -19,11 +19,11 @@ from roma.evaluate.result import EvalResult
 from roma.evaluate.run import evaluate, policy_answerer, run_eval
 from roma.models.qwen_vl import Policy
 from roma.rollout.hf import generate
-from roma.train.attack import perturb
 from roma.train.batch import UpdateBatch
-from roma.train.probe import Probe
+from roma.train.config.views import AttackConfig
 from roma.train.scoring import Scorer
-from roma.train.view_options import AttackConfig
+from roma.train.views.attack import perturb
+from roma.train.views.probe import Probe
 from roma.views import CORRUPTIONS, seed_for
 
 BUDGET = 6

@@ -8,7 +8,7 @@ import yaml
 
 from experiments.digits.arms import ARMS, METHODS, methods_of
 from roma.train.config import Config, from_dict, load_config, to_dict
-from roma.train.schema import leaves, parse_yaml
+from roma.train.config.schema import leaves, parse_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"

@@ -8,7 +8,7 @@ from experiments.digits.study import STUDIES, _Run, run_study
 from experiments.report.control import moving
 from experiments.report.markdown import tables
 from roma.train.config import to_dict
-from roma.train.schema import leaves
+from roma.train.config.schema import leaves
 
 ARMS = [(name, arm) for name, study in STUDIES.items() for arm in study.arms]
 DEMOS = {"grpo", "roma"}

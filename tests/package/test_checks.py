@@ -56,7 +56,7 @@ UPWARDS = {
     "roma/views/shapes.py": ("import roma.train.config", "the rooms of roma, downwards"),
     "roma/rewards/math.py": ("import roma.models.small", "know nothing of one another"),
     "roma/rewards/boxed.py": ("import experiments.digits", "roma_kernels below roma"),
-    "roma/train/schema.py": ("import roma.train.trainer", "no circle of imports"),
+    "roma/train/config/schema.py": ("import roma.train.trainer", "no circle of imports"),
 }
 
 

@@ -17,14 +17,14 @@ from support.small_run import config
 from roma import RomaConfig
 from roma.models.prompts import PromptBatch
 from roma.models.qwen_vl import Policy
-from roma.train.attack import Attacked, perturb
 from roma.train.batch import UpdateBatch
 from roma.train.config import load_config
-from roma.train.probe import Probe
+from roma.train.config.views import AttackConfig
 from roma.train.scoring import Scorer
 from roma.train.trainer import Trainer, train
-from roma.train.view_options import AttackConfig
 from roma.train.views import ViewMaker
+from roma.train.views.attack import Attacked, perturb
+from roma.train.views.probe import Probe
 from roma.views import sample_attacks, seed_for
 
 GROUP = 3

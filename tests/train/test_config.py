@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from roma.train.config import Config, changed_options, dump, from_dict, load_config, to_dict
-from roma.train.schema import explain, keys
+from roma.train.config.schema import explain, keys
 from roma_kernels.roma_loss.config import RomaConfig
 
 REQUIRED = ["data.train_files=train.parquet", "worker.actor.model_path=model"]

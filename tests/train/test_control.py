@@ -18,9 +18,9 @@ from support.update_ranks import CUTS, batch_of
 
 from roma.train.batch import Totals
 from roma.train.config import load_config
+from roma.train.config.losses import ControlConfig
 from roma.train.control import DECAY, Gate, LambdaControl
 from roma.train.gradients import squared_norms
-from roma.train.loss_sections import ControlConfig
 from roma.train.scoring import Scorer
 from roma.train.trainer import Trainer
 from roma.train.update import PolicyLoss

@@ -22,7 +22,7 @@ from roma.data import Example
 from roma.models.prompts import PromptBatch
 from roma.models.qwen_vl import Policy
 from roma.rollout.base import Rollouts
-from roma.train.combinations import scoring_passes
+from roma.train.config.check_methods import scoring_passes
 from roma.train.mixed import Mix, level_share
 from roma.train.refine import Sampled
 from roma.train.refine.srpo import Srpo

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.small_run import config
 
-from roma.train.search import Found, search_levels
 from roma.train.trainer import Trainer, train
+from roma.train.views.search import Found, search_levels
 from roma.views import CORRUPTIONS, ViewSpec, degrade_batch, seed_for
 
 NAMES = [["jpeg", "gaussian_noise", "gaussian_blur"], ["gaussian_noise", "downscale", "jpeg"]]

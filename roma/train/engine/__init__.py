@@ -7,8 +7,8 @@ import torch
 from roma.models.prompts import PromptBatch
 from roma.rollout.base import Rollouts, Sampler
 from roma.train import ranks
+from roma.train.config.sections import Config
 from roma.train.engine.base import Engine, Rate
-from roma.train.sections import Config
 from roma.train.update import PolicyLoss
 from roma_kernels.errors import fail
 

@@ -18,9 +18,9 @@ from torch.optim import AdamW, Optimizer
 from roma.models import export
 from roma.train import ranks
 from roma.train.batch import Totals, UpdateBatch
+from roma.train.config.sections import ActorConfig
 from roma.train.engine import state
 from roma.train.parts import Parts
-from roma.train.sections import ActorConfig
 from roma.train.update import PolicyLoss, Update
 
 T = TypeVar("T")

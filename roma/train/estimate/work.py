@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 from roma.models import flops
 from roma.train.batch import micro_batches
-from roma.train.combinations import scoring_passes
 from roma.train.config import Config
+from roma.train.config.check_methods import scoring_passes
+from roma.train.config.sections import AlgorithmConfig
 from roma.train.contrast import Contrast
 from roma.train.estimate.states import FLOAT, Parameters
-from roma.train.sections import AlgorithmConfig
 
 
 class Sizes(NamedTuple):
@@ -206,7 +206,7 @@ def work(config: Config, parameters: Parameters, sizes: Sizes, *, right: float) 
 def probes(algorithm: AlgorithmConfig) -> int:
     """How often a step scores a view that it searches for or attacks with, views added up.
 
-    A backward pass to the pixels counts as one more (`roma.train.attack`).
+    A backward pass to the pixels counts as one more (`roma.train.views.attack`).
     """
     views = algorithm.views
     if algorithm.view_mode != "roma":

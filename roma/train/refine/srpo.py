@@ -13,8 +13,8 @@ from roma.models.processor import Processor
 from roma.rollout.base import Rollouts
 from roma.train import ranks
 from roma.train.batch import UpdateBatch
+from roma.train.config.methods import SrpoConfig
 from roma.train.engine import Engine
-from roma.train.methods import SrpoConfig
 from roma.train.refine.sampled import Metrics, Sampled
 from roma.train.scoring import Read, Scores
 from roma_kernels.errors import fail

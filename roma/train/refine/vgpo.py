@@ -7,7 +7,7 @@ from torch import Tensor
 from roma.advantages import vgpo
 from roma.advantages.base import OptionalInput
 from roma.train.batch import UpdateBatch
-from roma.train.methods import VgpoConfig
+from roma.train.config.methods import VgpoConfig
 from roma.train.refine.sampled import Metrics, Sampled
 from roma.train.scoring import Read, Scores
 

@@ -1,9 +1,9 @@
-"""Which methods of `roma.train.methods` go together, and options of one that is not chosen."""
+"""Which methods of `methods.py` go together, and options of one that is not chosen."""
 
 from dataclasses import fields
 
-from roma.train.methods import SrpoConfig
-from roma.train.sections import AlgorithmConfig, Config
+from roma.train.config.methods import SrpoConfig
+from roma.train.config.sections import AlgorithmConfig, Config
 from roma_kernels.errors import fail
 
 _SWITCH = {

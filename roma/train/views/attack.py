@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from roma.models.processor import Image
-from roma.train.probe import Probe
-from roma.train.view_options import AttackConfig
+from roma.train.config.views import AttackConfig
+from roma.train.views.probe import Probe
 from roma.views.noise import random_words
 
 Seeds = Callable[[int, int, int], int]

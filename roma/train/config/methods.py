@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from roma.train.schema import NonNegativeFloat, PositiveFloat, PositiveInt, Range, Share
+from roma.train.config.schema import NonNegativeFloat, PositiveFloat, PositiveInt, Range, Share
 
 LOG_2 = math.log(2)
 PositiveShare = Annotated[float, Range(above=0, high=1)]

@@ -214,7 +214,7 @@ def explain(section: type, prefix: str = "") -> Iterator[Entry]:
     below the field in the source.
 
     Example:
-        >>> from roma.train.sections import TrainerConfig
+        >>> from roma.train.config.sections import TrainerConfig
         >>> next(explain(TrainerConfig, "trainer."))[:3]
         ('trainer.total_steps', 'a whole number ≥ 1', '200')
     """

@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 
-from roma.train.sections import AlgorithmConfig
+from roma.train.config.sections import AlgorithmConfig
 from roma_kernels.errors import fail
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import fields
 
-from roma.train.sections import AlgorithmConfig, Config
+from roma.train.config.sections import AlgorithmConfig, Config
 from roma_kernels.errors import fail
 
 CONTRASTS = ("papo", "dvrp")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from roma.train.probe import Probe
+from roma.train.views.probe import Probe
 from roma.views import Corruption, ViewSpec
 
 Make = Callable[[list[list[ViewSpec]]], Sequence[Tensor]]

@@ -1,12 +1,12 @@
 """Sub-sections of `algorithm` that concern the loss: papo, dvrp, control.
 
-As in `roma.train.sections`, a string below a field says what it means.
+As in `roma.train.config.sections`, a string below a field says what it means.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-from roma.train.schema import NonNegativeFloat, PositiveFloat, PositiveInt, Share
+from roma.train.config.schema import NonNegativeFloat, PositiveFloat, PositiveInt, Share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from roma.models.processor import Image
 from roma.models.prompts import PromptBatch
 from roma.models.qwen_vl import Policy
 from roma.train import ranks
-from roma.train.sections import AlgorithmConfig, ViewsConfig
+from roma.train.config.sections import AlgorithmConfig, ViewsConfig
 from roma.views import (
     ADVERSARIAL,
     CORRUPTIONS,

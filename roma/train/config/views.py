@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from roma.train.schema import NonNegativeInt, PositiveFloat, PositiveInt
+from roma.train.config.schema import NonNegativeInt, PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)

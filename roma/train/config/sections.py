@@ -6,9 +6,9 @@ A string below a field says what it means: `roma train --list-keys` prints them.
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from roma.train.loss_sections import ControlConfig, DvrpConfig, PapoConfig
-from roma.train.methods import MssrConfig, NoisyRolloutConfig, SrpoConfig, VgpoConfig
-from roma.train.schema import (
+from roma.train.config.losses import ControlConfig, DvrpConfig, PapoConfig
+from roma.train.config.methods import MssrConfig, NoisyRolloutConfig, SrpoConfig, VgpoConfig
+from roma.train.config.schema import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -16,7 +16,7 @@ from roma.train.schema import (
     Range,
     Share,
 )
-from roma.train.view_options import AttackConfig
+from roma.train.config.views import AttackConfig
 from roma_kernels.roma_loss.config import RomaConfig
 
 Logger = Literal["console", "file", "tensorboard", "wandb", "trackio"]

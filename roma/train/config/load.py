@@ -11,11 +11,11 @@ from typing import Any
 
 import yaml
 
-from roma.train.combinations import check_methods
-from roma.train.loss_checks import check_loss
-from roma.train.schema import apply_override, build, check_keys, leaves, parse_yaml, show
-from roma.train.sections import Config, RewardConfig
-from roma.train.view_checks import check_views
+from roma.train.config.check_losses import check_loss
+from roma.train.config.check_methods import check_methods
+from roma.train.config.check_views import check_views
+from roma.train.config.schema import apply_override, build, check_keys, leaves, parse_yaml, show
+from roma.train.config.sections import Config, RewardConfig
 from roma_kernels.errors import fail
 from roma_kernels.roma_loss.config import RomaConfig
 
