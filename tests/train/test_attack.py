@@ -306,6 +306,7 @@ def test_an_attack_beside_a_view_of_the_pool(tmp_path: Path) -> None:
         (["pool=adversarial", "target_divergence=1"], r"target_divergence: expected null with"),
         (["candidates=4", "target_divergence=1"], r"candidates: expected null with .*target_div"),
         (["attack.count=3"], r"attack\.count: expected at most algorithm\.views\.k = 2, got 3"),
+        (["attack.count=1", "max_level=0.9"], r"max_level: expected at least 1 with attacks"),
         (["attack.steps=9"], r"attack\.steps: expected 3 without attacked views, got 9"),
         (["attack.step_size=1"], r"attack\.step_size: expected null without attacked views"),
         (["search_steps=9"], r"search_steps: expected 5 without target_divergence, got 9"),

@@ -281,12 +281,17 @@ SLIPS = {  # options of `algorithm`, or of `worker`
     "worker.rollout.weight_level=sequence": "worker.rollout.weight_level: expected token with",
     "worker.rollout.weight=mask": "worker.rollout.weight: expected none with worker.rollout.name",
     "worker.rollout.off_policy=1": "worker.rollout.off_policy: expected null with worker.rollout.n",
-    f"{VLLM} worker.rollout.weight_level=sequence worker.rollout.weight=mask roma.main=vespo": (
+    f"{VLLM} worker.rollout.weight_level=sequence worker.rollout.weight=truncate roma.main=vespo": (
         "worker.rollout.weight_level: expected token with algorithm.roma.main=vespo"
     ),
     f"{VLLM} worker.rollout.off_policy=1 view_mode=noisy_rollout": (
         "worker.rollout.off_policy: expected null with algorithm.view_mode=noisy_rollout"
     ),
+    f"{VLLM} worker.rollout.weight=mask roma.main=vespo": (
+        "worker.rollout.weight: expected none or truncate with algorithm.roma.main=vespo"
+    ),
+    "roma.main=null view_mode=papo": "roma.main: expected grpo, cispo, sapo or vespo with",
+    "view_mode=papo papo.probability=0": "papo.probability: expected a number > 0",
     "roma.main=cispo": "roma.clip_high: expected a number ≥ 1",
     "roma.ref_unbiased=true": "roma.ref_unbiased: expected False",
 }
@@ -306,7 +311,7 @@ def test_what_does_not_go_together_names_key_and_remedy(options: str) -> None:
 
 def test_what_goes_together() -> None:
     papo = ("algorithm.view_mode=papo", "algorithm.papo.cap=0.2")
-    vespo = ("algorithm.roma.main=vespo", "worker.rollout.weight=mask", VLLM)
+    vespo = ("algorithm.roma.main=vespo", "worker.rollout.weight=truncate", VLLM)
     for options in (PENALTY, SHARE, papo, vespo):
         load_config(None, [*RUN, *options])
     config = load_config(None, [*RUN, *vespo, "algorithm.roma.vespo=[1, 2, 2, 1]"])

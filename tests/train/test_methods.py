@@ -351,7 +351,8 @@ def test_the_noise_goes_as_the_run_goes(tmp_path: Path) -> None:
 REFUSED = {
     "worker.rollout.n=1": "worker.rollout.n: expected at least 2 with grpo, got 1; A is 0 for every rollout: raise it, or take algorithm.adv_estimator=mssr",
     "worker.rollout.n=1 algorithm.adv_estimator=dr_grpo": "at least 2 with dr_grpo",
-    "algorithm.adv_estimator=mssr": "worker.rollout.n: expected 1 with algorithm.adv_estimator=mssr, got 4",
+    "algorithm.adv_estimator=mssr": "worker.rollout.n: expected 1 with algorithm.adv_estimator=mssr, got 4; set it to 1",
+    "worker.rollout.n=1 algorithm.view_mode=noisy_rollout": "got 1; A is 0 for every rollout: raise it",
     "algorithm.mssr.prioritised=true": "algorithm.mssr.prioritised: expected False without algorithm.adv_estimator=mssr, got True; it does nothing there",
     "algorithm.srpo.tau=2": "algorithm.srpo.tau: expected 1.0 without algorithm.reweight=srpo",
     "algorithm.vgpo.beta=1 algorithm.reweight=srpo": "algorithm.vgpo.beta: expected 0.3 without algorithm.reweight=vgpo",

@@ -21,7 +21,7 @@ def check_loss(config: Config) -> None:
         _check_contrast,
         _check_control,
         _check_gate,
-        _check_aggregation,
+        _check_objective,
         _check_sampler,
     )
     for check in checks:
@@ -90,7 +90,11 @@ def _check_gate(config: Config) -> None:
         fail("algorithm.roma.worst_over", expected, roma.worst_over, remedy)
 
 
-def _check_aggregation(config: Config) -> None:
+def _check_objective(config: Config) -> None:
+    mode = config.algorithm.view_mode
+    if config.algorithm.roma.main is None and mode != "roma":
+        expected = f"grpo, cispo, sapo or vespo with algorithm.view_mode={mode}"
+        fail("algorithm.roma.main", expected, "null", "nothing else learns from the rewards")
     if config.algorithm.roma.aggregation == "bnpo":
         remedy = (
             "its divisor is the tokens of a micro-batch, which depend on "
@@ -111,11 +115,12 @@ def _check_sampler(config: Config) -> None:
     if rollout.weight == "none" and rollout.weight_level != "token":
         expected = "token with worker.rollout.weight=none"
         fail("worker.rollout.weight_level", expected, rollout.weight_level, "choose a weight too")
-    if (
-        config.algorithm.roma.main == "vespo"
-        and rollout.weight != "none"
-        and rollout.weight_level == "sequence"
-    ):
+    vespo = config.algorithm.roma.main == "vespo"
+    if vespo and rollout.weight == "mask":
+        expected = "none or truncate with algorithm.roma.main=vespo"
+        remedy = "vespo multiplies a rollout's weights: one token's 0 would silence all of it"
+        fail("worker.rollout.weight", expected, "mask", remedy)
+    if vespo and rollout.weight != "none" and rollout.weight_level == "sequence":
         expected = "token with algorithm.roma.main=vespo"
         remedy = "vespo multiplies the weights of a rollout's tokens itself: leave it out"
         fail("worker.rollout.weight_level", expected, "sequence", remedy)

@@ -80,13 +80,15 @@ def _check_parts(algorithm: AlgorithmConfig) -> None:
 def _check_group(config: Config) -> None:
     count, estimator = config.worker.rollout.n, config.algorithm.adv_estimator
     if estimator == "mssr" and count != 1:
-        remedy = "its value of a question takes the group's place; raise data.rollout_batch_size"
+        remedy = f"set it to 1, and data.rollout_batch_size to {count} times as many questions"
         fail("worker.rollout.n", "1 with algorithm.adv_estimator=mssr", str(count), remedy)
     if estimator == "rloo" and count == 1:
         remedy = "it averages a prompt's other rollouts"
         fail("worker.rollout.n", "at least 2 with rloo", "1", remedy)
     if estimator != "mssr" and count == 1:
-        remedy = "A is 0 for every rollout: raise it, or take algorithm.adv_estimator=mssr"
+        remedy = "A is 0 for every rollout: raise it"
+        if config.algorithm.view_mode != "noisy_rollout":  # which mssr cannot have
+            remedy += ", or take algorithm.adv_estimator=mssr"
         fail("worker.rollout.n", f"at least 2 with {estimator}", "1", remedy)
 
 

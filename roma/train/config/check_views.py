@@ -23,7 +23,7 @@ def check_views(algorithm: AlgorithmConfig) -> None:
     for key, given in late.items():
         if given and mode != "roma":
             off = {"pool": "seen, unseen or extra", "attack.count": "0"}.get(key, "null")
-            remedy = "such views follow from the rollouts: set algorithm.view_mode=roma"
+            remedy = "they follow from the rollouts: leave it out, or set algorithm.view_mode=roma"
             _refuse(key, f"{off} with algorithm.view_mode={mode}", _value(views, key), remedy)
     used = [key for key, given in late.items() if given]
     if len(used) > 1:
@@ -35,6 +35,9 @@ def check_views(algorithm: AlgorithmConfig) -> None:
         remedy = "draw at least as many as are kept"
         expected = f"at least algorithm.views.k = {views.k}"
         _refuse("candidates", expected, str(views.candidates), remedy)
+    if views.max_level < 1 and (late["attack.count"] or late["pool"]):
+        remedy = "an attack of less than one 8-bit level is the image itself: give 3"
+        _refuse("max_level", "at least 1 with attacks", f"{views.max_level:g}", remedy)
     if attack.count > views.k:
         remedy = "they are among the K views"
         expected = f"at most algorithm.views.k = {views.k}"

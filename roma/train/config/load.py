@@ -141,7 +141,7 @@ def _check_together(config: Config) -> None:
         fail("algorithm.roma.aux_old", "clean", roma.aux_old, remedy)
     if roma.ref_coef > 0 and config.worker.actor.lora.rank is None:
         expected = "0 without worker.actor.lora.rank"
-        remedy = "the reference is the model without its adapters"
+        remedy = "the reference is the model without its adapters: set worker.actor.lora.rank"
         fail("algorithm.roma.ref_coef", expected, f"{roma.ref_coef:g}", remedy)
     if config.worker.actor.update == "two_pass" and roma.worst_over not in ("sequence", "batch"):
         expected = "sequence or batch with worker.actor.update=two_pass"

@@ -4,9 +4,11 @@ As in `roma.train.config.sections`, a string below a field says what it means.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from roma.train.config.schema import NonNegativeFloat, PositiveFloat, PositiveInt, Share
+from roma.train.config.schema import NonNegativeFloat, PositiveFloat, PositiveInt, Range
+
+Probability = Annotated[float, Range(above=0, high=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +17,7 @@ class PapoConfig:
 
     coef: NonNegativeFloat = 0.01
     """γ: the loss falls by γ·KL(clean ‖ masked), nats a token; published are 0.01 and 0.02."""
-    probability: Share = 0.6
+    probability: Probability = 0.6
     """Chance of a patch of 14 x 14 pixels to be black."""
     cap: PositiveFloat = 10.0
     """Highest k3 of a token, nats, with no gradient beyond, as PAPO's code has it; 0.2 is its own
@@ -31,7 +33,7 @@ class DvrpConfig:
     algorithm.views.pool."""
     masked_coef: NonNegativeFloat = 0.01
     """The loss falls by it times KL(clean ‖ masked), nats a token."""
-    probability: Share = 0.6
+    probability: Probability = 0.6
     """Chance of a patch of 14 x 14 pixels to be black."""
     cap: PositiveFloat = 10.0
     """Highest k3 of a token, nats, with no gradient beyond (ours, as PAPO's)."""

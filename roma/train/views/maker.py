@@ -192,7 +192,10 @@ class ViewMaker:
             self._draw([""], self.options.ramp_steps + 1)
             self.attacks([""], self.options.ramp_steps + 1)
         except ValueError as error:  # of pool, k or max_level, as `sample` calls them
-            raise ValueError(f"algorithm.views.{error}") from error
+            text = str(error)
+            if self.options.candidates and text.startswith("k:"):  # of which k are kept
+                text = "candidates" + text[1:]
+            raise ValueError(f"algorithm.views.{text}") from error
 
     @property
     def count(self) -> int:
