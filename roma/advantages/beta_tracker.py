@@ -274,6 +274,8 @@ class BetaTracker:
 
 def _ids(prompt_ids: Sequence[PromptId]) -> list[PromptId]:
     """The ids as strings and Python integers, of whichever integer type they came."""
+    if isinstance(prompt_ids, str):
+        fail("prompt_ids", "a list of ids", "one text", "give one for each reward", error=TypeError)
     found: list[PromptId] = []
     for own in prompt_ids:
         if isinstance(own, str):

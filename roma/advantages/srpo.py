@@ -82,6 +82,7 @@ def roles(
         Roles, on the CPU.
 
     Raises:
+        TypeError: a response is one text and not its pieces.
         ValueError: a tag that is neither a name nor two different texts, two tags that open alike,
             a response longer than `length`.
 
@@ -90,6 +91,9 @@ def roles(
         tensor([[2, 2, 0, 2, 2, 1, 2, 1]], dtype=torch.int8)
     """
     orders = _Orders(_texts("perception", perception), _texts("reasoning", reasoning))
+    if isinstance(token_texts, str) or any(isinstance(own, str) for own in token_texts):
+        expected, remedy = "a list of pieces for each response", "decode token by token"
+        fail("token_texts", expected, "a text", remedy, error=TypeError)
     longest = max(map(len, token_texts), default=0)
     if length is not None and length < longest:
         fail("length", f"at least {longest}, of the longest response", str(length), "give T")

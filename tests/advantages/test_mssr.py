@@ -246,6 +246,8 @@ def test_wrong_input_to_the_tracker() -> None:
     for own in (1.0, True, None):
         with pytest.raises(TypeError, match="prompt_ids: expected strings or integers"):
             tracker.advantage([own], one)  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="prompt_ids: expected a list of ids, got one text"):
+        tracker.advantage("a", one)
     with pytest.raises(TypeError, match=r"got Tensor; give the rows' ids, of a tensor its \.to"):
         tracker.advantage(torch.tensor([1]), one)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="kl: expected a finite number, got nan"):

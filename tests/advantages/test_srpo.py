@@ -135,6 +135,8 @@ def test_wrong_tags() -> None:
             roles([], reasoning=pair)
     with pytest.raises(ValueError, match="a tag that opens otherwise than perception"):
         roles([], perception="think")
+    with pytest.raises(TypeError, match="token_texts: expected a list of pieces for each response"):
+        roles(["<think>"])
     with pytest.raises(ValueError, match="length: expected at least 2, of the longest"):
         roles([["a", "b"]], length=1)
 
