@@ -45,7 +45,7 @@ def _roma(*overrides: str) -> Arm:
     return Arm(("algorithm.view_mode=roma", *(f"algorithm.{o}" for o in overrides)))
 
 
-_ERASED = f"views.level_table={CONFIGS}/demo_erasing.yaml"
+_ERASED = f"views.level_table={CONFIGS}/demo_levels_erasing.yaml"
 STUDIES = {
     "attack": Study(
         {
@@ -53,7 +53,7 @@ STUDIES = {
             "roma": ARMS["roma"],
             "pgd": _roma("views.pool=adversarial", "views.max_level=3"),
             "seen_pgd": _roma(
-                "views.attack.count=1", f"views.level_table={CONFIGS}/demo_attack.yaml"
+                "views.attack.count=1", f"views.level_table={CONFIGS}/demo_levels_attack.yaml"
             ),
         },
         against=("grpo", "roma"),
