@@ -38,8 +38,9 @@ def learning_curves(metrics: Metrics) -> Figure:
 
     Returns:
         Panels with the mean over seeds, each seed smoothed by a running mean over 1/30 of its
-        steps; bands are the range over seeds. Then ROMA's penalty (worst and mean over views; per
-        corruption), and how often each corruption was the worst view.
+        steps; bands are the range over seeds. Then the penalty of the arm "roma", or of all if none
+        is that (worst and mean over views; per corruption), and how often each corruption was the
+        worst view.
     """
     logged = {key for row in metrics for key in row}
     draw: list[Callable[[Axes], None]] = [
@@ -47,11 +48,12 @@ def learning_curves(metrics: Metrics) -> Figure:
         for key, title, unit in _CURVES
         if key in logged
     ]
+    ours = [row for row in metrics if row.get("arm") == "roma"] or metrics
     if {"actor/roma_penalty_worst", "actor/roma_penalty_mean"} & logged:
-        draw.append(functools.partial(_penalty_panel, metrics=metrics))
+        draw.append(functools.partial(_penalty_panel, metrics=ours))
     for prefix, panel in ((_PENALTY, _kinds_panel), (_WORST, _worst_panel)):
-        if any(key.startswith(prefix) for key in logged):
-            draw.append(functools.partial(panel, metrics=metrics))
+        if any(key.startswith(prefix) for row in ours for key in row):
+            draw.append(functools.partial(panel, metrics=ours))
     columns = min(3, max(1, len(draw)))
     lines = -(-max(1, len(draw)) // columns)
     figure = Figure(figsize=(4.3 * columns, 3.1 * lines + 0.4), layout="constrained")

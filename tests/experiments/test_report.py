@@ -336,6 +336,19 @@ def test_every_quantity_that_was_logged_has_a_panel():
     ]
 
 
+def test_the_penalty_that_is_drawn_is_that_of_one_arm():
+    """With a method beside ROMA both log a penalty under the same seeds."""
+    rows = made_up_metrics()
+    more = [row | {"arm": "mssr_roma", "actor/roma_penalty_worst": 9.0} for row in rows]
+    alone, beside = learning_curves(rows), learning_curves(rows + more)
+    drawn = [
+        next(axes for axes in figure.axes if "invariance" in axes.get_title(loc="left"))
+        for figure in (alone, beside)
+    ]
+    one, two = (panel.lines[0].get_ydata() for panel in drawn)
+    np.testing.assert_array_equal(one, two)
+
+
 def test_an_arm_has_one_colour_everywhere_and_no_two_share_one():
     colours = [style.colour for style in (plots.ARMS | plots.METHODS).values()]
     assert len(set(colours)) == len(colours)
