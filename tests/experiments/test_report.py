@@ -11,6 +11,7 @@ from rich.console import Console
 
 from experiments.report import plots
 from experiments.report.curves import learning_curves
+from experiments.report.page import render_page
 from experiments.report.report import (
     build_report,
     choose_gallery,
@@ -218,10 +219,13 @@ def test_the_page_loads_nothing_from_outside_and_says_what_the_json_says(report,
     assert "validation split" in html and "lambda_inv: 3.0" in html and "train / roma" in html
 
 
-def test_what_training_took_stands_beside_the_accuracies(report, tmp_path):
+NO_FIGURES = dict.fromkeys(("robustness", "methods", "corruptions", "learning_curves"), b"")
+
+
+def test_what_training_took_stands_beside_the_accuracies(report):
     assert report["costs"]["grpo_equal_time"] == {"steps": [150, 151, 152], "cpu_s": [20, 21, 22]}
     assert "base" not in report["costs"]
-    table = write_report(tmp_path, report).read_text(encoding="utf-8").partition("</table>")[0]
+    table = render_page(report, summary(report), NO_FIGURES, []).partition("</table>")[0]
     rows = {
         re.sub("<.*?>", " ", row).strip().partition("  ")[0]: row for row in table.split("<tr>")
     }
@@ -232,14 +236,14 @@ def test_what_training_took_stands_beside_the_accuracies(report, tmp_path):
     assert re.search(r"steps +– +90 +150–152 +90 +90", console.export_text())
 
 
-def test_methods_stand_beside_the_four_arms(with_methods, tmp_path):
+def test_methods_stand_beside_the_four_arms(with_methods):
     """In the order of the figures' styles, against GRPO, and with ROMA against ROMA too."""
     assert list(with_methods["arms"]) == [*ARMS, "mssr", "mssr_roma", "mine"]
     differences = with_methods["differences"]
     assert {"mssr-grpo", "mssr_roma-grpo", "mssr_roma-roma"} <= differences.keys()
     assert "mssr-roma" not in differences
     assert columns_of(differences["mssr-grpo"]["mean"])["seen L3"]["mean"] == 0
-    html = write_report(tmp_path, with_methods).read_text(encoding="utf-8")
+    html = render_page(with_methods, summary(with_methods), NO_FIGURES, [])
     assert 'id="methods"' in html and "MSSR + ROMA" in html
     console = Console(width=80, record=True, file=open("/dev/null", "w"))
     print_report(with_methods, console)
