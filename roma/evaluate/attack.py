@@ -135,7 +135,7 @@ def _attacked(
     """The images of each question at a level; an example's own depend on no other."""
     assert cell.corruption is not None  # no cell of the pool lacks one
     eps = table[cell.corruption].parameter(cell.level)
-    assert isinstance(eps, float)
+    assert not isinstance(eps, tuple)  # a whole number, where a table has one
 
     def start(_: int, prompt: int, number: int) -> int:
         return seed_for(seed, examples[prompt].id, number, str(cell.corruption), cell.level)

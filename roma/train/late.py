@@ -107,5 +107,5 @@ class LateViews:
 
 
 def _eps(spec: ViewSpec) -> float:
-    assert isinstance(spec.parameter, float)
-    return spec.parameter
+    assert not isinstance(spec.parameter, tuple)
+    return float(spec.parameter)  # a table may have whole numbers

@@ -93,6 +93,17 @@ def test_it_is_answered_clean_and_on_what_was_attacked(
     assert texts[Cell()] != texts[ATTACKS[1]]  # at 16 levels some answer has changed
 
 
+def test_a_table_may_have_whole_numbers(policy: Policy, asked: list[Example]) -> None:
+    """As a level table of a user has them: `pgd: {levels: [1, 4]}`."""
+    found = []
+    for levels in ((1, 4), (1.0, 4.0)):
+        table = {**CORRUPTIONS, "pgd": replace(CORRUPTIONS["pgd"], levels=levels)}
+        options = {"max_new_tokens": BUDGET, "score": by_text, "corruptions": table}
+        cells = cells_of(["adversarial"], [2], table)
+        found.append(evaluate_attacked(policy, asked[:1], cells, **options))
+    assert [x.texts for x in found[0].cells.values()] == [x.texts for x in found[1].cells.values()]
+
+
 def test_batches_and_the_limit_change_nothing(
     policy: Policy, asked: list[Example], result: EvalResult
 ) -> None:
