@@ -88,13 +88,19 @@ class Card:
     ) -> roma.RomaLoss:
         options = {"bias": bias, "temperature": config.temperature, "softcap": config.softcap}
 
-        def score(states: Tensor) -> Tensor:
-            counted = self.linear_logprob(states[mask], weight, tokens[mask], **options).logp
+        def whole(counted: Tensor) -> Tensor:
             return counted.new_zeros(mask.shape).masked_scatter(mask, counted)
 
+        def score(states: Tensor) -> TokenLogprobs:
+            return self.linear_logprob(states[mask], weight, tokens[mask], entropy=True, **options)
+
         views = [] if view_hidden is None else list(view_hidden)
-        logp, view_logp = score(hidden), [score(view) for view in views]
+        clean, view_logp = score(hidden), [whole(score(view).logp) for view in views]
+        logp = whole(clean.logp)
         scored = torch.stack(view_logp) if views else logp.new_zeros(0, *mask.shape)
+        if config.entropy_coef > 0:
+            assert clean.entropy is not None  # asked for
+            rest["entropy"] = whole(clean.entropy)
         return roma.roma_loss_from_logp(
             logp, scored, mask=mask, config=config, backend="torch", **rest
         )

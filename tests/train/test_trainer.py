@@ -194,7 +194,7 @@ def test_views_are_made_while_the_policy_samples(
 def test_an_error_in_the_views_thread_is_the_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("roma.train.views.degrade_batch", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("roma.train.views.maker.degrade_batch", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(config(tmp_path))
 
