@@ -1,10 +1,16 @@
 """An untrained small Qwen3-VL and some of the demo's questions, made once for a test module."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
+from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 from roma.data import DIGIT_WORDS, write_digits
 from roma.models.prompts import PromptBatch
@@ -26,6 +32,20 @@ def folder() -> Path:
 def policy() -> Policy:
     """A fresh copy of the model."""
     return Policy.load(folder() / "model").eval()
+
+
+@contextmanager
+def exact_norms() -> Iterator[None]:
+    """Without transformers' cast to fp32 in the norms."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.weight * (
+            x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_qwen3_vl.Qwen3VLTextRMSNorm, "forward", forward)
+        yield
 
 
 def mixed_prompts(model: Policy) -> PromptBatch:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from support import small_model
 from support.small_run import config as run_config
 from support.update_ranks import CUTS, Cut, batch_of
 from torch import Tensor
-from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 from roma.models.qwen_vl import Policy
 from roma.train.batch import Totals, UpdateBatch
@@ -114,20 +111,6 @@ def test_a_view_alike_is_told_from_the_clean_image() -> None:
     assert float(metrics["contrast_masked"]) == pytest.approx(apart**2 / 2 + apart**3 / 6, rel=1e-6)
 
 
-@contextmanager
-def exact_norms() -> Iterator[None]:
-    """Without transformers' cast to fp32 in the norms."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        return self.weight * (
-            x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
-        )
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modeling_qwen3_vl.Qwen3VLTextRMSNorm, "forward", forward)
-        yield
-
-
 @pytest.fixture(scope="module")
 def policy() -> Policy:
     return small_model.policy().double()
@@ -191,7 +174,7 @@ def test_every_form_has_the_terms(
 ) -> None:
     batch = of_method(batch, contrast)
     config = RomaConfig(aggregation=aggregation, temperature=0.8)
-    with exact_norms():
+    with small_model.exact_norms():
         expected = truth(policy, config, batch, contrast)
         metrics = None
         for name, form in FORMS.items():
@@ -219,7 +202,7 @@ def test_planted_errors_are_found(
 ) -> None:
     """The gradient on the view's side, the other sign, the other direction, other views."""
     config = RomaConfig()
-    with exact_norms():
+    with small_model.exact_norms():
         expected = truth(policy, config, batch, DVRP)
 
         def found(contrast: Contrast = DVRP) -> float:
@@ -244,7 +227,7 @@ def test_planted_errors_are_found(
 
 def test_micro_batches_add_up(policy: Policy, batch: UpdateBatch) -> None:
     policy_loss, totals = PolicyLoss(policy, RomaConfig(), contrast=DVRP), batch.totals()
-    with exact_norms():
+    with small_model.exact_norms():
         expected = gradients(policy, policy_loss(batch, totals).loss)
         found = torch.zeros_like(expected)
         parts = list(policy_loss.parts(batch, 200))

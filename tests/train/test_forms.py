@@ -1,7 +1,5 @@
 """The forms of the update against the joint one with a row per completion, in fp64 and fp32."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +8,6 @@ import pytest
 import torch
 from support import small_model
 from torch import Tensor
-from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 from roma.models.prefix import attention as prefix_attention
 from roma.models.qwen_vl import Policy
@@ -29,20 +26,6 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 KINDS = ("mixed", "all_wrong", "all_right", "no_advantage", "one_token", "text_only", "first")
 TOTALS = Totals(sequences=20, tokens=80, correct=15)
-
-
-@contextmanager
-def exact_norms() -> Iterator[None]:
-    """Without transformers' cast to fp32 in the norms."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        return self.weight * (
-            x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
-        )
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modeling_qwen3_vl.Qwen3VLTextRMSNorm, "forward", forward)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +109,7 @@ def test_every_form_is_the_joint_one(
     over = "correct" if worst_over == "token" else "all"
     config = RomaConfig(worst_over=worst_over, penalty_over=over, lambda_aux=0.7)
     batch = batch_of(policy64, views, kind)
-    with exact_norms():
+    with small_model.exact_norms():
         expected, gradients = joint(policy64, config, batch)
         for name, form in forms_of(config).items():
             out, found = run(policy64, config, batch, **form)
@@ -149,7 +132,7 @@ def test_every_form_is_the_joint_one(
 def test_in_fp32_it_is_as_exact_as_rows_are(policy: Policy, policy64: Policy, form: str) -> None:
     """Off the fp64 gradient by at most half more than a row per completion is: 1.4e-6 both."""
     config = RomaConfig()
-    with exact_norms():
+    with small_model.exact_norms():
         _, truth = joint(policy64, config, batch_of(policy64, 2, "mixed"))
     batch = batch_of(policy, 2, "mixed")
     _, rows = joint(policy, config, batch)
@@ -159,7 +142,7 @@ def test_in_fp32_it_is_as_exact_as_rows_are(policy: Policy, policy64: Policy, fo
 
 def test_nothing_but_the_clean_pass_without_views(policy64: Policy) -> None:
     batch = batch_of(policy64, 0, "mixed")
-    with exact_norms():
+    with small_model.exact_norms():
         _, expected = joint(policy64, RomaConfig(), batch)
         for name, form in FORMS.items():
             out, found = run(policy64, RomaConfig(), batch, **form)
@@ -188,7 +171,7 @@ def test_every_objective_in_two_forms(policy64: Policy, name: str) -> None:
     plan = Plan.of(batch, config, lean=True)
     every = config.ref_coef > 0 or config.entropy_coef > 0
     assert plan.gain[:4].all() and (plan.gain[4:].all() if every else not plan.gain[4:].any())
-    with exact_norms():
+    with small_model.exact_norms():
         expected, gradients = joint(policy64, config, batch)
         for form in ("lean, rows", "two_pass, shared"):
             out, found = run(policy64, config, batch, **FORMS[form])
@@ -210,7 +193,7 @@ def test_a_gate_in_every_form(policy64: Policy, bound: str) -> None:
     """Views above the bound are left out of the maximum, and of right rollouts' gradient."""
     batch = batch_of(policy64, 3, "mixed")
     right = batch.correct
-    with exact_norms():
+    with small_model.exact_norms():
         ungated, plain = joint(policy64, RomaConfig(), batch)
         found = ungated.divergence[:, right].flatten()
         # Not at one of them, where rounding would decide.
@@ -249,7 +232,7 @@ def test_a_gate_after_the_choice_is_found(
 ) -> None:
     """Two passes that run the worst view of all, which the loss then leaves out."""
     batch = batch_of(policy64, 3, "mixed")
-    with exact_norms():
+    with small_model.exact_norms():
         found = joint(policy64, RomaConfig(), batch)[0].divergence[:, batch.correct]
         config = RomaConfig(gate_bound=1.001 * float(found.median()))
         _, expected = joint(policy64, config, batch)
@@ -281,7 +264,7 @@ def test_a_reference_needs_every_rollout(policy64: Policy) -> None:
     assert plan.gain.all() and plan.clean.all()
     assert not Plan.of(batch, RomaConfig(main=None), lean=True).gain.any()
     config = RomaConfig(main=None, lambda_aux=0.3)
-    with exact_norms():
+    with small_model.exact_norms():
         _, expected = joint(policy64, config, batch)
         _, found = run(policy64, config, batch, update="lean")
     assert apart(found, expected) <= EXACT
@@ -296,7 +279,7 @@ def test_numbers_of_tokens(policy64: Policy, name: str) -> None:
     few = torch.arange(5) < torch.tensor([3, 0, 1, 1, 1, 1, 0, 2, 1, 1, 1, 0])[:, None]
     for mask in (batch.mask, few):
         own = replace(batch, mask=mask, **{name: by_token})
-        with exact_norms():
+        with small_model.exact_norms():
             _, expected = joint(policy64, RomaConfig(), own)
             for form in ("lean, shared", "two_pass, shared"):
                 assert apart(run(policy64, RomaConfig(), own, **FORMS[form])[1], expected) <= EXACT
@@ -304,7 +287,7 @@ def test_numbers_of_tokens(policy64: Policy, name: str) -> None:
 
 def test_checkpointed(policy64: Policy) -> None:
     batch, config, model = batch_of(policy64, 2, "mixed"), RomaConfig(), policy64.model
-    with exact_norms():
+    with small_model.exact_norms():
         _, expected = joint(policy64, config, batch)
         model.train()
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -323,7 +306,7 @@ def test_a_wrong_choice_of_view_is_found(policy64: Policy, monkeypatch: pytest.M
         Plan, "with_worst", lambda self, worst: with_worst(self, (worst + 1) % len(self.views))
     )
     batch = batch_of(policy64, 2, "mixed")
-    with exact_norms():
+    with small_model.exact_norms():
         _, expected = joint(policy64, RomaConfig(), batch)
         found = run(policy64, RomaConfig(), batch, update="two_pass")[1]
     assert apart(found, expected) > 1e-2
@@ -332,7 +315,7 @@ def test_a_wrong_choice_of_view_is_found(policy64: Policy, monkeypatch: pytest.M
 def test_a_wrong_position_is_found(policy64: Policy) -> None:
     batch = batch_of(policy64, 2, "mixed")
     prompts = replace(batch.prompts, next_position=batch.prompts.next_position + 1)
-    with exact_norms():
+    with small_model.exact_norms():
         _, expected = joint(policy64, RomaConfig(), batch)
         found = run(policy64, RomaConfig(), replace(batch, prompts=prompts), update="lean")[1]
     assert apart(found, expected) > 1e-3
@@ -345,7 +328,7 @@ def test_a_leaking_mask_is_found(policy64: Policy, monkeypatch: pytest.MonkeyPat
         prefix_attention.np, "tri", lambda n, m, k, dtype: tri(n, m, k + 1, dtype=dtype)
     )
     batch = batch_of(policy64, 2, "mixed")
-    with exact_norms():
+    with small_model.exact_norms():
         _, expected = joint(policy64, RomaConfig(), batch)
         found = run(policy64, RomaConfig(), batch, update="lean")[1]
     assert apart(found, expected) > 1e-2
@@ -363,7 +346,7 @@ def test_forms_that_do_not_exist(policy: Policy) -> None:
 def test_without_a_penalty_it_is_not_logged(policy64: Policy) -> None:
     """Its views are not run then, but for the auxiliary loss."""
     batch, config = batch_of(policy64, 2, "mixed"), RomaConfig(lambda_inv=0.0)
-    with exact_norms():
+    with small_model.exact_norms():
         expected, gradients = joint(policy64, config, batch)
         assert "roma_aux_loss" in expected.metrics and expected.divergence.isnan().all()
         for name, form in FORMS.items():
@@ -377,7 +360,7 @@ def test_without_a_penalty_it_is_not_logged(policy64: Policy) -> None:
 def test_rollouts_without_a_token(policy64: Policy) -> None:
     batch = batch_of(policy64, 2, "mixed")
     mask = batch.mask & (torch.arange(12) % 4 != 0)[:, None]  # three, two of them right
-    with exact_norms():
+    with small_model.exact_norms():
         expected, gradients = joint(policy64, RomaConfig(), replace(batch, mask=mask))
         for name, form in FORMS.items():
             out, found = run(policy64, RomaConfig(), replace(batch, mask=mask), **form)

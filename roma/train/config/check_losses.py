@@ -1,9 +1,9 @@
 """Options of the loss that do not go together, or do nothing where they stand."""
 
 from collections.abc import Callable
-from dataclasses import fields
 
 from roma.train.config.sections import AlgorithmConfig, Config
+from roma.train.config.unused import check_unused
 from roma_kernels.errors import fail
 
 CONTRASTS = ("papo", "dvrp")
@@ -32,7 +32,7 @@ def _check_contrast(config: Config) -> None:
     algorithm = config.algorithm
     for name in CONTRASTS:
         if algorithm.view_mode != name:
-            _check_default(algorithm, name, f"algorithm.view_mode={name}")
+            _check_off(algorithm, name, f"algorithm.view_mode={name}")
     if algorithm.view_mode in CONTRASTS and config.worker.actor.update == "two_pass":
         remedy = "no view has a gradient, so that none is chosen: leave it out"
         expected = f"auto, joint or lean with algorithm.view_mode={algorithm.view_mode}"
@@ -42,7 +42,7 @@ def _check_contrast(config: Config) -> None:
 def _check_control(config: Config) -> None:
     algorithm, control = config.algorithm, config.algorithm.control
     if control.target == "none":
-        _check_default(algorithm, "control", "algorithm.control.target")
+        _check_off(algorithm, "control", "algorithm.control.target")
         return
     if algorithm.view_mode != "roma":
         expected = f"none with algorithm.view_mode={algorithm.view_mode}"
@@ -130,14 +130,6 @@ def _check_sampler(config: Config) -> None:
         fail("worker.rollout.off_policy", expected, f"{rollout.off_policy:g}", remedy)
 
 
-def _check_default(algorithm: AlgorithmConfig, name: str, switch: str) -> None:
-    """Refuses an option of a sub-section that is not switched on."""
-    section = getattr(algorithm, name)
-    default = type(section)()
-    for option in fields(section):
-        own, usual = getattr(section, option.name), getattr(default, option.name)
-        if own != usual:
-            remedy = f"it does nothing there: leave it out, or give {switch}"
-            shown = "null" if usual is None else usual
-            key = f"algorithm.{name}.{option.name}"
-            fail(key, f"{shown} without {switch}", str(own), remedy)
+def _check_off(algorithm: AlgorithmConfig, name: str, switch: str) -> None:
+    remedy = f"it does nothing there: leave it out, or give {switch}"
+    check_unused(getattr(algorithm, name), f"algorithm.{name}", f"without {switch}", remedy)

@@ -1,9 +1,8 @@
 """Which methods of `methods.py` go together, and options of one that is not chosen."""
 
-from dataclasses import fields
-
 from roma.train.config.methods import SrpoConfig
 from roma.train.config.sections import AlgorithmConfig, Config
+from roma.train.config.unused import check_unused
 from roma_kernels.errors import fail
 
 _SWITCH = {
@@ -53,28 +52,20 @@ def scoring_passes(algorithm: AlgorithmConfig) -> int:
 
 def _check_options(algorithm: AlgorithmConfig) -> None:
     for name, (key, value) in _SWITCH.items():
-        section = getattr(algorithm, name)
-        if getattr(algorithm, key) == value:
-            continue
-        default = type(section)()
-        for option in fields(section):
-            own, usual = getattr(section, option.name), getattr(default, option.name)
-            if own != usual:
-                expected = f"{usual} without algorithm.{key}={value}"
-                remedy = f"it does nothing there: leave it out, or give algorithm.{key}={value}"
-                fail(f"algorithm.{name}.{option.name}", expected, str(own), remedy)
+        if getattr(algorithm, key) != value:
+            switch = f"algorithm.{key}={value}"
+            remedy = f"it does nothing there: leave it out, or give {switch}"
+            section = getattr(algorithm, name)
+            check_unused(section, f"algorithm.{name}", f"without {switch}", remedy)
 
 
 def _check_parts(algorithm: AlgorithmConfig) -> None:
+    remedy = "it does nothing there: leave one of the two out"
     for (name, switch, off), options in _PART.items():
         section = getattr(algorithm, name)
-        default = type(section)()
-        for option in options if getattr(section, switch) == off else ():
-            own, usual = getattr(section, option), getattr(default, option)
-            if own != usual:
-                expected = f"{usual} with algorithm.{name}.{switch}={off}"
-                remedy = "it does nothing there: leave one of the two out"
-                fail(f"algorithm.{name}.{option}", expected, str(own), remedy)
+        if getattr(section, switch) == off:
+            where = f"with algorithm.{name}.{switch}={off}"
+            check_unused(section, f"algorithm.{name}", where, remedy, options=options)
 
 
 def _check_group(config: Config) -> None:

@@ -1,8 +1,7 @@
 """Which options of `algorithm.views` go together."""
 
-from dataclasses import fields
-
 from roma.train.config.sections import AlgorithmConfig
+from roma.train.config.unused import check_unused
 from roma_kernels.errors import fail
 
 
@@ -44,25 +43,14 @@ def check_views(algorithm: AlgorithmConfig) -> None:
         _refuse("attack.count", expected, str(attack.count), remedy)
     if not late["attack.count"] and not late["pool"]:
         remedy = "it does nothing there: set algorithm.views.pool=adversarial, or attack.count"
-        _check_unused(attack, "attack.", "without attacked views", remedy)
+        check_unused(attack, "algorithm.views.attack", "without attacked views", remedy)
     if not late["target_divergence"]:
         remedy = "it does nothing there: set algorithm.views.target_divergence"
-        tries = type(views).search_steps
-        if views.search_steps != tries:
-            got = str(views.search_steps)
-            _refuse("search_steps", f"{tries} without target_divergence", got, remedy)
+        where = "without target_divergence"
+        check_unused(views, "algorithm.views", where, remedy, options=("search_steps",))
     elif views.strength != "uniform":
         remedy = "the level follows from the divergence: leave it out"
         _refuse("strength", "uniform with target_divergence", views.strength, remedy)
-
-
-def _check_unused(section: object, prefix: str, where: str, remedy: str) -> None:
-    default = type(section)()
-    for option in fields(section):  # type: ignore[arg-type]  # a dataclass
-        own, usual = getattr(section, option.name), getattr(default, option.name)
-        if own != usual:
-            shown = "null" if usual is None else usual
-            _refuse(f"{prefix}{option.name}", f"{shown} {where}", str(own), remedy)
 
 
 def _value(views: object, key: str) -> str:
