@@ -20,10 +20,19 @@ from roma_kernels.errors import fail
 
 @dataclass(frozen=True)
 class CellResult:
-    """One model on one cell: `correct` [n] uint8 (1 = right) and the n answers' texts."""
+    """One model on one cell.
 
-    correct: NDArray[np.uint8]
+    Attributes:
+        correct: [n] in 0..1, the share of right answers to each question; uint8 for one answer.
+        texts: of each question the first answer; empty where they were left on disk.
+        passed: [n] uint8, whether one of several answers is right; None for one answer.
+        voted: [n] uint8, whether the most frequent of several answers is right; None for one.
+    """
+
+    correct: NDArray[np.uint8] | NDArray[np.float64]
     texts: list[str]
+    passed: NDArray[np.uint8] | None = None
+    voted: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True)
