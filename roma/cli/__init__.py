@@ -14,12 +14,13 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
+
+from roma.cli import evaluation
+from roma.cli.lists import listed
 
 if TYPE_CHECKING:  # importing it takes numpy and torch
     from roma.views import Corruption
-
-T = TypeVar("T")
 
 _TOP = """\
 step by step:
@@ -54,17 +55,6 @@ _DRY_RUN = {
     "--response-tokens": (int, "N", "mean length of an answer (half of the longest)"),
     "--right": (float, "X", "share of right answers, 0 to 1 (0.5)"),
 }
-_EVAL = """\
-examples:
-  roma eval models/Qwen3-VL-4B-Instruct data/charts@test
-  roma eval runs/x/global_step_300/actor data/digits@test --pools clean,seen,unseen --levels 1,2,3
-  roma eval model data.parquet --limit 200 --out runs/eval/first-200
-  roma eval model data@test --pools adversarial --levels 3 --attack-steps 10
-
-MODEL is a folder in Hugging Face form; DATA a parquet or jsonl file, a saved dataset or
-FOLDER@SPLIT. Decoding is greedy. Prints accuracy per corruption and level and the macro average per
-pool, with 95 % intervals over images, and keeps JSON and a plot in --out.
-"""
 _VIEWS = """\
 examples:
   roma views --list                               every corruption, its pool and levels
@@ -151,35 +141,14 @@ def parser() -> argparse.ArgumentParser:
     for name, (kind, metavar, meaning) in _DRY_RUN.items():
         plan.add_argument(name, type=kind, metavar=metavar, help=meaning)
 
-    evaluate = command("eval", _eval, "measure a model on clean and degraded images", _EVAL)
-    evaluate.add_argument("model", metavar="MODEL", help="folder of a model in Hugging Face form")
-    evaluate.add_argument("data", metavar="DATA", help="dataset, or FOLDER@SPLIT")
-    words, numbers = _listed(str), _listed(int)
-    evaluate.add_argument("--pools", type=words, default=["clean", "seen", "unseen"], help=_POOLS)
-    evaluate.add_argument("--levels", type=numbers, default=[1, 2, 3], help="severities (1,2,3)")
-    evaluate.add_argument("--out", help="folder for JSON and a plot (runs/eval/MODEL-DATA)")
-    evaluate.add_argument("--limit", type=int, help="only the first LIMIT rows")
-    evaluate.add_argument("--level-table", help="YAML with other levels, for small images")
-    evaluate.add_argument("--batch-size", type=int, default=16, help="questions at a time (16)")
-    evaluate.add_argument(
-        "--engine", choices=("hf", "vllm"), default="hf",
-        help="hf: transformers; vllm: vLLM, with a large --batch-size (hf)",
-    )  # fmt: skip
-    evaluate.add_argument("--format-prompt", metavar="FILE", help="as data.format_prompt")
-    evaluate.add_argument("--attack-steps", type=int, help="gradient steps of pool adversarial (3)")
-    evaluate.add_argument("--max-tokens", type=int, default=1024, help="answer budget (1024)")
-    evaluate.add_argument(
-        "--reward", default=_REWARD, help="file.py:function that says what is right"
-    )
-    evaluate.add_argument("--device", help="cpu or cuda; by default a GPU if torch sees one")
-    evaluate.add_argument("--seed", type=int, default=0, help="seed of the noise (0)")
+    evaluation.add_commands(command)
 
     views = command("views", _views, "see what the degradations do to an image", _VIEWS)
     views.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
     views.add_argument("--out", default="views.png", help="PNG file to write (views.png)")
     views.add_argument("--list", action="store_true", help="list corruptions, pools and levels")
     views.add_argument(
-        "--pools", type=_listed(str), default=["seen", "unseen"], help="pools drawn (seen,unseen)"
+        "--pools", type=listed(str), default=["seen", "unseen"], help="pools drawn (seen,unseen)"
     )
     views.add_argument("--window", type=int, help="show the middle, WINDOW px wide and high")
     views.add_argument("--level-table", help="YAML with other levels, for small images")
@@ -198,37 +167,10 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-_REWARD = "roma.rewards:compute_score"
-_POOLS = "of clean, seen, unseen, extra, masking, adversarial (clean,seen,unseen)"
-
-
 def _train(options: argparse.Namespace) -> None:
     from roma.train.command import run
 
     run(options, _configs())
-
-
-def _eval(options: argparse.Namespace) -> None:
-    from roma.evaluate.run import run_eval
-    from roma.rewards import load_reward
-
-    run_eval(
-        options.model,
-        options.data,
-        pools=options.pools,
-        levels=options.levels,
-        out=options.out,
-        limit=options.limit,
-        level_table=options.level_table,
-        batch_size=options.batch_size,
-        max_new_tokens=options.max_tokens,
-        score=load_reward(options.reward),
-        seed=options.seed,
-        device=options.device,
-        engine=options.engine,
-        format_prompt=options.format_prompt,
-        attack_steps=options.attack_steps,
-    )
 
 
 def _views(options: argparse.Namespace) -> None:
@@ -323,8 +265,8 @@ def _info(_: argparse.Namespace) -> None:
 
 
 def _configs() -> list[Path]:
-    """The example configurations: in the wheel beside this file, in a clone beside the package."""
-    here = Path(__file__).parent
+    """The example configurations: in the wheel within the package, in a clone beside it."""
+    here = Path(__file__).parents[1]
     folders = (here / "configs", here.parent / "configs")
     found = next((folder for folder in folders if folder.is_dir()), folders[0])
     return sorted(found.glob("*.yaml"))
@@ -341,16 +283,6 @@ class _Version(argparse.Action):
 
         print(DISTRIBUTION, __version__)
         parser.exit()
-
-
-def _listed(kind: Callable[[str], T]) -> Callable[[str], list[T]]:
-    """An argparse type: values separated by commas."""
-
-    def parse(text: str) -> list[T]:
-        return [kind(part.strip()) for part in text.split(",") if part.strip()]
-
-    parse.__name__ = f"comma-separated {kind.__name__}"  # argparse names it in its message
-    return parse
 
 
 def _is_for_the_user(error: BaseException) -> bool:
@@ -375,7 +307,7 @@ def _folders() -> list[Path]:
     """Where the two packages lie."""
     import roma_kernels
 
-    return [Path(__file__).parent, *map(Path, roma_kernels.__path__)]
+    return [Path(__file__).parents[1], *map(Path, roma_kernels.__path__)]
 
 
 def _is_a_raise(place: TracebackType) -> bool:
