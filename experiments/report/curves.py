@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from experiments.report.plots import ARMS, arm_order, arm_style, shared_legend
+from experiments.report.plots import ARMS, arm_order, arm_style
 from roma.evaluate.figures import KINDS, styled
+from roma.evaluate.report.plots import shared_legend
 
 _CURVES = (
     ("reward/overall", "Reward (overall)", "mean reward"),

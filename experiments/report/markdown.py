@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.report.columns import columns_of, hardest_columns
 from experiments.report.costs import cpu_seconds_of, steps_of
 from experiments.report.plots import arm_style
-from experiments.report.report import signed
+from roma.evaluate.report.columns import columns_of, hardest_columns
+from roma.evaluate.report.wording import signed
 
 
 def tables(report: Mapping[str, Any]) -> str:

@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 
 from experiments.report import plots
-from experiments.report.columns import columns_of, hardest_columns
 from experiments.report.costs import costs_of
 from experiments.report.curves import learning_curves
 from experiments.report.page import render_page
-from experiments.report.plots import METHODS, GalleryItem, arm_order, arm_style
+from experiments.report.plots import METHODS, arm_order, arm_style
 from roma.evaluate.conditions import Cell, DegradedImages
 from roma.evaluate.figures import save
 from roma.evaluate.intervals import Bootstrap
+from roma.evaluate.report.cards import GalleryItem, short_answer
+from roma.evaluate.report.plots import gallery as draw_gallery
+from roma.evaluate.report.wording import finding
 from roma.evaluate.result import EvalResult, tree_of
-from roma.rewards import last_box
 from roma_kernels.errors import fail
 
 Results = Mapping[str, Mapping[int, EvalResult]]
@@ -149,16 +150,6 @@ def _detail(
                 yield {"arm": arm, "seed": name} | asdict(cell) | interval.as_dict()
 
 
-def signed(entry: Mapping[str, float]) -> str:
-    """A difference with its interval.
-
-    Example:
-        >>> signed({"mean": 2.04, "low": 0.5, "high": 4.6})
-        '+2.0 [+0.5, +4.6]'
-    """
-    return "{mean:+.1f} [{low:+.1f}, {high:+.1f}]".format(**entry).replace("-", "−")
-
-
 def summary(report: Mapping[str, Any]) -> list[str]:
     """The findings in sentences: an opening, one finding per compared pair, a caveat.
 
@@ -170,12 +161,7 @@ def summary(report: Mapping[str, Any]) -> list[str]:
     text = [f"{report['images']} held-out test images per condition; {averaged}; {tuned}."]
     for name, by_seed in report["differences"].items():
         one, other = (arm_style(arm).label for arm in name.split("-"))
-        flat, said = columns_of(by_seed["mean"]), []
-        for column in hardest_columns(by_seed["mean"]):
-            low, high = flat[column]["low"], flat[column]["high"]
-            verdict = "higher" if low > 0 else "lower" if high < 0 else "no difference shown"
-            said.append(f"{column} {signed(flat[column])} ({verdict})".replace(" ", "\u00a0"))
-        text.append(f"{one} minus {other}, in points: {'; '.join(said)}.")
+        text.append(finding(f"{one} minus {other}", by_seed["mean"]))
     text.append(
         "Brackets are 95 % bootstrap intervals over test images, paired between the arms; they do"
         " not cover the choice of training seeds, which the tables list one by one."
@@ -240,19 +226,6 @@ def choose_gallery(
     return chosen
 
 
-def short_answer(text: str, *, width: int = 32) -> str:
-    r"""The reasoning, where it is at most `width` characters, and the boxed answer.
-
-    Example:
-        >>> short_answer(r"<think> left 3 right 5 so 8 </think> \boxed{ 8 }")
-        'left 3 right 5 so 8 → 8'
-    """
-    found = last_box(text)
-    answer = found.content if found else "no box"
-    reasoning = " ".join(text.partition("<think>")[2].partition("</think>")[0].split())
-    return f"{reasoning} → {answer}" if 0 < len(reasoning) <= width else answer
-
-
 def write_report(
     out: str | Path,
     report: Mapping[str, Any],
@@ -280,7 +253,7 @@ def write_report(
         "methods": plots.methods(report),
         "corruptions": plots.corruptions(report),
         "learning_curves": learning_curves(metrics),
-        "gallery": plots.gallery(gallery),
+        "gallery": draw_gallery(gallery, arm_style),
     }
     drawn = {}
     for name, figure in figures.items():

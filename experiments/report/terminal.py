@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.report.columns import columns_of, hardest_columns
 from experiments.report.costs import cpu_seconds_of, steps_of
 from experiments.report.plots import arm_style
-from experiments.report.report import signed, summary
+from experiments.report.report import summary
+from roma.evaluate.report.columns import columns_of, hardest_columns
+from roma.evaluate.report.wording import signed
 
 _ABREAST = 5  # arms of one table: what 80 columns hold
 

@@ -29,6 +29,9 @@ class LineStyle:
 KINDS = "#332288 #999933 #88CCEE #AA4499 #117733 #CC6677 #44AA99 #DDCC77 #882255".split()
 """Colours of corruptions, in order; the tenth has the first one's again."""
 
+RIGHT, WRONG = "#00694f", "#b3261e"
+"""Colours of answers, beside ✓ and ✗."""
+
 _STYLE: dict[Any, Any] = {  # matplotlib types the keys as literals
     "font.size": 10.5,
     "axes.titlesize": 11.5,
@@ -40,6 +43,7 @@ _STYLE: dict[Any, Any] = {  # matplotlib types the keys as literals
     "axes.axisbelow": True,
     "grid.color": "#e4e4e4",
     "legend.frameon": False,
+    "text.parse_math": False,  # a name may hold a dollar sign
 }
 _Parameters = ParamSpec("_Parameters")
 
@@ -121,7 +125,7 @@ def severity_line(
         mean,
         # A percentile interval is discrete and may exclude the mean: no negative bar.
         yerr=np.maximum(0, [mean - low, high - mean]) if bars else None,
-        label=style.label,
+        label=style.label if style.label[:1] != "_" else f" {style.label}",  # "_" would hide it
         color=style.colour,
         marker=style.marker,
         linestyle=style.line,

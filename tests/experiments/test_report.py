@@ -15,7 +15,6 @@ from experiments.report.page import render_page
 from experiments.report.report import (
     build_report,
     choose_gallery,
-    columns_of,
     read_metrics,
     summary,
     write_report,
@@ -24,6 +23,8 @@ from experiments.report.terminal import print_report
 from roma.data import Example
 from roma.evaluate import figures
 from roma.evaluate.conditions import Cell, DegradedImages, cells_of
+from roma.evaluate.report.cards import GalleryItem
+from roma.evaluate.report.columns import columns_of
 from roma.evaluate.result import CellResult, EvalResult, summarise
 from roma.views import CORRUPTIONS
 
@@ -278,7 +279,7 @@ def test_a_crowded_panel_leaves_the_methods_out():
 def test_hostile_text_is_escaped(report, tmp_path):
     gray = np.zeros((4, 8, 3), dtype=np.uint8)
     said = {"roma": {"clean": ("<script>alert(1)</script>", True)}}
-    item = plots.GalleryItem("<b>sum", "<i>", "jpeg L3", gray, gray, said)
+    item = GalleryItem("<b>sum", "<i>", "jpeg L3", gray, gray, said)
     html = write_report(tmp_path, report, gallery=[item]).read_text(encoding="utf-8")
     assert "<script" not in html and "<b>" not in html and "<i>" not in html
 

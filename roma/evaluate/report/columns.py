@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def columns_of(tree: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+def columns_of(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A tree of the report, flat: "clean", "seen L1", … → entry.
 
     Example:
         >>> list(columns_of({"clean": {"mean": 90.0}, "seen": {"L3": {"mean": 80.0}}}))
         ['clean', 'seen L3']
     """
-    flat: dict[str, Mapping[str, float]] = {}
+    flat: dict[str, Any] = {}
     for pool, found in tree.items():
         named = {f"{pool} {level}": entry for level, entry in found.items()}
         flat.update({pool: found} if "mean" in found else named)

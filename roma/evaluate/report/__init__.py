@@ -1,0 +1,1 @@
+"""Reports of evaluations: one page for one or several models over one or several benchmarks."""
