@@ -80,6 +80,32 @@ def _cells_in(pool: str, members: Iterable[Corruption], levels: Sequence[int]) -
     return cells
 
 
+def degrade_at(
+    cell: Cell,
+    images: Sequence[Image],
+    keys: Sequence[Sequence[int | str]],
+    *,
+    seed: int = 0,
+    corruptions: Mapping[str, Corruption] = CORRUPTIONS,
+) -> list[Image]:
+    """Images at a cell, of their own sizes; the noise of image i has a seed of its own.
+
+    It is seed_for(seed, *keys[i], corruption, level): what else is degraded changes nothing.
+
+    Args:
+        cell: not clean.
+        images: n images.
+        keys: of each image, what tells it from all others: (example id, position), for example.
+        seed: of the noise.
+        corruptions: the table of levels.
+    """
+    name, level = cell.corruption, cell.level
+    assert name is not None
+    spec = ViewSpec(name, corruptions[name].parameter(level), float(level))
+    seeds = [seed_for(seed, *key, name, level) for key in keys]
+    return degrade_batch(images, [spec] * len(images), seeds, corruptions=corruptions)
+
+
 class DegradedImages:
     """The images of the test examples at each cell, made on first use and then kept.
 
@@ -129,16 +155,15 @@ class DegradedImages:
             raise KeyError(cell)
         if cell in self._made:
             return self._made[cell]
-        parameter = self._corruptions[cell.corruption].parameter(cell.level)
-        spec = ViewSpec(cell.corruption, parameter, float(cell.level))
         flat = [image for images in self._clean for image in images]
-        seeds = [
-            seed_for(self._seed, example.id, position, cell.corruption, cell.level)
+        keys = [
+            (example.id, position)
             for example, images in zip(self.examples, self._clean, strict=True)
             for position in range(len(images))
         ]
-        specs = [spec] * len(flat)
-        degraded = iter(degrade_batch(flat, specs, seeds, corruptions=self._corruptions))
+        degraded = iter(
+            degrade_at(cell, flat, keys, seed=self._seed, corruptions=self._corruptions)
+        )
         made = [[next(degraded) for _ in images] for images in self._clean]
         if self._keep:
             self._made[cell] = made
