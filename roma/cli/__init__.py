@@ -321,7 +321,3 @@ def _names_a_module(error: BaseException) -> bool:
     if not isinstance(error, ModuleNotFoundError) or not str(error).startswith("No module named"):
         return False
     return (error.name or "").partition(".")[0] not in ("roma", "roma_kernels")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

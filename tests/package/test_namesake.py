@@ -22,7 +22,12 @@ except PackageNotFoundError:
 def rotvec_to_rotmat(rotvec):
     return rotvec
 """
-ROOMS = sorted(f"roma.{path.parent.name}" for path in (ROOT / "roma").glob("*/__init__.py"))
+# The command line says so itself, in one line: below.
+ROOMS = sorted(
+    f"roma.{path.parent.name}"
+    for path in (ROOT / "roma").glob("*/__init__.py")
+    if path.parent.name != "cli"
+)
 REMEDY = "pip uninstall roma; pip install --force-reinstall --no-deps roma-vlm"
 
 

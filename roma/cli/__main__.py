@@ -1,0 +1,7 @@
+"""`python -m roma.cli`, the command `roma`."""
+
+import sys
+
+from roma.cli import main
+
+sys.exit(main())
