@@ -8,20 +8,19 @@ Passes for n questions: a greedy answer and one scoring pass; and for each ε `s
 backward to the pixels, one forward, and one greedy answer.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from roma import RomaConfig
 from roma.data import Example
-from roma.evaluate.answers import Answer, correct_answers
+from roma.evaluate.answers import Answer, answers_of, correct_answers
 from roma.evaluate.conditions import Cell, Image
 from roma.evaluate.result import CellResult, EvalResult
 from roma.models.prompts import PromptBatch
 from roma.models.qwen_vl import Policy
 from roma.rewards import RewardFunction, compute_score
-from roma.rollout.base import Rollouts
 from roma.rollout.hf import generate
 from roma.train.batch import UpdateBatch
 from roma.train.config.views import AttackConfig
@@ -73,39 +72,26 @@ def evaluate_attacked(
         >>> [str(cell) for cell in cells_of(["adversarial"], [3])]
         ['pgd L3']
     """
-    table, asked = corruptions or CORRUPTIONS, list(examples)
-    options = options or AttackConfig()
+    asked = list(examples)
     if not asked:
         fail("examples", "at least one", "none", "check the split and the limit")
     if batch_size < 1:
         fail("batch_size", "at least 1", str(batch_size), "8 to 256 are customary")
-    for cell in cells:
-        if cell.pool != ADVERSARIAL:
-            remedy = "evaluate() measures the other pools"
-            fail("cells", f"cells of pool {ADVERSARIAL!r}", str(cell), remedy)
-    told: dict[Cell, list[Answer]] = {cell: [] for cell in (Cell(), *cells)}
-    scorer = Scorer(policy, RomaConfig())
-    for some in _batches(asked, batch_size):
-        prompts = policy.encode_prompts(
-            [example.problem for example in some], [example.load_images() for example in some]
-        )
-        clean = generate(policy, prompts, max_new_tokens=max_new_tokens, temperature=None)
-        told[Cell()] += _answers(policy, clean)
-        if progress:
-            progress(len(some))
-        if not cells:
-            continue
-        group = torch.arange(len(some), device=policy.device)
-        batch = UpdateBatch.to_score(prompts, clean, group)
-        every = torch.ones(len(some), 1, dtype=torch.bool, device=policy.device)
-        probe = Probe(scorer, batch, every, views=1, limit=limit)
-        for cell in cells:
-            images = _attacked(probe, some, cell, table, options, seed)
-            seen = _with_images(policy, prompts, images)
-            made = generate(policy, seen, max_new_tokens=max_new_tokens, temperature=None)
-            told[cell] += _answers(policy, made)
-            if progress:
-                progress(len(some))
+    attack = Attack(
+        policy,
+        cells,
+        max_new_tokens=max_new_tokens,
+        corruptions=corruptions,
+        options=options,
+        seed=seed,
+        limit=limit,
+        progress=progress,
+    )
+    told: dict[Cell, list[Answer]] = {cell: [] for cell in attack.cells}
+    for start in range(0, len(asked), batch_size):
+        some = asked[start : start + batch_size]
+        for cell, answers in attack(some, [example.load_images() for example in some]).items():
+            told[cell] += answers
     found = {
         cell: CellResult(correct_answers(own, asked, score), [answer.text for answer in own])
         for cell, own in told.items()
@@ -113,15 +99,65 @@ def evaluate_attacked(
     return EvalResult([example.id for example in asked], found)
 
 
-def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
-    for start in range(0, len(examples), size):
-        yield examples[start : start + size]
+class Attack:
+    """Answers batches of questions on clean images, and on these attacked at each level.
 
+    Args:
+        policy, cells, max_new_tokens, corruptions, options, seed, limit, progress: as those of
+            `evaluate_attacked`.
 
-def _answers(policy: Policy, made: Rollouts) -> list[Answer]:
-    texts = policy.processor.decode(made.tokens, made.mask)
-    lengths, finished = made.mask.sum(-1).tolist(), made.finished.tolist()
-    return [Answer(*row) for row in zip(texts, lengths, finished, strict=True)]
+    Attributes:
+        cells: the clean one, then those of the pool.
+
+    Raises:
+        ValueError: a cell of another pool.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        cells: Sequence[Cell],
+        *,
+        max_new_tokens: int,
+        corruptions: Mapping[str, Corruption] | None = None,
+        options: AttackConfig | None = None,
+        seed: int = 0,
+        limit: int | None = 16384,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Checks the cells."""
+        for cell in cells:
+            if cell.pool != ADVERSARIAL:
+                remedy = "evaluate() measures the other pools"
+                fail("cells", f"cells of pool {ADVERSARIAL!r}", str(cell), remedy)
+        self.cells = (Cell(), *cells)
+        self._policy, self._budget, self._limit = policy, max_new_tokens, limit
+        self._table, self._options = corruptions or CORRUPTIONS, options or AttackConfig()
+        self._seed, self._progress = seed, progress or (lambda _: None)
+        self._scorer = Scorer(policy, RomaConfig())
+
+    def __call__(
+        self, examples: Sequence[Example], images: Sequence[Sequence[Image]]
+    ) -> dict[Cell, list[Answer]]:
+        """The greedy answers of a batch at each of `cells`; its images may have any size."""
+        policy = self._policy
+        prompts = policy.encode_prompts([example.problem for example in examples], images)
+        clean = generate(policy, prompts, max_new_tokens=self._budget, temperature=None)
+        told = {Cell(): answers_of(policy, clean)}
+        self._progress(len(examples))
+        if len(self.cells) == 1:
+            return told
+        group = torch.arange(len(examples), device=policy.device)
+        batch = UpdateBatch.to_score(prompts, clean, group)
+        every = torch.ones(len(examples), 1, dtype=torch.bool, device=policy.device)
+        probe = Probe(self._scorer, batch, every, views=1, limit=self._limit)
+        for cell in self.cells[1:]:
+            attacked = _attacked(probe, examples, cell, self._table, self._options, self._seed)
+            seen = _with_images(policy, prompts, attacked)
+            made = generate(policy, seen, max_new_tokens=self._budget, temperature=None)
+            told[cell] = answers_of(policy, made)
+            self._progress(len(examples))
+        return told
 
 
 def _attacked(

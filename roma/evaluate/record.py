@@ -8,12 +8,14 @@ again, and its question is asked again.
 
 import json
 import os
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from roma.evaluate.conditions import Cell
 from roma.evaluate.result import CellResult, EvalResult
@@ -31,60 +33,85 @@ class Row:
         id: of the question.
         cell: the condition of its images.
         texts: the k answers.
-        correct: of each answer, 1 = right; empty where nothing has scored them yet.
+        correct: of each answer, 0..1, 1 = right; empty where nothing has scored them yet.
         voted: whether the most frequent of several answers is right; None for one answer.
+        unscored: how many of the answers the reward could not score; they count as wrong.
     """
 
     id: str
     cell: Cell
     texts: Sequence[str]
-    correct: Sequence[int] = ()
-    voted: int | None = None
+    correct: Sequence[float] = ()
+    voted: float | None = None
+    unscored: int = 0
 
     def to_line(self) -> str:
         """The row as a line of JSON."""
         where = [self.cell.pool, self.cell.corruption, self.cell.level]
         row = {"id": self.id, "cell": where, "correct": list(self.correct), "voted": self.voted}
-        return json.dumps(row | {"texts": list(self.texts)}, ensure_ascii=False) + "\n"
+        failed = {"unscored": self.unscored} if self.unscored else {}
+        return json.dumps(row | failed | {"texts": list(self.texts)}, ensure_ascii=False) + "\n"
 
     @classmethod
     def of_line(cls, line: str) -> "Row":
         """Reads what `to_line` wrote."""
         row = json.loads(line)
-        return cls(row["id"], Cell(*row["cell"]), row["texts"], row["correct"], row["voted"])
+        scored = row["correct"], row["voted"], row.get("unscored", 0)
+        return cls(row["id"], Cell(*row["cell"]), row["texts"], *scored)
 
 
 class Record:
     """The rows of one file, added to batch by batch.
 
+    In memory are the ids, and a byte for each question at each cell.
+
     Args:
         folder: made if absent.
         settings: what was asked; JSON-able. A folder that was begun with others is refused.
         file: name of the file of rows.
+        overwrite: begin anew: the settings and rows that are there are removed.
+
+    Attributes:
+        unscored: how many answers the reward could not score.
 
     Raises:
-        ValueError: the folder was begun with other settings; the first that differs is named.
+        ValueError: the folder was begun with other settings, the first that differs is named; or
+            its files are not what was written.
         FileExistsError: `folder` is a file.
     """
 
     def __init__(
-        self, folder: str | Path, settings: Mapping[str, Any], *, file: str = ANSWERS
+        self,
+        folder: str | Path,
+        settings: Mapping[str, Any],
+        *,
+        file: str = ANSWERS,
+        overwrite: bool = False,
     ) -> None:
+        """Opens the folder, and finds what is there."""
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             fail("out", "a folder", f"the file {folder}", "name another", error=FileExistsError)
         self.folder.mkdir(parents=True, exist_ok=True)
-        _hold(self.folder, settings)
         self.path = self.folder / file
+        if overwrite:
+            self.path.unlink(missing_ok=True)
+            (self.folder / SETTINGS).unlink(missing_ok=True)
+        _hold(self.folder, settings, self.path)
         _drop_torn_line(self.path)
-        self._done = {(row.cell, row.id) for row in self.rows()}
+        self.unscored, self._count = 0, 0
+        self._numbers: dict[str, int] = {}
+        self._done: dict[Cell, bytearray] = {}
+        for row in self.rows():
+            self._note(row)
 
     def __len__(self) -> int:
-        return len(self._done)
+        return self._count
 
     def has(self, cell: Cell, id: str) -> bool:
         """Whether the question was answered at the cell."""
-        return (cell, id) in self._done
+        number, done = self._numbers.get(id), self._done.get(cell, b"")
+        return number is not None and number < len(done) and bool(done[number])
 
     def add(self, rows: Sequence[Row]) -> None:
         """Appends a batch; it is on disk when this returns."""
@@ -92,73 +119,139 @@ class Record:
             file.write("".join(row.to_line() for row in rows))
             file.flush()
             os.fsync(file.fileno())
-        self._done.update((row.cell, row.id) for row in rows)
+        for row in rows:
+            self._note(row)
 
     def rows(self) -> Iterator[Row]:
         """Every row, in the order in which they were added; one at a time is in memory."""
         return read_rows(self.path)
 
+    def _note(self, row: Row) -> None:
+        self._count += not self.has(row.cell, row.id)
+        self.unscored += row.unscored
+        number = self._numbers.setdefault(row.id, len(self._numbers))
+        done = self._done.setdefault(row.cell, bytearray())
+        done.extend(bytes(max(0, number + 1 - len(done))))
+        done[number] = True
+
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file; none where there is no such file."""
-    if path.exists():
-        with path.open(encoding="utf-8") as lines:
-            yield from map(Row.of_line, lines)
+    """The rows of a file; none where there is no such file.
+
+    Raises:
+        ValueError: a line is none that `Record` wrote.
+    """
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = Row.of_line(line)
+            except (ValueError, TypeError, KeyError):
+                got = repr(line[:40])
+                fail(f"{path}, line {number}", "an answer", got, "begin anew in another folder")
+            yield row
 
 
 def read_result(path: Path, *, texts: bool = False) -> EvalResult:
-    """What a file of rows says, with questions in the order of the first cell's rows.
+    """What a file of rows says, with questions in the order in which they came first.
 
     Args:
         path: an `answers.jsonl`.
         texts: keep the answers' texts, of each question the first; they are the bulk of the file.
 
     Raises:
-        ValueError: there is no row, or a cell lacks some of the questions.
+        ValueError: there is no row, a cell lacks some of the questions, or some are not scored, or
+            not as many times as the others.
         FileNotFoundError: there is no such file.
     """
     if not path.exists():
         remedy = "name the folder that `roma eval` or `roma bench-vlm` wrote"
         got = f"none in {path.parent}"
         fail("results", f"a file {path.name}", got, remedy, error=FileNotFoundError)
-    found: dict[Cell, dict[str, Row]] = {}
+    numbers: dict[str, int] = {}
+    found: dict[Cell, _Column] = {}
+    answers = 0
     for row in read_rows(path):
-        kept = row if texts else Row(row.id, row.cell, (), row.correct, row.voted)
-        found.setdefault(row.cell, {})[row.id] = kept
-    most = max(map(len, found.values()), default=0)
-    ids = next((list(rows) for rows in found.values() if len(rows) == most), [])
-    missing = sum(len(ids) - len(rows) for rows in found.values())
-    if not ids or missing:
-        got = f"{missing} missing" if ids else "none"
+        answers = answers or len(row.correct)
+        if not answers or len(row.correct) != answers:
+            expected, got = f"{answers or 'some'} scored answers", str(len(row.correct))
+            fail(f"{path}, question {row.id} at {row.cell}", expected, got, "score them first")
+        column = found.setdefault(row.cell, _Column())
+        column.put(numbers.setdefault(row.id, len(numbers)), row, texts=texts)
+    missing = sum(len(numbers) - len(column.last) for column in found.values())
+    if not numbers or missing:
+        got = f"{missing} missing" if numbers else "none"
         fail(f"answers in {path}", "all", got, "run the same command again to complete them")
-    return EvalResult(ids, {cell: _column(ids, rows) for cell, rows in found.items()})
+    return EvalResult(list(numbers), {cell: own.result(answers) for cell, own in found.items()})
 
 
-def _column(ids: Sequence[str], rows: Mapping[str, Row]) -> CellResult:
-    every = [rows[id] for id in ids]
-    right = np.array([row.correct for row in every], dtype=np.uint8)  # [n, k]
-    texts = [row.texts[0] for row in every if row.texts]
-    if right.shape[1] == 1:
-        return CellResult(right[:, 0], texts)
-    voted = np.array([row.voted for row in every], dtype=np.uint8)
-    return CellResult(right.mean(1), texts, passed=right.max(1), voted=voted)
+@dataclass
+class _Column:
+    """The rows of a cell as they come, some bytes each."""
+
+    last: dict[int, int] = field(default_factory=dict)  # number of the question → its newest row
+    correct: "array[float]" = field(default_factory=lambda: array("d"))
+    voted: list[float | None] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+
+    def put(self, number: int, row: Row, *, texts: bool) -> None:
+        self.last[number] = len(self.voted)
+        self.correct.extend(row.correct)
+        self.voted.append(row.voted)
+        if texts:
+            self.texts.append(row.texts[0])
+
+    def result(self, answers: int) -> CellResult:
+        """The rows in the order of the questions; `answers` is how many each has."""
+        order = [self.last[number] for number in range(len(self.last))]
+        right = np.array(self.correct).reshape(-1, answers)[order]
+        texts = [self.texts[row] for row in order] if self.texts else []
+        if answers == 1:
+            return CellResult(_smallest(right[:, 0]), texts)
+        voted = np.array(self.voted, dtype=np.float64)[order]
+        return CellResult(right.mean(1), texts, _smallest(right.max(1)), _smallest(voted))
 
 
-def _hold(folder: Path, settings: Mapping[str, Any]) -> None:
+def _smallest(values: NDArray[np.float64]) -> NDArray[Any]:
+    """As uint8 where they are 0 and 1 alone."""
+    whole = bool(np.isin(values, (0.0, 1.0)).all())
+    return values.astype(np.uint8) if whole else values
+
+
+def _hold(folder: Path, settings: Mapping[str, Any], rows: Path) -> None:
     """Writes the settings of a new folder, and holds an old one's to them."""
     path = folder / SETTINGS
     asked = json.loads(json.dumps(settings))  # as they are read: tuples are lists
     if not path.exists():
-        text = json.dumps(asked, indent=1, ensure_ascii=False)
+        if rows.exists():
+            got = f"one with {rows.name} and no {SETTINGS}"
+            fail("out", "a new folder, or one that was begun here", got, "name another")
         written = path.with_suffix(".new")
-        written.write_text(text + "\n", encoding="utf-8")
+        with written.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(asked, indent=1, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         written.replace(path)  # all of it or nothing
         return
-    begun = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        begun.keys()
+    except (ValueError, AttributeError):
+        fail(str(path), "what was asked, as JSON", "something else", "name another folder")
     for key in dict.fromkeys([*asked, *begun]):
         if asked.get(key) != begun.get(key):
-            got = f"{key} = {begun.get(key)!r} there and {asked.get(key)!r} here"
+            there, here = _apart(begun.get(key), asked.get(key))
+            got = f"{key} = {there!r} there and {here!r} here"
             fail("out", "a new folder, or one begun with the same settings", got, "name another")
+
+
+def _apart(first: Any, second: Any) -> tuple[Any, Any]:
+    """Two values that differ; of two lists the first entries that the other lacks, if any."""
+    if not (isinstance(first, list) and isinstance(second, list)):
+        return first, second
+    own, other = [x for x in first if x not in second], [x for x in second if x not in first]
+    return (own[:1], other[:1]) if own or other else (first, second)
 
 
 def _drop_torn_line(path: Path) -> None:
