@@ -23,7 +23,8 @@ from roma.evaluate.intervals import Bootstrap
 from roma.evaluate.report.cards import GalleryItem, short_answer
 from roma.evaluate.report.plots import gallery as draw_gallery
 from roma.evaluate.report.wording import finding
-from roma.evaluate.result import EvalResult, tree_of
+from roma.evaluate.result import EvalResult
+from roma.evaluate.summary import tree_of
 from roma_kernels.errors import fail
 
 Results = Mapping[str, Mapping[int, EvalResult]]
@@ -107,8 +108,8 @@ def build_report(
         "detail": list(_detail(results, arms, bootstrap)),
         "tuned_on": tuned_on,
         "intervals": {
-            "kind": "percentile bootstrap over test images, paired between arms and corruptions;"
-            " Clopper-Pearson where all images score alike",
+            "kind": "Bayesian bootstrap over test images, paired between arms and corruptions;"
+            " two imagined images keep room for scores that were not seen",
             "covers": "the choice of test images, not the choice of training seeds",
             "coverage": bootstrap.coverage,
             "resamples": RESAMPLES,

@@ -70,7 +70,7 @@ def one_model(summary: Mapping[str, Any]) -> Figure:
     """Accuracy of one model over severity, a panel per pool: macro average, and each corruption.
 
     Args:
-        summary: of `roma.evaluate.result.summarise`.
+        summary: of `roma.evaluate.summary.summarise`.
 
     Returns:
         One row of panels that share the accuracy axis, %.

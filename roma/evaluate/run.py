@@ -12,7 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from roma.data import load_dataset_rows
 from roma.evaluate.answers import Answer, correct_answers
 from roma.evaluate.conditions import Cell, DegradedImages, Image, cells_of
-from roma.evaluate.result import CellResult, EvalResult, summarise, summary_table
+from roma.evaluate.result import CellResult, EvalResult
+from roma.evaluate.summary import summarise
+from roma.evaluate.tables import summary_table
 from roma.models.device import resolve_device
 from roma.rewards import RewardFunction, compute_score
 from roma.train.config.views import AttackConfig

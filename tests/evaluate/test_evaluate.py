@@ -13,8 +13,10 @@ from rich.console import Console
 
 from roma.data import Example
 from roma.evaluate.conditions import Cell, DegradedImages, cells_of
-from roma.evaluate.result import CellResult, EvalResult, summarise, summary_table
+from roma.evaluate.result import CellResult, EvalResult
 from roma.evaluate.run import Answer, evaluate, policy_answerer, run_eval
+from roma.evaluate.summary import summarise
+from roma.evaluate.tables import summary_table
 from roma.views import CORRUPTIONS
 
 

@@ -25,7 +25,8 @@ from roma.evaluate import figures
 from roma.evaluate.conditions import Cell, DegradedImages, cells_of
 from roma.evaluate.report.cards import GalleryItem
 from roma.evaluate.report.columns import columns_of
-from roma.evaluate.result import CellResult, EvalResult, summarise
+from roma.evaluate.result import CellResult, EvalResult
+from roma.evaluate.summary import summarise
 from roma.views import CORRUPTIONS
 
 IMAGES = 120

@@ -1,0 +1,85 @@
+"""Folders of results, whichever command wrote them.
+
+OUT/{settings.json, answers.jsonl, eval.json, …}                    `roma eval`
+OUT/{settings.json, bench.json, …}, OUT/BENCHMARK/answers.jsonl     `roma bench-vlm`
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from roma.evaluate.record import ANSWERS, SETTINGS, read_result
+from roma.evaluate.result import EvalResult
+from roma_kernels.errors import fail
+
+_EVAL, _BENCH = "eval.json", "bench.json"
+_REMEDY = "name the folder that `roma eval` or `roma bench-vlm` wrote"
+
+
+@dataclass(frozen=True)
+class Results:
+    """One model on one or more benchmarks.
+
+    Attributes:
+        name: the folder's.
+        settings: what was asked: settings.json.
+        benchmarks: name → what was found.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    benchmarks: dict[str, EvalResult]
+
+
+def load_results(
+    folder: str | Path, *, texts: bool = False, finished: bool = True, name: str | None = None
+) -> Results:
+    """Reads a folder of results.
+
+    Args:
+        folder: of `roma eval`, whose one benchmark has its data's name, or of `roma bench-vlm`.
+        texts: keep the answers' texts.
+        finished: refuse a folder whose run did not come to its end, and so has no eval.json or
+            bench.json.
+        name: of the results; None: the folder's.
+
+    Raises:
+        ValueError: the run is not finished, or its files do not fit one another.
+        FileNotFoundError: there is no such folder, or no results in it.
+    """
+    place = Path(folder)
+    if not (place / SETTINGS).is_file():
+        got = f"none in {folder}" if place.is_dir() else f"no folder {folder}"
+        fail("results", f"a file {SETTINGS}", got, _REMEDY, error=FileNotFoundError)
+    try:
+        settings = json.loads((place / SETTINGS).read_text(encoding="utf-8"))
+    except ValueError:
+        fail(f"{place / SETTINGS}", "JSON", "something else", _REMEDY)
+    alone = (place / ANSWERS).is_file()
+    parts = [place] if alone else sorted(path.parent for path in place.glob(f"*/{ANSWERS}"))
+    summary = place / (_EVAL if alone else _BENCH)
+    if not parts:
+        got = f"none in {folder}"
+        fail("results", f"a file {ANSWERS}", got, _REMEDY, error=FileNotFoundError)
+    if finished and not summary.is_file():
+        expected, got = f"a finished run, with {summary.name}", f"none in {folder}"
+        fail("results", expected, got, "run the same command again to complete it")
+    order = {each: turn for turn, each in enumerate(settings.get("benchmarks") or ())}
+    parts.sort(key=lambda path: order.get(path.name, len(order)))
+    found = {
+        _data_name(settings, place) if alone else path.name: read_result(
+            path / ANSWERS, texts=texts
+        )
+        for path in parts
+    }
+    return Results(name or place.resolve().name, settings, found)
+
+
+def _data_name(settings: dict[str, Any], folder: Path) -> str:
+    """The benchmark of a `roma eval`: its data's name and split."""
+    if not settings.get("data"):
+        fail(f"{folder / SETTINGS}", 'a key "data"', "none", _REMEDY)
+    path, _, split = str(settings["data"]).partition("@")
+    stem = Path(path).stem if Path(path).suffix in (".parquet", ".jsonl") else Path(path).name
+    return f"{stem}@{split}" if split else stem
