@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from roma.cli import evaluation
+from roma.cli import benchmarks, evaluation, reports
 from roma.cli.lists import listed
 
 if TYPE_CHECKING:  # importing it takes numpy and torch
@@ -142,6 +142,8 @@ def parser() -> argparse.ArgumentParser:
         plan.add_argument(name, type=kind, metavar=metavar, help=meaning)
 
     evaluation.add_commands(command)
+    reports.add_commands(command)
+    benchmarks.add_commands(command)
 
     views = command("views", _views, "see what the degradations do to an image", _VIEWS)
     views.add_argument("images", nargs="*", metavar="IMAGE", help="image files")

@@ -11,9 +11,11 @@ from PIL import Image
 
 from roma.evaluate.figures import LineStyle
 from roma.evaluate.report.page import data_uri, named
+from roma.evaluate.report.wording import short
 from roma.rewards import last_box
 
 _WIDEST = 320  # px: larger images are reduced, so that a report of photographs stays small
+_LONGEST = 500  # characters of a question
 _ENDING = 60  # characters of an answer that boxes nothing
 
 
@@ -57,9 +59,10 @@ def _card(item: GalleryItem, style: Callable[[str], LineStyle]) -> str:
     for model, answers in item.answers.items():
         said = "".join(_said(answers.get(where)) for where in shown)
         rows += f"<tr><td>{named(style(model).label, style(model).colour)}</td>{said}</tr>"
-    truth = f'<span class="note">truth: {escape(item.truth)}</span>'
+    asked = short(item.question, width=_LONGEST)
+    truth = f'<span class="note">truth: {escape(short(item.truth, width=_LONGEST))}</span>'
     return (
-        f'<div class="card"><h3>{escape(item.question)} {truth}</h3><table>'
+        f'<div class="card"><h3>{escape(asked)} {truth}</h3><table>'
         f"<tr><th></th>{names}</tr><tr><td></td>{images}</tr>{rows}</table></div>"
     )
 
@@ -69,7 +72,7 @@ def _said(answer: tuple[str, bool] | None) -> str:
     if answer is None:
         return "<td></td>"
     kind, sign = ("right", "✓") if answer[1] else ("wrong", "✗")
-    return f'<td class="{kind}">{sign} {escape(answer[0])}</td>'
+    return f'<td class="{kind}">{sign} {escape(short(answer[0], width=_LONGEST))}</td>'
 
 
 def _png(image: NDArray[np.uint8]) -> bytes:

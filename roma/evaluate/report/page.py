@@ -50,10 +50,10 @@ th.group {{ text-align: center; white-space: normal; overflow-wrap: anywhere; mi
 th.first, td:first-child {{ text-align: left; padding-left: 0; }}
 td.name {{ white-space: normal; overflow-wrap: anywhere; min-width: 18ch; max-width: 44ch; }}
 td small {{ display: block; color: var(--soft); font-size: 12.5px; line-height: 1.25; }}
-tr.mean td {{ font-weight: 650; }} tr.mean td small {{ font-weight: 400; }}
-tr.pair td {{ font-weight: 650; padding-top: 20px; white-space: normal; overflow-wrap: anywhere; }}
+tr.mean td {{ font-weight: 700; }} tr.mean td small {{ font-weight: 400; }}
+tr.pair td {{ font-weight: 700; padding-top: 20px; white-space: normal; overflow-wrap: anywhere; }}
 td.up {{ background: #dcedf8; }} td.down {{ background: #fbe6e0; }}
-.heat td {{ padding: 4px 9px; }} .heat td small {{ display: none; }}
+.heat td {{ padding: 4px 9px; }} .heat td:first-child {{ padding-left: 0; }}
 .arm::before {{ content: ""; display: inline-block; width: 11px; height: 11px; border-radius: 3px;
                margin-right: 8px; background: var(--arm); }}
 figure {{ margin: 10px 0 0; }} figure img {{ max-width: 100%; height: auto; }}
@@ -76,7 +76,9 @@ footer {{ color: var(--soft); font-size: 13.5px; padding: 40px 0 60px; }}
 @media print {{
   @page {{ size: A4 landscape; margin: 12mm; }}
   body {{ font-size: 12px; }} table {{ font-size: 11px; }} th, td {{ padding: 4px 7px; }}
-  nav {{ display: none; }} .wide {{ overflow: visible; }}
+  .note, td small {{ font-size: 10.5px; }} .note {{ break-after: avoid; }}
+  .cards {{ grid-template-columns: 1fr 1fr; }} .wide {{ overflow: visible; }}
+  nav {{ display: none; }}
   .card, figure, tr {{ break-inside: avoid; }}
   h2, h3, thead, tr.pair {{ break-after: avoid; }} td {{ print-color-adjust: exact; }}
 }}
@@ -98,6 +100,7 @@ def render(
     *,
     opening: str,
     findings: Sequence[str],
+    notes: Sequence[str] = (),
     caveat: str,
     sections: Sequence[Section],
     footer: str,
@@ -105,9 +108,10 @@ def render(
     """The whole page as HTML.
 
     Args:
-        title: of the page; text, as are the next three.
+        title: of the page; text, as are the next four.
         opening: what was measured.
         findings: a sentence each.
+        notes: what a reader of the findings should know of the run, a sentence each.
         caveat: what the intervals do and do not cover.
         sections: in order.
         footer: text.
@@ -118,13 +122,12 @@ def render(
         f'<div class="wide">{part.html}</div></section>\n'
         for part in sections
     )
-    listed = "".join(f"<li>{escape(finding)}</li>" for finding in findings)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f"<title>{escape(title)}</title>"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{_STYLE}</style></head>\n<body><header><div><h1>{escape(title)}</h1>"
-        f'<p>{escape(opening)}</p><ul>{listed}</ul><p class="note">{escape(caveat)}</p>'
+        f"<p>{escape(opening)}</p>{bullets(findings)}{note(caveat)}{bullets(notes, kind='note')}"
         f"<nav>{links}</nav></div></header>\n"
         f"<main>{parts}<footer>{escape(footer)}</footer></main></body></html>\n"
     )
@@ -144,6 +147,13 @@ def shade(value: float, low: float, high: float) -> str:
 def note(text: str) -> str:
     """A paragraph in small print."""
     return f'<p class="note">{escape(text)}</p>'
+
+
+def bullets(sentences: Sequence[str], *, kind: str = "") -> str:
+    """A list of sentences; nothing where there are none."""
+    items = "".join(f"<li>{escape(said)}</li>" for said in sentences)
+    given = f' class="{kind}"' if kind else ""
+    return f"<ul{given}>{items}</ul>" if items else ""
 
 
 def heading(text: str) -> str:

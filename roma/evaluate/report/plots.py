@@ -23,7 +23,6 @@ from roma.evaluate.figures import (
     styled,
 )
 from roma.evaluate.report.cards import GalleryItem
-from roma.evaluate.report.columns import columns_of
 from roma.evaluate.report.wording import short
 
 _MODELS = (
@@ -175,12 +174,6 @@ def beside(
     return figure
 
 
-def marks_of(style: LineStyle, tree: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Mark]:
-    """A mark for each of the columns that the tree has, as `columns_of` names them."""
-    flat = columns_of(tree)
-    return {c: (style, flat[c], ()) for c in columns if flat.get(c) is not None}
-
-
 def shared_legend(figure: Figure, panel: Axes | None) -> None:
     """The legend of one panel, below all panels."""
     handles, labels = panel.get_legend_handles_labels() if panel else ([], [])
@@ -221,7 +214,8 @@ def gallery(items: Sequence[GalleryItem], style: Callable[[str], LineStyle]) -> 
     boxes = figure.subfigures(lines, columns, squeeze=False, wspace=0.06, hspace=0.03).ravel()
     for box, item in zip(boxes, items, strict=False):
         panels = box.subplots(2, 2, height_ratios=[1.25, 0.2 * models])
-        box.suptitle(f"{item.question}   (truth: {item.truth})", fontsize=10.5, weight="bold")
+        asked = f"{short(item.question, width=44)}   (truth: {short(item.truth)})"
+        box.suptitle(asked, fontsize=10.5, weight="bold")
         shown = {"clean": ("clean", item.clean), "degraded": (item.condition, item.degraded)}
         for column, (where, (name, image)) in enumerate(shown.items()):
             picture, below = panels[:, column]
@@ -233,7 +227,7 @@ def gallery(items: Sequence[GalleryItem], style: Callable[[str], LineStyle]) -> 
                 if where in answers:
                     text, good = answers[where]
                     label = "" if column else f"{style(model).label}: "
-                    said = f"{'✓' if good else '✗'} {label}{text}"
+                    said = f"{'✓' if good else '✗'} {label}{short(text, width=44)}"
                     y = 1 - (line + 0.5) / models
                     below.text(0, y, said, va="center", fontsize=8, color=RIGHT if good else WRONG)
     return figure

@@ -25,10 +25,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows under a heading (HTML) that spans the table; without one they follow on."""
+    """Rows under a heading (HTML) that spans the table; `form` None: the table's."""
 
     rows: Sequence[Row]
     title: str = ""
+    form: Form | None = None
 
 
 def table(blocks: Sequence[Block], first: Sequence[str], form: Form, *, kind: str = "") -> str:
@@ -47,7 +48,7 @@ def table(blocks: Sequence[Block], first: Sequence[str], form: Form, *, kind: st
     for block in blocks:
         if block.title:
             body += f'<tr class="pair"><td colspan="{width}">{block.title}</td></tr>'
-        body += "".join(_row(row, groups, form) for row in block.rows)
+        body += "".join(_row(row, groups, block.form or form) for row in block.rows)
     return f"<table{_classes(kind)}>{_head(groups, first)}<tbody>{body}</tbody></table>"
 
 

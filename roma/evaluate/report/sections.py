@@ -1,0 +1,195 @@
+"""The page of an evaluation: its sections, from the content and the figures."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from html import escape
+
+import yaml
+
+from roma.evaluate.figures import LineStyle
+from roma.evaluate.report.cards import GalleryItem, cards
+from roma.evaluate.report.content import MEASURES, Content, Summary, column, corruptions
+from roma.evaluate.report.findings import CAVEAT, findings, opening
+from roma.evaluate.report.page import (
+    Section,
+    bullets,
+    folded,
+    heading,
+    named,
+    note,
+    picture,
+    render,
+    shade,
+)
+from roma.evaluate.report.tables import Block, Form, Row, difference_form, share_form, table
+from roma.evaluate.report.wording import Entry, direction
+
+_ACCURACY = (
+    "Share of right answers; 95 % interval below. A pool at a level is the macro average over its"
+    " corruptions, an average over benchmarks gives each the same weight."
+)
+_DIFFERENCES = (
+    "Accuracy minus that of {against}, points, on the same questions. Coloured where the interval"
+    " excludes 0: blue if it is above {against}, red if below."
+)
+_FIGURE = "{part}. Macro averages over corruptions; bars: 95 % interval."
+_OVERLAP = (
+    " Overlapping bars do not compare two models, which share the questions: see the differences."
+)
+_CORRUPTIONS = "Accuracy, %: the darker, the lower, over all of a table."
+_GALLERY = (
+    "Chosen because an answer flips from right on the clean image to wrong on the degraded one: no"
+    " fair sample. ✓ right, ✗ wrong."
+)
+_INTERVALS = (
+    "How the intervals are made, and what each column's formula is: docs/EVALUATION.md of the"
+    " package."
+)
+
+Label = Callable[[str], str]
+"""A model's name as HTML."""
+
+
+def page_of(
+    content: Content,
+    figures: Mapping[str, bytes],
+    styles: Mapping[str, LineStyle],
+    gallery: Sequence[GalleryItem] = (),
+) -> str:
+    """The whole page as HTML.
+
+    Args:
+        content: what was measured.
+        figures: name → PNG file, of `roma.evaluate.report.write.draw`.
+        styles: of each model.
+        gallery: questions whose answer flips; none: no such section.
+    """
+
+    def label(model: str) -> str:
+        return named(model, styles[model].colour)
+
+    def drawn(*names: str) -> str:
+        return "".join(picture(figures[name], name) for name in names if name in figures)
+
+    body = [
+        Section("accuracy", "Accuracy, %", note(_ACCURACY) + _by_part(content, label)),
+    ]
+    part = next(iter(content.parts))
+    if "severity" in figures:
+        said = _FIGURE.format(part=part) + _OVERLAP * bool(content.differences)
+        body.append(Section("severity", "Accuracy over severity", note(said) + drawn("severity")))
+    if "benchmarks" in figures:
+        body.append(Section("benchmarks", "Benchmark by benchmark", drawn("benchmarks")))
+    if content.differences:
+        said = note(_DIFFERENCES.format(against=content.against)) + _differences(content, label)
+        body.append(Section("differences", "Paired differences", said + drawn("differences")))
+    if robustness := _robustness(content, label):
+        body.append(Section("robustness", "Robustness", robustness))
+    if kinds := _corruptions(content):
+        shown = drawn("corruptions") + note(_CORRUPTIONS) + kinds
+        body.append(Section("corruptions", "Each corruption", shown))
+    if gallery:
+        shown = note(_GALLERY) + cards(gallery, styles.__getitem__)
+        body.append(Section("gallery", "Answers that flip", shown))
+    body.append(Section("settings", "Settings", _settings(content)))
+    return render(
+        content.title,
+        opening=opening(content),
+        findings=findings(content),
+        notes=content.notes,
+        caveat=CAVEAT,
+        sections=body,
+        footer="The same tables stand in the Markdown file beside this page.",
+    )
+
+
+def _rows(summaries: Mapping[str, Summary], name: str, label: Label) -> list[Row]:
+    """A row for each model that has the column."""
+    found = {model: column(summary, name) for model, summary in summaries.items()}
+    return [Row(label(model), tree) for model, tree in found.items() if tree]
+
+
+def _by_part(content: Content, label: Label) -> str:
+    """Accuracy: a row per benchmark for one model, else a block of models per benchmark."""
+    parts = content.parts
+    if len(content.models) > 1:
+        blocks = [
+            Block(_rows(summaries, "accuracy", label), escape(part) if len(parts) > 1 else "")
+            for part, summaries in parts.items()
+        ]
+        return table(blocks, ("model",), share_form)
+    (model,) = content.models
+    rows = [Row(escape(part), column(own[model], "accuracy")) for part, own in parts.items()]
+    return table([Block(rows)], ("benchmark",), share_form)
+
+
+def _differences(content: Content, label: Label) -> str:
+    """A block per benchmark, a row per model."""
+    parts = content.differing
+    blocks = [
+        Block(_rows(summaries, "accuracy", label), escape(part) if len(parts) > 1 else "")
+        for part, summaries in parts.items()
+    ]
+    return table(blocks, ("model",), difference_form)
+
+
+def _robustness(content: Content, label: Label) -> str:
+    """A table per benchmark: a row per column for one model, else a block of models per column."""
+    tables, alone = "", len(content.models) == 1
+    for part, summaries in content.parts.items():
+        blocks = []
+        for name, meaning in MEASURES.items():
+            form = _drop_form if name == "drop" else share_form
+            rows = _rows(summaries, name, label)
+            if alone:
+                rows = [replace(row, label=escape(meaning)) for row in rows]
+            if rows:
+                blocks.append(Block(rows, "" if alone else escape(meaning), form))
+        if blocks:
+            tables += heading(part) if len(content.parts) > 1 else ""
+            tables += table(blocks, ("" if alone else "model",), share_form)
+    return tables
+
+
+def _drop_form(entry: Entry) -> tuple[str, str]:
+    """A loss in points: red where it is one, blue where degradation helps."""
+    turned = {"up": "down", "down": "up", "": ""}
+    return turned[direction(entry)], difference_form(entry)[1]
+
+
+def _corruptions(content: Content) -> str:
+    """A heat map per benchmark: a row per corruption, a column per model and level."""
+    maps = ""
+    for part, summaries in content.parts.items():
+        rows: dict[str, dict[str, dict[str, Mapping[str, Entry]]]] = {}
+        for model, summary in summaries.items():
+            for pool, kinds in corruptions(summary).items():
+                for kind, levels in kinds.items():
+                    rows.setdefault(pool, {}).setdefault(kind, {})[model] = levels
+        blocks = [
+            Block([Row(escape(kind.replace("_", " ")), tree) for kind, tree in kinds.items()], pool)
+            for pool, kinds in rows.items()
+        ]
+        if blocks:
+            maps += heading(part) if len(content.parts) > 1 else ""
+            maps += table(blocks, ("corruption",), _heat_form(summaries.values()), kind="heat")
+    return maps
+
+
+def _heat_form(summaries: Iterable[Summary]) -> Form:
+    """A mean on a tint, from the least to the greatest of all degraded conditions."""
+    means = [row["mean"] for found in summaries for row in found["detail"] if row["corruption"]]
+    low, high = min(means), max(means)
+    return lambda entry: (shade(entry["mean"], low, high), f"{entry['mean']:.1f}")
+
+
+def _settings(content: Content) -> str:
+    """What was asked of each model, and how intervals are made."""
+    asked = "".join(
+        folded(
+            f"All settings: {model}",
+            yaml.safe_dump(dict(of), allow_unicode=True, default_flow_style=None, width=120),
+        )
+        for model, of in content.settings.items()
+    )
+    return bullets(content.asked) + note(_INTERVALS) + asked
