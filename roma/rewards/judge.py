@@ -1,18 +1,13 @@
 """A language model as the judge of answers, behind an OpenAI-compatible address."""
 
-import http.client
-import json
-import os
 import re
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from roma.rewards.boxed import RewardInput, check_inputs, read_response, true_answer, weighted
+from roma.rewards.chat import ChatServer
 from roma.rewards.marked import Failed, Score
 from roma_kernels.errors import fail
 
@@ -34,7 +29,6 @@ same; a further or a different claim is not. Give your reasons in short, then en
 """
 
 _VERDICT = re.compile(r"^\W*VERDICT\W*(yes|no)\W*$", re.IGNORECASE | re.MULTILINE)
-_AGAIN = {408, 409, 425, 429}  # and 5xx: the same request may succeed later
 
 
 def verdict(reply: str) -> bool | None:
@@ -91,10 +85,9 @@ class JudgeReward:
         if not model:
             remedy = "curl URL/models lists the names"
             fail("worker.reward.judge.model", "a model of the server", repr(model), remedy)
-        self.url, self.model, self.key_env = _endpoint(url), model, key_env
-        self.timeout_s, self.retries, self.pause_s = timeout_s, retries, pause_s
+        self.server = ChatServer(url, model, key_env, timeout_s, retries, pause_s)
         self.format_weight, self.strict_end = format_weight, strict_end
-        self._prompt = _template(prompt)
+        self._prompt = read_template(prompt)
 
     def __call__(self, reward_inputs: Sequence[RewardInput]) -> list[Score | Failed]:
         """The scores; where the judge could not be asked or gave no verdict, why."""
@@ -132,46 +125,12 @@ class JudgeReward:
         return text
 
     def _ask(self, question: str) -> bool | Failed:
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(self.pause_s * 2 ** (attempt - 1))
-            try:
-                reply = self._post(question)
-            except urllib.error.HTTPError as error:
-                reason = f"the judge answered {error.code} {error.reason}"
-                if error.code < 500 and error.code not in _AGAIN:
-                    return Failed(reason)
-            except (OSError, http.client.HTTPException) as error:
-                reason = f"the judge was not reached ({type(error).__name__}: {error})"
-            except (ValueError, LookupError, TypeError) as error:
-                return Failed(f"the judge's reply has another form ({type(error).__name__})")
-            else:
-                said = verdict(reply)
-                end = " ".join(reply.split())[-60:]
-                return Failed(f"the judge gave no verdict: …{end}") if said is None else said
-        return Failed(f"{reason}, {self.retries + 1} times")
-
-    def _post(self, question: str) -> str:
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": question}],
-            "temperature": 0,
-        }
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self.key_env):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
-        deadline = time.monotonic() + self.timeout_s
-        with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-            parts = []
-            while part := response.read1(65536):  # a server may also drip
-                parts.append(part)
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"no whole reply within {self.timeout_s:g} s")
-        text = json.loads(b"".join(parts))["choices"][0]["message"]["content"]
-        if not isinstance(text, str):
-            raise TypeError(type(text).__name__)
-        return text
+        reply = self.server.ask(question)
+        if isinstance(reply, Failed):
+            return Failed(reply.reason)
+        said = verdict(reply)
+        end = " ".join(reply.split())[-60:]
+        return Failed(f"the judge gave no verdict: …{end}") if said is None else said
 
 
 def read_prompt(path: str | Path | None) -> str:
@@ -188,14 +147,12 @@ def read_prompt(path: str | Path | None) -> str:
     return Path(path).read_text(encoding="utf-8")
 
 
-def _endpoint(url: str) -> str:
-    url = url.rstrip("/")
-    if url.endswith("/chat/completions"):
-        return url
-    return f"{url}/chat/completions" if url.endswith("/v1") else f"{url}/v1/chat/completions"
+def read_template(text: str) -> Any:
+    """A prompt as a template over `problem`, `ground_truth` and `response`.
 
-
-def _template(text: str) -> Any:
+    Raises:
+        ValueError: it does not read, or does not show both answers.
+    """
     from jinja2 import StrictUndefined, TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 

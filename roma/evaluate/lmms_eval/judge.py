@@ -1,0 +1,188 @@
+"""A language model as the judge of what a task's own rules call wrong, for `--judge ADDRESS`.
+
+Verdicts are kept as they come, each under a digest of what was asked: nothing is asked twice,
+neither after a cut nor where a model answers alike at two conditions.
+"""
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import NoReturn
+from urllib.parse import urlsplit
+
+from roma.evaluate.conditions import Cell
+from roma.evaluate.lmms_eval.rules import Answered
+from roma.evaluate.record import Record, Row
+from roma.rewards.boxed import read_response
+from roma.rewards.chat import ChatServer, Unanswered
+from roma.rewards.judge import PROMPT, read_template, verdict
+from roma_kernels.errors import fail
+
+_KEYS = ("ROMA_JUDGE_API_KEY", "OPENAI_API_KEY")
+_ONCE_MORE = '\n\nEnd with one line, "VERDICT: yes" or "VERDICT: no".'
+_ENOUGH = 8  # questions without a single verdict: this is no judge
+
+PROTOCOL = hashlib.sha256((PROMPT + _ONCE_MORE).encode()).hexdigest()[:16]
+"""Names the wording of the questions; another wording, other verdicts."""
+
+
+def judge_server(address: str, model: str | None) -> ChatServer:
+    """The judge's server, as `--judge` and `--judge-model` name it; nothing is asked yet.
+
+    The key is the environment's ROMA_JUDGE_API_KEY, else OPENAI_API_KEY; it is written nowhere.
+
+    Raises:
+        ValueError: no http(s) address, or no model.
+    """
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        remedy = "a local vLLM server's address is http://localhost:8000/v1"
+        fail("--judge", "none, rules, or an http(s) address", repr(address), remedy)
+    if not model:
+        remedy = "name it, e.g. --judge-model Qwen2.5-72B-Instruct"
+        fail("--judge-model", "a model of the judge's server", repr(model), remedy)
+    key_env = next((name for name in _KEYS if os.environ.get(name)), _KEYS[0])
+    return ChatServer(address, model, key_env, timeout_s=120.0, retries=4, pause_s=2.0)
+
+
+class ModelJudge:
+    """Asks a model if answers are right; keeps each verdict at once.
+
+    A reply without a verdict is asked for again with a reminder, twice at the most; then the answer
+    is unjudged, and is not asked about again.
+
+    Args:
+        server: whom to ask.
+        verdicts: where they are kept: id a digest of the question, correct (1,) or (0,), or () for
+            an answer that stays unjudged.
+        in_flight: questions at a time.
+    """
+
+    def __init__(self, server: ChatServer, verdicts: Record, *, in_flight: int = 16) -> None:
+        """Reads the verdicts that are there."""
+        self._server, self._verdicts, self._in_flight = server, verdicts, in_flight
+        self._prompt = read_template(PROMPT)
+        self._known = {row.id: _said(row) for row in verdicts.rows()}
+
+    @property
+    def asked(self) -> int:
+        """Different questions that were answered or given up, in this run and before."""
+        return len(self._known)
+
+    @property
+    def unjudged(self) -> int:
+        """Those that were given up."""
+        return sum(said is None for said in self._known.values())
+
+    def right(self, answers: Sequence[Answered], *, scored: int = 0) -> list[bool | None]:
+        """Of each answer whether it is right; None: unjudged. One that says nothing is wrong.
+
+        Args:
+            answers: to judge; the judge sees what stands behind the reasoning, and no image.
+            scored: answers that are scored already, for the message if the judge falls silent.
+
+        Raises:
+            ConnectionError: the judge does not answer, after every try. What it said is kept.
+        """
+        asked = [self._question(answer) for answer in answers]
+        missing = {
+            _digest(question, self._server.model): question for question in asked if question
+        }
+        missing = {key: question for key, question in missing.items() if key not in self._known}
+        if missing and (reason := self._ask_all(missing)):
+            self._stop(reason, scored)
+        return [
+            self._known[_digest(question, self._server.model)] if question else False
+            for question in asked
+        ]
+
+    def _question(self, answer: Answered) -> str | None:
+        rest = read_response({"response": answer.response}).rest
+        if not rest:
+            return None
+        text: str = self._prompt.render(
+            problem=answer.problem, ground_truth=" or ".join(answer.truths), response=rest
+        )
+        return text
+
+    def _ask_all(self, missing: dict[str, str]) -> str | None:
+        """Asks and keeps; returns why it had to stop."""
+        stop = threading.Event()
+        reason: str | None = None
+        open_rows: list[Row] = []  # without a verdict, until there is one
+        told = False
+        with ThreadPoolExecutor(self._in_flight, "roma-judge") as threads:
+            ask = _asker(self._server, stop)
+            running = {threads.submit(ask, question): key for key, question in missing.items()}
+            for done in as_completed(running):
+                reply = done.result()
+                if reply is None:
+                    continue
+                if isinstance(reply, Unanswered):
+                    reason = reason or reply.reason
+                    continue
+                said = verdict(reply)
+                right = () if said is None else (int(said),)
+                open_rows.append(Row(running[done], Cell(), (reply,), right))
+                told = told or said is not None
+                if told:
+                    self._keep(open_rows)
+                    open_rows = []
+        if len(open_rows) >= _ENOUGH and not reason:
+            end = " ".join(open_rows[-1].texts[0].split())[-60:]
+            return f"{len(open_rows)} replies without a verdict, as …{end}"
+        self._keep(open_rows)
+        return reason
+
+    def _keep(self, rows: Sequence[Row]) -> None:
+        if rows:
+            self._verdicts.add(rows)
+            self._known.update((row.id, _said(row)) for row in rows)
+
+    def _stop(self, reason: str, scored: int) -> NoReturn:
+        safe = f"{scored} scored answers and {self.asked} verdicts are safe"
+        remedy = f"{safe} in {self._verdicts.folder}; start the judge: the same command goes on"
+        name = f"--judge {_shown(self._server.url)}"
+        fail(name, f"verdicts of {self._server.model}", reason, remedy, error=ConnectionError)
+
+
+def _asker(server: ChatServer, stop: threading.Event) -> Callable[[str], str | Unanswered | None]:
+    """Asks one question until there is a verdict; sets `stop` where others would fare no better.
+
+    What was not asked because of it is None.
+    """
+
+    def ask(question: str) -> str | Unanswered | None:
+        last = ""
+        for reminder in ("", _ONCE_MORE, _ONCE_MORE):
+            if stop.is_set():
+                return None
+            reply = server.ask(question + reminder)
+            if isinstance(reply, Unanswered):
+                if reply.lasting:
+                    stop.set()
+                    return reply
+                last = reply.reason
+                continue
+            if verdict(reply) is not None:
+                return reply
+            last = reply
+        return last
+
+    return ask
+
+
+def _said(row: Row) -> bool | None:
+    return bool(row.correct[0]) if row.correct else None
+
+
+def _digest(question: str, model: str) -> str:
+    return hashlib.sha256(f"{model}\0{question}".encode()).hexdigest()[:32]
+
+
+def _shown(address: str) -> str:
+    """An address without a name and password in it."""
+    before, at, _ = urlsplit(address).netloc.rpartition("@")
+    return address.replace(before + at, "", 1)

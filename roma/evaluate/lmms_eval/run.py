@@ -1,0 +1,279 @@
+"""`roma bench-vlm`: one model on benchmarks of lmms-eval, on clean and degraded images.
+
+    tasks ─► texts.jsonl: answers as generated, a batch at a time; one load of the model for all
+          ─► answers.jsonl: scored, by the task's rules, ours, or a judge for what they call wrong
+          ─► bench.json, bench.md, bench.html, figures
+
+Both halves go on where they were cut. A run that was killed writes the same bench.json as one that
+was not: batches are the same, and no file holds a time.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from roma.evaluate.conditions import Cell
+from roma.evaluate.folders import load_results
+from roma.evaluate.lmms_eval.asked import Asked
+from roma.evaluate.lmms_eval.benchmark import Benchmark
+from roma.evaluate.lmms_eval.judge import ModelJudge
+from roma.evaluate.lmms_eval.rules import Rules
+from roma.evaluate.lmms_eval.scoring import scores
+from roma.evaluate.lmms_eval.suite import load_benchmarks, require_lmms_eval
+from roma.evaluate.record import Record, Row
+from roma.evaluate.summary import summarise_suite
+from roma.evaluate.tables import suite_table
+
+TEXTS, VERDICTS, BENCH = "texts.jsonl", "verdicts.jsonl", "bench.json"
+_TOGETHER = 256  # answers scored, and recorded, at a time
+
+Score = Callable[[Benchmark, Sequence[int], Sequence[str]], list[float | None]]
+"""Of answers to questions of a benchmark: each 0..1, 1 for a right one; None: cannot be told."""
+
+
+def run_bench(
+    asked: Asked, out: str | Path | None = None, *, console: Console | None = None
+) -> dict[str, Any]:
+    """Measures, prints a table, and keeps all of it in a folder; the same call again goes on.
+
+    Args:
+        asked: what is measured, and how.
+        out: the folder; None: runs/bench/MODEL.
+        console: where to print.
+
+    Returns:
+        What bench.json holds: the settings, "notes", "judged" and `summarise_suite`'s keys.
+
+    Raises:
+        ValueError: what `load_benchmarks` refuses, or a folder that was begun with other settings.
+        ConnectionError: the judge does not answer; what is scored is kept.
+        ImportError: lmms-eval is not installed.
+    """
+    require_lmms_eval()
+    console = console or Console()
+    folder = Path(out) if out else Path("runs", "bench", Path(asked.model).resolve().name)
+    benchmarks = load_benchmarks(
+        asked.names,
+        include_path=asked.include_path,
+        metrics=asked.metrics,
+        max_tokens=asked.max_tokens,
+        limit=asked.limit,
+    )
+    settings = asked.settings(benchmarks)
+    verdicts = Record(folder, settings, file=VERDICTS)
+    notes = _notes(asked, benchmarks)
+    for note in notes:
+        console.print(f"note: {note}", highlight=False)
+    texts = {each.name: Record(folder / each.name, settings, file=TEXTS) for each in benchmarks}
+    _generate(asked, benchmarks, texts, console)
+    answers = {each.name: Record(folder / each.name, settings) for each in benchmarks}
+    with _scorer(asked, verdicts, answers) as score:
+        _score(benchmarks, texts, answers, score, console)
+    judged = {"unjudged": sum(each.unscored for each in answers.values())}
+    if asked.server:
+        judged |= {"asked": len(verdicts)}
+    return _write(folder, settings, [*notes, *_unjudged(judged)], judged, console)
+
+
+def _generate(
+    asked: Asked, benchmarks: Sequence[Benchmark], texts: dict[str, Record], console: Console
+) -> None:
+    """Answers what is missing; the model is loaded if anything is."""
+    total = sum(each.size for each in benchmarks) * len(asked.cells)
+    present = sum(map(len, texts.values()))
+    if present:
+        console.print(f"{present} of {total} answers were there already", highlight=False)
+    if present == total:
+        return
+    model = _load_model(asked, benchmarks)
+    with _bar(console) as bar:
+        shown = bar.add_task("answering", total=total, completed=present)
+        for benchmark in benchmarks:
+            record = texts[benchmark.name]
+            for cell in asked.cells:
+                for batch in _open_batches(benchmark, cell, record, asked.batch):
+                    rows = _answer(model, benchmark, cell, batch, texts[benchmark.name].folder)
+                    new = [row for row in rows if not record.has(cell, row.id)]
+                    record.add(new)
+                    bar.advance(shown, len(new))
+    model.clean()  # a judge on the same GPU may want its memory
+
+
+def _open_batches(benchmark: Benchmark, cell: Cell, record: Record, size: int) -> Iterator[range]:
+    """The batches that are missing, or there in part: the same whatever is there."""
+    for start in range(0, benchmark.size, size):
+        batch = range(start, min(start + size, benchmark.size))
+        if not all(record.has(cell, benchmark.id(index)) for index in batch):
+            yield batch
+
+
+def _load_model(asked: Asked, benchmarks: Sequence[Benchmark]) -> Any:
+    from lmms_eval.utils import handle_arg_string
+
+    from roma.evaluate.lmms_eval.model import RomaModel
+
+    options = {name: handle_arg_string(value) for name, value in asked.model_args.items()}
+    if asked.device is not None:
+        options["device"] = asked.device
+    if asked.base is not None:
+        options["base"] = asked.base
+    if asked.engine == "vllm":  # lmms-eval takes the larger of this and the request's
+        options["max_new_tokens"] = asked.max_tokens
+    model = RomaModel(
+        pretrained=str(asked.model),
+        engine=asked.engine,
+        seed=asked.seed,
+        level_table=Path(asked.level_table) if asked.level_table else None,
+        batch_size=asked.batch,
+        **options,
+    )
+    for benchmark in benchmarks:
+        model.task_dict[benchmark.name] = benchmark.task.dataset
+    return model
+
+
+def _answer(
+    model: Any, benchmark: Benchmark, cell: Cell, batch: Sequence[int], folder: Path
+) -> list[Row]:
+    """A batch at a cell. What lmms-eval prints meanwhile, bars above all, goes to a file."""
+    from lmms_eval.api.instance import unwrap_generation_output
+
+    model.cell = cell
+    with (folder / "lmms-eval.log").open("a", encoding="utf-8") as log:
+        with contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):
+            made = model.generate_until([benchmark.instance(index) for index in batch])
+    replies = [str(unwrap_generation_output(each)[0]) for each in made]
+    return [
+        Row(benchmark.id(index), cell, (text,)) for index, text in zip(batch, replies, strict=True)
+    ]
+
+
+def _score(
+    benchmarks: Sequence[Benchmark],
+    texts: dict[str, Record],
+    answers: dict[str, Record],
+    score: Score,
+    console: Console,
+) -> None:
+    """Scores what is missing, in the order in which it was answered."""
+    with _bar(console) as bar:
+        total = sum(map(len, texts.values()))
+        shown = bar.add_task("scoring", total=total, completed=sum(map(len, answers.values())))
+        for benchmark in benchmarks:
+            record = answers[benchmark.name]
+            numbers = {benchmark.id(index): index for index in range(benchmark.size)}
+            for rows in _chunks(texts[benchmark.name].rows()):
+                new = [row for row in rows if not record.has(row.cell, row.id)]
+                if not new:
+                    continue
+                found = score(benchmark, [numbers[r.id] for r in new], [r.texts[0] for r in new])
+                record.add([_scored(row, one) for row, one in zip(new, found, strict=True)])
+                bar.advance(shown, len(new))
+
+
+def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """Rows of one cell, some at a time."""
+    for _, same in groupby(enumerate(rows), lambda pair: (pair[1].cell, pair[0] // _TOGETHER)):
+        yield [row for _, row in same]
+
+
+def _scored(row: Row, right: float | None) -> Row:
+    """An answer that could not be judged counts as wrong, and is counted."""
+    share = right or 0.0
+    whole = int(share) if share in (0.0, 1.0) else share
+    return Row(row.id, row.cell, row.texts, (whole,), unscored=int(right is None))
+
+
+@contextlib.contextmanager
+def _scorer(asked: Asked, verdicts: Record, answers: dict[str, Record]) -> Iterator[Score]:
+    """What says which answers are right."""
+    if asked.judge == "rules":
+        rules = Rules()
+
+        def by_rules(
+            benchmark: Benchmark, at: Sequence[int], texts: Sequence[str]
+        ) -> list[float | None]:
+            every = [benchmark.answered(*pair) for pair in zip(at, texts, strict=True)]
+            return list(rules.right(every, benchmark.tolerance))
+
+        try:
+            yield by_rules
+        finally:
+            rules.close()
+        return
+    if asked.server is None:
+        yield lambda benchmark, at, texts: list(scores(benchmark, at, texts))
+        return
+    judge = ModelJudge(asked.server, verdicts)
+
+    def by_model(
+        benchmark: Benchmark, at: Sequence[int], texts: Sequence[str]
+    ) -> list[float | None]:
+        own: list[float | None] = list(scores(benchmark, at, texts))
+        wrong = [turn for turn, share in enumerate(own) if (share or 0.0) < 0.5]
+        every = [benchmark.answered(at[turn], texts[turn]) for turn in wrong]
+        said = judge.right(every, scored=sum(map(len, answers.values())))
+        for turn, right in zip(wrong, said, strict=True):
+            own[turn] = 1.0 if right else None if right is None else own[turn]
+        return own
+
+    yield by_model
+
+
+def _notes(asked: Asked, benchmarks: Sequence[Benchmark]) -> list[str]:
+    """What was overridden, and what to know; the same in every run."""
+    shared: dict[str, list[str]] = {}
+    for benchmark in benchmarks:
+        own = benchmark.notes + (benchmark.of_its_rules if asked.judge != "rules" else [])
+        for note in own:
+            shared.setdefault(note, []).append(benchmark.name)
+    notes = []
+    for note, names in shared.items():
+        every = len(names) == len(benchmarks) > 1
+        notes.append(f"{'every benchmark' if every else ', '.join(names)}: {note}")
+    if asked.judge == "rules":
+        notes.append("right is what this package's rules say, not the tasks' own")
+    else:
+        notes.append("an answer that a task would read by a random guess is wrong")
+        notes.append("tasks ask no judge of their own")
+    if asked.limit is not None:
+        notes.append(f"only the first {asked.limit} questions of each benchmark")
+    return notes
+
+
+def _unjudged(judged: dict[str, int]) -> list[str]:
+    count = judged["unjudged"]
+    return [f"{count} answers could not be judged and count as wrong"] if count else []
+
+
+def _write(
+    folder: Path,
+    settings: dict[str, Any],
+    notes: Sequence[str],
+    judged: dict[str, int],
+    console: Console,
+) -> dict[str, Any]:
+    """Writes the files, bench.json last: it says that the run is finished."""
+    results = load_results(folder, finished=False)
+    asked = {name: value for name, value in settings.items() if name != "cells"}
+    asked["tasks"] = asked.pop("benchmarks")  # the name is the results'
+    found = asked | {"notes": list(notes), "judged": judged}
+    found |= summarise_suite(results.benchmarks)
+    text = json.dumps(found, indent=1, ensure_ascii=False)
+    (folder / BENCH).write_text(text + "\n", encoding="utf-8")
+    console.print(suite_table(found))
+    for note in _unjudged(judged):
+        console.print(f"note: {note}", highlight=False)
+    console.print(f"wrote {folder / BENCH}", highlight=False, soft_wrap=True)
+    return found
+
+
+def _bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=console)

@@ -1,0 +1,145 @@
+"""The judge of `roma bench-vlm`, against a stub of its server."""
+
+import json
+import time
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.chat_server import Answer, says, server
+
+from roma.evaluate.lmms_eval.judge import ModelJudge, judge_server
+from roma.evaluate.lmms_eval.rules import Answered
+from roma.evaluate.record import Record
+from roma.rewards.chat import ChatServer
+
+SETTINGS = {"judge": {"by": "model", "model": "m"}}
+
+
+def answered(*responses: str) -> list[Answered]:
+    return [Answered("<image> Which city?", ("Rome",), response) for response in responses]
+
+
+def judge(
+    url: str, folder: Path, *, in_flight: int = 16, retries: int = 2, timeout_s: float = 10.0
+) -> ModelJudge:
+    asked = ChatServer(url, "m", "NO_KEY", timeout_s=timeout_s, retries=retries, pause_s=0.01)
+    return ModelJudge(asked, Record(folder, SETTINGS, file="v.jsonl"), in_flight=in_flight)
+
+
+def by_city(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+    """Right is what names Rome's hills."""
+    right = "seven hills" in body["messages"][0]["content"]
+    says(f"So.\nVERDICT: {'yes' if right else 'no'}")(handler, body)
+
+
+def test_each_answer_is_asked_once_and_kept(tmp_path: Path) -> None:
+    every = answered("seven hills", "Oslo", "<think> Rome </think> Oslo", "<think> Rome </think>")
+    with server(by_city) as (url, seen):
+        first = judge(url, tmp_path)
+        assert first.right(every) == [True, False, False, False]
+        assert len(seen) == first.asked == 2  # two say "Oslo"; one says nothing
+        again = judge(url, tmp_path)
+        assert again.right([*every, *answered("Lima")]) == [True, False, False, False, False]
+        assert len(seen) == again.asked == 3 and again.unjudged == 0
+    text = seen[0][1]["messages"][0]["content"]
+    assert "Which city?" in text and "Rome" in text
+
+
+def test_a_passing_failure_is_tried_again(tmp_path: Path) -> None:
+    with server(says("", 500), says("", 429), says("", 503), by_city) as (url, seen):
+        assert judge(url, tmp_path, in_flight=1, retries=3).right(answered("seven hills")) == [True]
+    assert len(seen) == 4
+
+
+def test_a_reply_without_a_verdict_is_asked_for_again_then_unjudged(tmp_path: Path) -> None:
+    vague = says("It may be.")
+    with server(vague, vague, says("VERDICT: yes")) as (url, seen):
+        assert judge(url, tmp_path).right(answered("seven hills")) == [True]
+    assert "VERDICT" in seen[1][1]["messages"][0]["content"].splitlines()[-1]
+    with server(vague) as (url, seen):
+        found = judge(url, tmp_path)
+        assert found.right(answered("Oslo", "Lima")) == [None, None]
+        assert (found.asked, found.unjudged, len(seen)) == (3, 2, 6)
+        assert judge(url, tmp_path).right(answered("Oslo")) == [None]
+        assert len(seen) == 6  # it is known that it is not to be had
+
+
+@pytest.mark.parametrize("answer", [says("It may be."), says(None), says("", 400)])
+def test_what_never_gives_a_verdict_is_no_judge(answer: Answer, tmp_path: Path) -> None:
+    many = answered(*(f"city {i}" for i in range(8)))
+    with server(answer) as (url, _):
+        with pytest.raises(ConnectionError, match="8 replies without a verdict"):
+            judge(url, tmp_path).right(many)
+    with server(by_city) as (url, seen):
+        assert judge(url, tmp_path).right(many) == [False] * 8
+        assert len(seen) == 8  # none was written off
+
+
+def test_one_that_falls_silent_loses_nothing(tmp_path: Path) -> None:
+    """Five questions are answered, then it is dead; the next start asks for the other seven."""
+    many = answered(*(f"city {i}" for i in range(12)))
+    with server(*[by_city] * 5, says("", 500)) as (url, _):
+        with pytest.raises(ConnectionError) as error:
+            judge(url, tmp_path, in_flight=1).right(many, scored=40)
+    said = str(error.value)
+    assert url in said and "the judge answered 500" in said and "3 times" in said
+    assert f"40 scored answers and 5 verdicts are safe in {tmp_path}" in said
+    assert "\n" not in said
+    kept = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text().splitlines()]
+    assert [row["correct"] for row in kept] == [[0]] * 5
+    with server(by_city) as (url, seen):
+        assert judge(url, tmp_path).right(many) == [False] * 12
+    assert len(seen) == 7
+
+
+def silence(handler: BaseHTTPRequestHandler, _: dict[str, Any]) -> None:
+    time.sleep(20)
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_one_that_is_slow_or_dead_is_named(alive: bool, tmp_path: Path) -> None:
+    with server(silence) as (url, _):
+        if alive:
+            asked = judge(url, tmp_path, retries=1, timeout_s=0.1)
+            with pytest.raises(ConnectionError, match=r"was not reached \(TimeoutError.*2 times"):
+                asked.right(answered("Oslo"))
+    with pytest.raises(ConnectionError, match=r"was not reached \(URLError.*refused.*1 times"):
+        judge(url, tmp_path, retries=0).right(answered("Oslo"))
+
+
+def test_a_refused_key_stops_at_once(tmp_path: Path) -> None:
+    with server(says("", 401)) as (url, seen):
+        with pytest.raises(ConnectionError, match="401 Unauthorized; 0 scored"):
+            judge(url, tmp_path, in_flight=1).right(answered("Oslo", "Lima"))
+    assert len(seen) == 1
+
+
+def test_the_key_is_sent_and_written_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "second")
+    with server(by_city) as (url, seen):
+        for key in ("first", ""):
+            monkeypatch.setenv("ROMA_JUDGE_API_KEY", key)
+            asked = judge_server(url, f"m{key}")
+            record = Record(tmp_path, SETTINGS, file="v.jsonl")
+            assert ModelJudge(asked, record).right(answered("seven hills")) == [True]
+    assert [key for _, _, key in seen] == ["Bearer first", "Bearer second"]
+    written = [path.read_text() for path in tmp_path.iterdir()]
+    assert len(written) == 2 and not any("Bearer" in t or "second" in t for t in written)
+
+
+@pytest.mark.parametrize(
+    ("address", "model", "said"),
+    [
+        ("ruls", None, r"^--judge: expected none, rules, or an http\(s\) address, got 'ruls'"),
+        ("localhost:8000", "m", "^--judge: expected none, rules"),
+        ("http://", "m", "^--judge: expected none, rules"),
+        ("http://localhost:8000/v1", None, "^--judge-model: expected a model of the judge's"),
+    ],
+)
+def test_what_is_no_judge_is_refused(address: str, model: str | None, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        judge_server(address, model)
