@@ -1,26 +1,35 @@
 """A tiny Qwen3-VL and seven local tasks in the shape of the paper's, for lmms-eval.
 
 The tasks are lmms-eval's own YAML files with other data: generated charts in the columns that they
-read. The model has random weights and a head that says answers alone, each of them one token, and
-another one for another image: so some answers are right, and degraded images change some.
+read. The model has random weights but for its head, which is fitted to the right answers, each of
+them one token: so most answers are right, and degraded images change some.
 
     python -m lmms_stack.suite FOLDER    # FOLDER/model, FOLDER/tasks
 """
 
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from lmms_eval.protocol import ChatMessages
+from lmms_eval.tasks import TaskManager
 from PIL import Image
+from qwen_vl_utils import process_vision_info
 
 from roma.data.synthetic.charts import chart_questions
 
 LETTERS = "ABCD"
+RIDGE = 0.03
+SYSTEM = {
+    "role": "system",
+    "content": [{"type": "text", "text": "You are a helpful assistant."}],
+}  # lmms-eval's Qwen classes set it before a task's own
 SPECIAL = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -52,9 +61,9 @@ def write_suite(folder: str | Path, *, questions: int = 6, prefix: str = "") -> 
         prefix: of every task's name.
     """
     folder = Path(folder)
-    build_model(folder / "model")
     for name, (yaml_file, split, rows) in TASKS.items():
         write_task(folder / "tasks", prefix + name, yaml_file, split, rows(questions))
+    build_model(folder / "model", folder / "tasks")
     return folder
 
 
@@ -101,15 +110,18 @@ def _png(image: Image.Image) -> dict[str, Any]:
 
 
 def _charts(task: str, count: int) -> list[tuple[Image.Image, str, str]]:
-    """(image, question, answer): how many bars are higher, 0 to 6, of charts of the task's own."""
-    every = chart_questions("test", 40 * count, seed=sum(map(ord, task)))
-    counted = [q for q in every if q.problem.startswith("<image>How many")][:count]
-    return [(Image.fromarray(q.image), q.problem[len("<image>") :], q.answer) for q in counted]
+    """(image, question, answer): how many bars are higher, 0 to 3, of charts of the task's own."""
+    every = chart_questions("test", 60 * count, seed=sum(map(ord, task)))
+    asked = (q for q in every if q.problem.startswith("<image>How many") and q.answer in "0123")
+    return [
+        (Image.fromarray(q.image), q.problem.removeprefix("<image>"), q.answer)
+        for q in islice(asked, count)
+    ]
 
 
 def _options(answer: str, index: int) -> tuple[list[str], str]:
     """Four options and the letter of the right one."""
-    options = [str(other) for other in range(7) if str(other) != answer][:6]
+    options = [str(other) for other in range(7) if str(other) != answer][:3]
     place = (index * 7 + 1) % 4
     options.insert(place, answer)
     return options, LETTERS[place]
@@ -229,7 +241,7 @@ TASKS: dict[str, tuple[str, str, Rows]] = {
 def answers() -> list[str]:
     """Whole answers, each one token; letters in both ways in which the seven tasks read them."""
     letters = [f"<answer>{letter}</answer> Answer: {letter}" for letter in LETTERS]
-    return [*letters, *(f"<answer>{number}</answer>" for number in range(7))]
+    return [*letters, *(f"<answer>{number}</answer>" for number in range(4))]
 
 
 def words() -> list[str]:
@@ -242,11 +254,16 @@ def words() -> list[str]:
     return [*labels.split(), *text.split(), *(str(number) for number in range(100))]
 
 
-def build_model(folder: Path, *, seed: int = 0) -> Path:
+def build_model(folder: Path, tasks: Path, *, seed: int = 0) -> Path:
     """A Qwen3-VL of 0.5 M parameters with transformers' own processor; about 2 MB.
 
     Patches are of 16 pixels, merged 2 × 2, as in the large models: lmms-eval's Qwen classes count
     on it. Heads are of 32: vLLM's attention on a CPU takes none smaller.
+
+    Args:
+        folder: to write.
+        tasks: of whose answers its head knows some.
+        seed: of the weights.
     """
     from transformers import (
         GenerationConfig,
@@ -313,31 +330,41 @@ def build_model(folder: Path, *, seed: int = 0) -> Path:
         Qwen3VLVideoProcessor(**options, **even),
         chat_template=TEMPLATE,
     )
-    _only_answers(model, processor)
+    _fit_head(model, processor, tasks)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
 
 @torch.no_grad()
-def _only_answers(model: Any, processor: Any) -> None:
-    """Makes the head say answers alone, and none more often than others.
-
-    What prompts have in common in the last hidden state is taken out of the head's rows.
-    """
-    states = []
-    for i, (image, question, _) in enumerate(_charts("seen by nobody", 48)):
-        system = "You are a helpful assistant. " + "When the user asks " * (i % 24)
-        content = [{"type": "image"}, {"type": "text", "text": question + " and so on" * (i % 7)}]
-        chat = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+def _fit_head(model: Any, processor: Any, tasks: Path) -> None:
+    """Ridge regression of the right answers, each a token, on the states after the prompts."""
+    states, targets = [], []
+    for messages, target in _asked(tasks):
+        chat = ChatMessages(messages=[SYSTEM, *messages]).to_hf_messages()
         prompt = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        inputs = processor(text=[prompt], images=[image], do_resize=False, return_tensors="pt")
+        images, _ = process_vision_info([chat], image_patch_size=16)
+        inputs = processor(text=[prompt], images=images, do_resize=False, return_tensors="pt")
         states.append(model.model(**inputs).last_hidden_state[0, -1])
-    constant = torch.linalg.svd(torch.stack(states))[2][:6]
-    said = processor.tokenizer.convert_tokens_to_ids(answers())
-    rows = model.lm_head.weight[said]
+        letter = f" Answer: {target}" if target in LETTERS else ""
+        targets.append(answers().index(f"<answer>{target}</answer>{letter}"))
+    x = torch.stack(states)  # [n, 64]
+    wanted = torch.nn.functional.one_hot(torch.tensor(targets), len(answers())).float()
+    gram = x.T @ x + RIDGE * len(x) * torch.eye(x.shape[1])
+    rows = torch.linalg.solve(gram, x.T @ wanted).T
     model.lm_head.weight.zero_()
-    model.lm_head.weight[said] = rows - rows @ constant.T @ constant
+    model.lm_head.weight[processor.tokenizer.convert_tokens_to_ids(answers())] = rows
+
+
+def _asked(tasks: Path) -> Iterator[tuple[list[dict[str, Any]], str]]:
+    """Every question's messages and right answer, a letter or a number."""
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    for task in manager.load_task_or_group(manager.all_subtasks, task_type="chat").values():
+        for doc in task.test_docs():
+            target = doc["answer"]
+            if doc.get("question_type") == "multi_choice":
+                target = LETTERS[doc["choices"].index(target)]
+            yield task.doc_to_messages(doc), target
 
 
 def _tokenizer() -> Any:
