@@ -139,8 +139,10 @@ class DegradedImages:
         if not self.examples:
             fail("examples", "at least one", "none", "check the split and the limit")
         self._corruptions, self._seed, self._keep = corruptions, seed, keep
-        loaded = [example.load_images() for example in self.examples]
-        self._clean = [[resize(i) if resize else i for i in images] for images in loaded]
+        self._clean = [  # one at a time: as they are stored they may be far larger
+            [resize(image) if resize else image for image in example.load_images()]
+            for example in self.examples
+        ]
         self._made: dict[Cell, list[list[Image]]] = {}
 
     def at(self, cell: Cell) -> list[list[Image]]:

@@ -1,63 +1,41 @@
-"""Accuracy on clean and degraded images: greedy answers, correctness per image, `roma eval`."""
+"""Accuracy on clean and degraded images: answers, correctness per image, `roma eval`."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from roma.data import load_dataset_rows
-from roma.evaluate.answers import Answer, correct_answers
-from roma.evaluate.conditions import Cell, DegradedImages, Image, cells_of
+from roma.data.example import Example
+from roma.evaluate import fingerprint
+from roma.evaluate.answers import (
+    Answer,
+    Answerer,
+    correct_answers,
+    policy_answerer,
+    several_answerer,
+)
+from roma.evaluate.conditions import Cell, DegradedImages, Image
+from roma.evaluate.options import Options, Reward
+from roma.evaluate.record import ANSWERS, Record, read_result
 from roma.evaluate.result import CellResult, EvalResult
+from roma.evaluate.stream import Unit, answer_all, unit_of
 from roma.evaluate.summary import summarise
 from roma.evaluate.tables import summary_table
-from roma.models.device import resolve_device
-from roma.rewards import RewardFunction, compute_score
+from roma.rewards import MarkedReward, RewardFunction, compute_score
 from roma.train.config.views import AttackConfig
-from roma.views import ADVERSARIAL, CORRUPTIONS, load_levels
 from roma_kernels.errors import fail
 
 if TYPE_CHECKING:  # importing it takes seconds, and `roma eval --help` needs none of it
     from roma.models.qwen_vl import Policy
-    from roma.rollout.base import Sampler
+    from roma.rollout.vllm import VllmSampler
 
+__all__ = ["Answer", "Answerer", "evaluate", "policy_answerer", "run_eval"]
 
-class Answerer(Protocol):
-    """Answers a batch of problems about images, one answer each, in order."""
-
-    def __call__(
-        self, problems: Sequence[str], images: Sequence[Sequence[Image]]
-    ) -> Sequence[Answer]:
-        """One `Answer` per problem."""
-
-
-def policy_answerer(
-    policy: "Policy", *, max_new_tokens: int, sampler: "Sampler | None" = None
-) -> Answerer:
-    """Greedy answers of a policy, in batches; special tokens are left out of the texts.
-
-    Args:
-        policy: the model.
-        max_new_tokens: budget of an answer, tokens; an answer cut there is not finished.
-        sampler: the engine that runs it; None: transformers, on the policy itself.
-    """
-    from roma.rollout.hf import HfSampler
-
-    engine = sampler or HfSampler(policy)
-    options: dict[str, Any] = {"group_size": 1, "temperature": None, "seed": 0}
-
-    def answer(problems: Sequence[str], images: Sequence[Sequence[Image]]) -> list[Answer]:
-        prompts = policy.encode_prompts(problems, images)
-        made = engine.sample(prompts, max_new_tokens=max_new_tokens, **options)
-        texts = policy.processor.decode(made.tokens, made.mask)
-        lengths, finished = made.mask.sum(-1).tolist(), made.finished.tolist()
-        return [Answer(*row) for row in zip(texts, lengths, finished, strict=True)]
-
-    return answer
+_WRITTEN = ("eval.json", "eval.md", "eval.png")
 
 
 def evaluate(
@@ -108,11 +86,14 @@ def run_eval(
     pools: Sequence[str] = ("clean", "seen", "unseen"),
     levels: Sequence[int] = (1, 2, 3),
     out: str | Path | None = None,
+    overwrite: bool = False,
     limit: int | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     max_new_tokens: int = 1024,
+    answers: int = 1,
+    temperature: float | None = None,
     level_table: str | Path | None = None,
-    score: RewardFunction = compute_score,
+    score: str | MarkedReward = "builtin",
     seed: int = 0,
     device: str | None = None,
     engine: Literal["hf", "vllm"] = "hf",
@@ -120,7 +101,11 @@ def run_eval(
     attack_steps: int | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """`roma eval`: measures one model, prints a table, writes eval.json, answers.json and eval.png.
+    """`roma eval`: measures one model, prints a table, and keeps all of it in a folder.
+
+    The folder gets settings.json and answers.jsonl, a batch at a time, and at the end eval.json,
+    eval.md and eval.png. The same call again goes on where it was cut; its files are then those of
+    a run that was not, byte for byte. Memory does not grow with the number of questions.
 
     Args:
         model: a Hugging Face folder of a vision-language model.
@@ -128,12 +113,17 @@ def run_eval(
         pools: see `cells_of`; "adversarial" is `evaluate_attacked`'s, each ε a level.
         levels: see `cells_of`.
         out: the folder for the files; None: runs/eval/MODEL-DATA.
+        overwrite: begin anew, also where `out` holds the answers to something else.
         limit: only the first `limit` examples; None: all.
-        batch_size: examples answered at once.
+        batch_size: examples answered at once; None: 16, with vLLM 256.
         max_new_tokens: budget of an answer, tokens.
+        answers: k, answers to a question. Accuracy is their mean; more than one also give pass
+            (any is right) and majority (the most frequent one is).
+        temperature: > 0, of sampled answers; None: greedy for one answer, 1 for several.
         level_table: YAML with other levels, for small images; None: the customary ones.
-        score: the reward function whose "accuracy" counts.
-        seed: of the noise.
+        score: the reward whose "accuracy" counts: "builtin", "exact", "math", "file.py:function",
+            or a function.
+        seed: of the noise, and of sampling.
         device: "cpu", "cuda", …; None: the GPU in bf16 if there is one, else the CPU in fp32.
         engine: "hf", transformers' generate, or "vllm", which wants a large `batch_size` and takes
             the device that it was built for.
@@ -146,100 +136,134 @@ def run_eval(
         What eval.json holds: `summarise`'s keys, and how they came about.
 
     Raises:
-        ValueError: an unknown pool, level or engine, a limit, batch size, budget or number of
-            attack steps below 1, attack steps without an attack, vLLM with one, a device that is
-            not here or beside vLLM, no model's folder, or a bad dataset.
+        ValueError: an unknown pool, level, engine or reward, a limit, batch size, budget or number
+            of answers or attack steps below 1, a temperature that is not above 0, attack steps
+            without an attack, vLLM or several answers with one, a device that is not here or
+            beside vLLM, no model's folder, a bad dataset, or a folder with other settings.
         ImportError: vLLM is not installed.
         FileNotFoundError: there is no such level table.
         FileExistsError: `out` is a file.
     """
-    if engine not in ("hf", "vllm"):
-        fail("engine", '"hf" or "vllm"', repr(engine), "name one of the two")
-    if engine == "vllm" and device is not None:
-        fail("device", "None with engine=vllm", repr(device), "it takes the one it was built for")
-    where = resolve_device("cpu" if engine == "vllm" else device or "auto")
-    corruptions = load_levels(level_table) if level_table else CORRUPTIONS
-    cells = cells_of(pools, levels, corruptions)
-    attacks = [cell for cell in cells if cell.pool == ADVERSARIAL]
-    _check_attack(attack_steps, bool(attacks), engine)
-    if limit is not None and limit < 1:
-        fail("limit", "at least 1, or None", str(limit), "leave it out to measure on every example")
-    if max_new_tokens < 1:
-        fail("max_new_tokens", "at least 1", str(max_new_tokens), "512 to 4096 are customary")
-    if batch_size < 1:
-        fail("batch_size", "at least 1", str(batch_size), "8 to 256 are customary")
+    options = Options(
+        model,
+        data,
+        pools=pools,
+        levels=levels,
+        limit=limit,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        answers=answers,
+        temperature=temperature,
+        level_table=level_table,
+        seed=seed,
+        device=device,
+        engine=engine,
+        attack_steps=attack_steps,
+    )
     folder = Path(out) if out else Path("runs", "eval", _name(model, data))
     if folder.exists() and not folder.is_dir():
         fail("out", "a folder", f"the file {folder}", "name another", error=FileExistsError)
+    reward = Reward.of(score)
     rows = load_dataset_rows(data, format_prompt=format_prompt)
-    examples = [rows[i] for i in range(min(len(rows), limit or len(rows)))]
-    policy = _load_policy(model, where, engine)
-    sampler = _vllm_sampler(policy) if engine == "vllm" else None
-    # An attack starts from the clean answers, so that it has them.
-    plain = [cell for cell in cells if cell not in attacks and not (attacks and cell == Cell())]
-    images = DegradedImages(
-        examples,
-        plain,
-        resize=policy.processor.resize,
-        corruptions=corruptions,
-        seed=seed,
-        keep=False,
-    )
+    count = min(len(rows), limit or len(rows))
+    examples = fingerprint.of_examples(rows[i] for i in range(count))
+    settings = options.settings(questions=count, examples=examples, reward=reward)
+    if overwrite:
+        _remove_results(folder)
+    record = Record(folder, settings, overwrite=overwrite)
     console = console or Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        every = len(plain) + (1 + len(attacks) if attacks else 0)
-        task = bar.add_task("answering", total=every * len(examples))
-        answer = policy_answerer(policy, max_new_tokens=max_new_tokens, sampler=sampler)
-        result = evaluate(
-            answer,
-            images,
-            score=score,
-            batch_size=batch_size,
-            progress=lambda count: bar.advance(task, count),
-        )
-        if attacks:
-            from roma.evaluate.attack import evaluate_attacked
-
-            attacked = evaluate_attacked(
-                policy,
-                examples,
-                attacks,
-                max_new_tokens=max_new_tokens,
-                corruptions=corruptions,
-                options=AttackConfig(steps=attack_steps or AttackConfig.steps),
-                score=score,
-                seed=seed,
-                batch_size=batch_size,
-                progress=lambda count: bar.advance(task, count),
-            )
-            both = result.cells | attacked.cells
-            result = EvalResult(result.ids, {cell: both[cell] for cell in cells})
-    summary = {
-        "model": str(model),
-        "data": str(data),
-        "level_table": str(level_table) if level_table else None,
-        "seed": seed,
-        "decoding": "greedy",
-        "engine": engine,
-        "max_new_tokens": max_new_tokens,
-        "attack_steps": (attack_steps or AttackConfig.steps) if attacks else None,
-    } | summarise(result)
+    total = count * options.recorded
+    if len(record):
+        console.print(f"{len(record)} of {total} answers were there already", highlight=False)
+    if len(record) < total:
+        _answer(record, rows, count, options, reward, console)
+    if record.unscored:
+        said = f"{record.unscored} answers could not be scored; they count as wrong"
+        console.print(said, highlight=False)
+    found = read_result(record.path)
+    result = EvalResult(found.ids, {cell: found.cells[cell] for cell in options.cells})
+    asked = {name: value for name, value in settings.items() if name != "cells"}
+    summary = asked | {"unscored": record.unscored} | summarise(result)
     console.print(summary_table(summary))
-    wrote = f"wrote {_write_eval(folder, result, summary)}"
+    wrote = f"wrote {_write_results(folder, summary)}"
     console.print(wrote, highlight=False, soft_wrap=True)  # paths stay whole, to be copied
     return summary
 
 
-def _check_attack(steps: int | None, attacked: bool, engine: str) -> None:
-    if steps is not None and not attacked:
-        remedy = f"name the pool {ADVERSARIAL}, or leave it out"
-        fail("attack_steps", f"None without pool {ADVERSARIAL!r}", str(steps), remedy)
-    if steps is not None and steps < 1:
-        fail("attack_steps", "at least 1", str(steps), "3 to 20 are customary")
-    if attacked and engine == "vllm":
-        remedy = "an attack needs gradients of the model by its images"
-        fail("engine", f"'hf' with pool {ADVERSARIAL!r}", "'vllm'", remedy)
+def _answer(
+    record: Record,
+    rows: Sequence[Example],
+    count: int,
+    options: Options,
+    reward: Reward,
+    console: Console,
+) -> None:
+    """Loads the model, and answers what the record lacks."""
+    policy = _load_policy(options)
+    sampler = _vllm_sampler(policy) if options.engine == "vllm" else None
+
+    def images(asked: Sequence[Example]) -> DegradedImages:
+        return DegradedImages(
+            asked,
+            options.plain,
+            resize=policy.processor.resize,
+            corruptions=options.corruptions,
+            seed=options.seed,
+            keep=False,
+        )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+        total = count * options.recorded
+        task = bar.add_task("answering", total=total, completed=len(record))
+        try:
+            answer_all(
+                record,
+                rows,
+                _units(policy, sampler, options),
+                count=count,
+                images=images,
+                batch_size=options.batch,
+                score=reward.score,
+                progress=lambda added: bar.advance(task, added),
+            )
+        finally:
+            if sampler:
+                sampler.close()
+
+
+def _units(policy: "Policy", sampler: "VllmSampler | None", options: Options) -> list[Unit]:
+    """What is answered together: the clean and the attacked images; else each cell by itself."""
+    answer = several_answerer(
+        policy,
+        max_new_tokens=options.max_new_tokens,
+        count=options.answers,
+        temperature=options.heat,
+        sampler=sampler,
+    )
+    plain = [unit_of(cell, answer, seed=options.seed) for cell in options.plain]
+    return [_attack(policy, options), *plain] if options.attacks else plain
+
+
+def _attack(policy: "Policy", options: Options) -> Unit:
+    from roma.evaluate.attack import Attack
+
+    attack = Attack(
+        policy,
+        options.attacks,
+        max_new_tokens=options.max_new_tokens,
+        corruptions=options.corruptions,
+        options=AttackConfig(steps=options.steps or AttackConfig.steps),
+        seed=options.seed,
+    )
+
+    def answered(
+        examples: Sequence[Example], images: Sequence[Sequence[Image]]
+    ) -> dict[Cell, list[list[Answer]]]:
+        told = attack(examples, images)
+        return {cell: [[answer] for answer in own] for cell, own in told.items()}
+
+    return Unit(attack.cells, Cell(), answered)
 
 
 def _name(model: str | Path, data: str | Path) -> str:
@@ -251,21 +275,23 @@ def _name(model: str | Path, data: str | Path) -> str:
     return "-".join([*parts, place.name if place.is_dir() else place.stem, *filter(None, [split])])
 
 
-def _load_policy(model: str | Path, device: torch.device, engine: str) -> "Policy":
+def _load_policy(options: Options) -> "Policy":
     """The model, in fp32 on a CPU and in bf16 elsewhere.
 
     vLLM has weights of its own: these lay out its prompts, and take as little room as they can.
     """
+    import torch
+
     from roma.models.qwen_vl import Policy
 
-    wide = device.type == "cpu" and engine == "hf"
+    wide = options.where.type == "cpu" and options.engine == "hf"
     dtype = torch.float32 if wide else torch.bfloat16
-    policy = Policy.load(model, dtype=dtype, device=device)
+    policy = Policy.load(options.model, dtype=dtype, device=options.where)
     policy.eval()
     return policy
 
 
-def _vllm_sampler(policy: "Policy") -> "Sampler":
+def _vllm_sampler(policy: "Policy") -> "VllmSampler":
     """VLLM with the weights of the policy's folder and most of the GPU."""
     from roma.rollout.vllm import VllmSampler
     from roma.train.config.sections import VllmConfig
@@ -273,13 +299,23 @@ def _vllm_sampler(policy: "Policy") -> "Sampler":
     return VllmSampler(policy, weights=None, options=VllmConfig(memory=0.85, sleep=False))
 
 
-def _write_eval(folder: Path, result: EvalResult, summary: Mapping[str, Any]) -> str:
-    """Writes the three files and says where."""
-    from roma.evaluate import figures
+def _remove_results(folder: Path) -> None:
+    """What `_write_results` wrote; it would not be of the answers to come."""
+    for name in _WRITTEN:
+        (folder / name).unlink(missing_ok=True)
 
-    folder.mkdir(parents=True, exist_ok=True)
+
+def _write_results(folder: Path, summary: Mapping[str, Any]) -> str:
+    """Writes the three files and says where; the JSON, which says that all is there, last."""
+    from roma.evaluate import figures
+    from roma.evaluate.report.markdown import markdown
+
+    suite = {folder.name: {"benchmarks": {Path(summary["data"]).name: summary}}}
+    json_path, text_path, plot_path = (folder / name for name in _WRITTEN)
+    figures.save(figures.one_model(summary), plot_path)
+    text_path.write_text(markdown(suite, title=folder.name), encoding="utf-8")
+    written = json_path.with_suffix(".new")
     text = json.dumps(summary, indent=1, ensure_ascii=False)
-    (folder / "eval.json").write_text(text + "\n", encoding="utf-8")
-    result.save(folder / "answers.json")
-    figures.save(figures.one_model(summary), folder / "eval.png")
-    return ", ".join(str(folder / name) for name in ("eval.json", "answers.json", "eval.png"))
+    written.write_text(text + "\n", encoding="utf-8")
+    written.replace(json_path)
+    return ", ".join(str(folder / name) for name in (*_WRITTEN, ANSWERS))

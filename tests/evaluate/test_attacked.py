@@ -15,6 +15,7 @@ from roma import RomaConfig
 from roma.data import Example, load_dataset_rows
 from roma.evaluate.attack import evaluate_attacked
 from roma.evaluate.conditions import Cell, DegradedImages, cells_of
+from roma.evaluate.record import read_result
 from roma.evaluate.result import EvalResult
 from roma.evaluate.run import evaluate, policy_answerer, run_eval
 from roma.models.qwen_vl import Policy
@@ -144,8 +145,16 @@ def test_the_command_measures_it_beside_other_pools(tmp_path: Path) -> None:
     )
     assert list(summary["pools"]) == ["clean", "seen", "adversarial"]
     assert summary["attack_steps"] == 1 and "pgd" in said.getvalue()
-    kept = EvalResult.load(tmp_path / "answers.json")
-    assert list(kept.cells) == cells_of(["clean", "seen", "adversarial"], [3])
+    kept = read_result(tmp_path / "answers.jsonl", texts=True)
+    assert set(kept.cells) == set(cells_of(["clean", "seen", "adversarial"], [3]))
+    policy = Policy.load(root / "model").eval()
+    rows = load_dataset_rows(root / "data@val")[:3]
+    one_step = AttackConfig(steps=1)
+    options = {"max_new_tokens": BUDGET, "options": one_step, "batch_size": 16}
+    alone = evaluate_attacked(policy, rows, cells_of(["adversarial"], [3]), **options)
+    for cell, found in alone.cells.items():
+        assert kept.cells[cell].texts == found.texts
+        assert kept.cells[cell].correct.tolist() == found.correct.tolist()
     assert json.loads((tmp_path / "eval.json").read_text())["attack_steps"] == 1
     assert (tmp_path / "eval.png").is_file()
 
@@ -156,6 +165,11 @@ def test_the_command_measures_it_beside_other_pools(tmp_path: Path) -> None:
         ({"attack_steps": 3}, r"^attack_steps: expected None without pool 'adversarial', got 3"),
         ({"attack_steps": 0, "pools": ["adversarial"]}, r"^attack_steps: expected at least 1"),
         ({"engine": "vllm", "pools": ["adversarial"]}, r"^engine: expected 'hf' with pool 'adv"),
+        ({"answers": 2, "pools": ["adversarial"]}, r"^answers: expected 1 with pool 'adversarial'"),
+        (
+            {"temperature": 0.5, "pools": ["adversarial"]},
+            r"^temperature: expected None with pool 'adversarial', got 0.5",
+        ),
         ({"levels": [6], "pools": ["adversarial"]}, r"^levels: expected 1 to 5, the levels of p"),
     ],
 )

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from roma.data import Example
 from roma.evaluate.conditions import Cell, DegradedImages, cells_of
+from roma.evaluate.record import read_result
 from roma.evaluate.result import CellResult, EvalResult
 from roma.evaluate.run import Answer, evaluate, policy_answerer, run_eval
 from roma.evaluate.summary import summarise
@@ -144,6 +145,8 @@ def test_an_answer_that_does_not_end_by_itself_is_scored_as_unfinished():
         "response_length": 9,
         "ground_truth": "50",
         "finished": False,
+        "problem": "<image> how bright ?",
+        "id": "0",
     }
 
 
@@ -190,7 +193,7 @@ def small_model(tmp_path_factory):
     return folder
 
 
-def test_roma_eval_prints_a_table_and_writes_json_answers_and_a_plot(small_model, tmp_path):
+def test_roma_eval_prints_a_table_and_keeps_answers_tables_and_a_plot(small_model, tmp_path):
     console = Console(width=80, record=True, file=io.StringIO())
     summary = run_eval(
         small_model / "model",
@@ -210,8 +213,14 @@ def test_roma_eval_prints_a_table_and_writes_json_answers_and_a_plot(small_model
     assert "clean: {mean:.1f} [{low:.1f}".format(**summary["pools"]["clean"]) in text
     with Image.open(tmp_path / "eval.png") as plot:
         assert plot.width > 500
-    result = EvalResult.load(tmp_path / "answers.json")
+    result = read_result(tmp_path / "answers.jsonl")
     assert len(result.cells) == 9 and len(result.ids) == 4
+    assert "| data@test |" in (tmp_path / "eval.md").read_text(encoding="utf-8")
+    settings = json.loads((tmp_path / "settings.json").read_text(encoding="utf-8"))
+    assert settings["questions"] == 4 and settings["batch_size"] == 3
+    assert settings["cells"][0] == {"pool": "clean", "corruption": None, "level": 0}
+    where = {"pool": "seen", "corruption": "gaussian_noise", "level": 3}
+    assert settings["cells"][2] == where | {"parameter": 0.18, "reference_size": None}
 
 
 def test_greedy_answers_do_not_depend_on_the_batch(small_model):

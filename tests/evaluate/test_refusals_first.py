@@ -15,6 +15,16 @@ from roma.views import load_levels
     [
         ({"max_new_tokens": 0}, "^max_new_tokens: expected at least 1, got 0"),
         ({"batch_size": 0}, "^batch_size: expected at least 1, got 0"),
+        ({"answers": 0}, "^answers: expected at least 1, got 0"),
+        ({"temperature": 0.0}, "^temperature: expected a number above 0, got 0.0; leave it out"),
+        ({"temperature": float("inf")}, "^temperature: expected a number above 0, got inf"),
+        (
+            {"temperature": 0.001, "engine": "vllm"},
+            "^temperature: expected at least 0.01 with engine=vllm, got 0.001",
+        ),
+        ({"score": "mth"}, "^reward: expected builtin, exact, math or file.py:function, got 'mth'"),
+        ({"score": "judge"}, "^reward: .*got 'judge'; a judge is `roma bench-vlm`'s"),
+        ({"score": "no.py:f"}, "^reward: expected an existing file, got no.py"),
         ({"device": "meta"}, "^device: expected a device that holds values"),
         ({"out": "FILE"}, "^out: expected a folder, got the file"),
         ({"level_table": "FILE"}, "expected YAML, got an error"),
@@ -24,7 +34,7 @@ def test_before_the_model(options: dict[str, Any], said: str, tmp_path: Path) ->
     photo = tmp_path / "photo.png"
     photo.write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe")
     given = {name: photo if value == "FILE" else value for name, value in options.items()}
-    with pytest.raises((ValueError, FileExistsError), match=said):
+    with pytest.raises((ValueError, FileExistsError, FileNotFoundError), match=said):
         run_eval("no model", "no data", **given)
 
 

@@ -1,0 +1,157 @@
+"""The record of answers: what is on disk, what is found again, and what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from roma.evaluate.conditions import Cell
+from roma.evaluate.record import Record, Row, read_result
+
+CLEAN, BLUR = Cell(), Cell("seen", "gaussian_blur", 3)
+ASKED = {"model": "m", "seed": 0, "cells": [["clean", 0], ["seen", 3]]}
+
+
+def row(id: str, cell: Cell = CLEAN, correct: int = 1, text: str = "Größe \n é") -> Row:
+    return Row(id, cell, [text], [correct])
+
+
+def test_what_was_added_is_found_again(tmp_path: Path) -> None:
+    record = Record(tmp_path / "new" / "folder", ASKED)
+    assert len(record) == 0 and not record.has(CLEAN, "a")
+    record.add([row("a"), row("b")])
+    record.add([row("b", BLUR)])
+    for found in (record, Record(record.folder, ASKED)):
+        asked = [(cell, id) for cell in (CLEAN, BLUR) for id in "abc"]
+        assert [found.has(*each) for each in asked] == [True, True, False, False, True, False]
+        assert len(found) == 3
+        assert list(found.rows()) == [row("a"), row("b"), row("b", BLUR)]
+    lines = (record.folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[2]) == {
+        "id": "b",
+        "cell": ["seen", "gaussian_blur", 3],
+        "correct": [1],
+        "voted": None,
+        "texts": ["Größe \n é"],
+    }
+
+
+def test_a_cut_anywhere_loses_the_line_it_is_in(tmp_path: Path) -> None:
+    record = Record(tmp_path, ASKED)
+    record.add([row("a"), row("b"), row("c")])
+    whole = record.path.read_bytes()
+    ends = [at + 1 for at, byte in enumerate(whole) if byte == ord("\n")]
+    assert len(ends) == 3
+    for cut in range(len(whole) + 1):
+        record.path.write_bytes(whole[:cut])
+        again = Record(tmp_path, ASKED)
+        kept = sum(end <= cut for end in ends)
+        assert [again.has(CLEAN, id) for id in "abc"] == [number < kept for number in range(3)]
+        again.add([row(id) for id in "abc"[kept:]])
+        assert record.path.read_bytes() == whole
+
+
+def test_a_torn_line_may_be_long(tmp_path: Path) -> None:
+    record = Record(tmp_path, ASKED)
+    record.add([row("a"), row("b", text="x" * 200_000)])
+    whole = record.path.read_bytes()
+    record.path.write_bytes(whole[:-1])
+    assert len(Record(tmp_path, ASKED)) == 1
+    assert record.path.read_bytes() == whole[: whole.index(b"\n") + 1]
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"seed": 1}, "got seed = 0 there and 1 here; name another"),
+        ({"cells": [["clean", 0]]}, r"got cells = \[\['seen', 3\]\] there and \[\] here"),
+        ({"cells": [["seen", 3], ["clean", 0]]}, "got cells = .* there and .* here"),
+        ({"reward": "math"}, "got reward = None there and 'math' here"),
+    ],
+)
+def test_other_settings_are_refused(tmp_path: Path, other: dict, said: str) -> None:
+    Record(tmp_path, ASKED).add([row("a")])
+    with pytest.raises(ValueError, match=f"^out: expected a new folder, or one begun .*{said}"):
+        Record(tmp_path, ASKED | other)
+    assert len(Record(tmp_path, ASKED)) == 1  # as it was
+    anew = Record(tmp_path, ASKED | other, overwrite=True)
+    assert len(anew) == 0 and not anew.path.exists()
+    assert len(Record(tmp_path, ASKED | other)) == 0
+
+
+def test_files_that_are_not_its_own_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(FileExistsError, match=r"^out: expected a folder, got the file"):
+        Record(file, ASKED)
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    (rows / "answers.jsonl").write_text(row("a").to_line())
+    with pytest.raises(ValueError, match=r"one with answers\.jsonl and no settings\.json"):
+        Record(rows, ASKED)
+    other = tmp_path / "other"
+    Record(other, ASKED).add([row("a")])
+    for damaged in ("", "[]"):
+        (other / "settings.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"settings\.json: expected what was asked, as JSON"):
+            Record(other, ASKED)
+    (other / "settings.json").write_text(json.dumps(ASKED))
+    for damaged in ("{}\n", "nonsense\n", "[1]\n"):
+        (other / "answers.jsonl").write_text(row("a").to_line() + damaged)
+        with pytest.raises(ValueError, match=r"answers.jsonl, line 2: expected an answer, got '"):
+            Record(other, ASKED)
+
+
+def test_one_answer_is_right_or_wrong_in_the_order_of_the_questions(tmp_path: Path) -> None:
+    record = Record(tmp_path, ASKED)
+    record.add([row("a", correct=1, text="first"), row("b", correct=0, text="second")])
+    record.add([row("b", BLUR, 1, "fourth"), row("a", BLUR, 0, "third")])  # in another order
+    found = read_result(record.path, texts=True)
+    assert found.ids == ["a", "b"] and list(found.cells) == [CLEAN, BLUR]
+    assert found.cells[CLEAN].correct.tolist() == [1, 0]
+    assert found.cells[BLUR].correct.tolist() == [0, 1]
+    assert found.cells[BLUR].correct.dtype == np.uint8
+    assert found.cells[BLUR].texts == ["third", "fourth"]
+    assert found.cells[BLUR].passed is None and found.cells[BLUR].voted is None
+    assert read_result(record.path).cells[BLUR].texts == []
+
+
+def test_of_several_answers_the_mean_and_any_and_the_vote(tmp_path: Path) -> None:
+    record = Record(tmp_path, ASKED)
+    record.add([Row("a", CLEAN, ["x", "y", "z"], [0, 1, 0], 0, unscored=1)])
+    record.add([Row("b", CLEAN, ["x", "y", "z"], [1, 1, 0], 1, unscored=2)])
+    record.add([Row("c", CLEAN, ["x", "y", "z"], [0, 0, 0], 0)])
+    assert record.unscored == Record(tmp_path, ASKED).unscored == 3
+    found = read_result(record.path, texts=True).cells[CLEAN]
+    np.testing.assert_allclose(found.correct, [1 / 3, 2 / 3, 0])
+    assert found.passed is not None and found.passed.tolist() == [1, 1, 0]
+    assert found.voted is not None and found.voted.tolist() == [0, 1, 0]
+    assert found.texts == ["x", "x", "x"]
+
+
+def test_a_share_stays_one(tmp_path: Path) -> None:
+    record = Record(tmp_path, ASKED)
+    record.add([Row("a", CLEAN, ["x"], [0.25]), Row("b", CLEAN, ["x"], [1.0])])
+    assert read_result(record.path).cells[CLEAN].correct.tolist() == [0.25, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([], "expected all, got none; run the same command again"),
+        ([row("a"), row("b"), row("a", BLUR)], "expected all, got 1 missing; run the same"),
+        ([Row("a", CLEAN, ["x"])], "question a at clean: expected some scored answers, got 0"),
+        (
+            [row("a"), Row("b", CLEAN, ["x", "y"], [0, 1], 0)],
+            "question b at clean: expected 1 scored answers, got 2",
+        ),
+    ],
+)
+def test_an_unfinished_record_is_no_result(tmp_path: Path, rows: list[Row], said: str) -> None:
+    record = Record(tmp_path, ASKED)
+    record.add(rows)
+    with pytest.raises(ValueError, match=said):
+        read_result(record.path)
+    with pytest.raises(FileNotFoundError, match=r"^results: expected a file none\.jsonl, got none"):
+        read_result(tmp_path / "none.jsonl")
