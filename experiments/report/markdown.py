@@ -9,6 +9,7 @@ from typing import Any
 from experiments.report.costs import cpu_seconds_of, steps_of
 from experiments.report.plots import arm_style
 from roma.evaluate.report.columns import columns_of, hardest_columns
+from roma.evaluate.report.markdown import table
 from roma.evaluate.report.wording import signed
 
 
@@ -21,29 +22,22 @@ def tables(report: Mapping[str, Any]) -> str:
 
 
 def _accuracies(report: Mapping[str, Any]) -> list[str]:
-    columns = list(columns_of(next(iter(report["arms"].values()))))
-    lines = [f"| arm | steps | CPU s a run | {' | '.join(columns)} |", _rule(3 + len(columns))]
+    rows = []
     for arm, tree in report["arms"].items():
         costs = report["costs"].get(arm)
-        cells = [f"{entry['mean']:.1f}" for entry in columns_of(tree).values()]
-        own = [arm_style(arm).label, steps_of(costs), cpu_seconds_of(costs), *cells]
-        lines.append(f"| {' | '.join(own)} |")
-    return lines
+        rows.append(([arm_style(arm).label, steps_of(costs), cpu_seconds_of(costs)], tree))
+    return table(["arm", "steps", "CPU s a run"], rows, lambda entry: f"{entry['mean']:.1f}")
 
 
 def _differences(report: Mapping[str, Any]) -> list[str]:
     first = next(iter(report["arms"].values()))
     columns = [c for c in columns_of(first) if c in hardest_columns(first) or "adv" in c]
-    lines = [f"| difference, points | {' | '.join(columns)} |", _rule(1 + len(columns))]
+    rows = []
     for name, by_seed in report["differences"].items():
         label = " − ".join(arm_style(arm).label for arm in name.split("-"))
         flat = columns_of(by_seed["mean"])
-        lines.append(f"| {label} | {' | '.join(signed(flat[c]) for c in columns)} |")
-    return lines
-
-
-def _rule(columns: int) -> str:
-    return "|---" * columns + "|"
+        rows.append(([label], {column: flat[column] for column in columns}))
+    return table(["difference, points"], rows, signed)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def severity_line(
         mean,
         # A percentile interval is discrete and may exclude the mean: no negative bar.
         yerr=np.maximum(0, [mean - low, high - mean]) if bars else None,
-        label=style.label if style.label[:1] != "_" else f" {style.label}",  # "_" would hide it
+        label=style.label,
         color=style.colour,
         marker=style.marker,
         linestyle=style.line,

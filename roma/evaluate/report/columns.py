@@ -1,6 +1,6 @@
 """The columns of a report: clean, and each pool at each level."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -23,3 +23,20 @@ def hardest_columns(tree: Mapping[str, Any]) -> list[str]:
     return [
         pool if "mean" in found else f"{pool} {list(found)[-1]}" for pool, found in tree.items()
     ]
+
+
+def groups_of(trees: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Every group of the trees → its sub-columns; those that are entries themselves come first.
+
+    Example:
+        >>> groups_of([{"seen": {"L1": None}}, {"clean": {"mean": 90.0}, "seen": {"L3": None}}])
+        {'clean': [], 'seen': ['L1', 'L3']}
+    """
+    groups: dict[str, dict[str, None]] = {}
+    for tree in trees:
+        for name, found in tree.items():
+            below = groups.setdefault(name, {})
+            below.update(dict.fromkeys([] if "mean" in found else found))
+    return {
+        name: list(groups[name]) for name in sorted(groups, key=lambda name: groups[name] != {})
+    }

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from roma.evaluate.report.columns import columns_of
+from roma.evaluate.report.columns import columns_of, groups_of
 from roma.evaluate.report.content import (
     MEASURES,
     Content,
@@ -85,7 +85,8 @@ def table(
         form: of an entry.
     """
     flats = [columns_of(tree) for _, tree in rows]
-    names = list(dict.fromkeys(name for flat in flats for name in flat))
+    groups = groups_of([tree for _, tree in rows])
+    names = [f"{name} {c}".rstrip() for name, below in groups.items() for c in below or [""]]
     lines = [_line([*first, *names]), "|---" * (len(first) + len(names)) + "|"]
     for (labels, _), flat in zip(rows, flats, strict=True):
         cells = [form(flat[name]) if flat.get(name) else "–" for name in names]

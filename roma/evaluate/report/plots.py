@@ -50,10 +50,16 @@ def styles_of(models: Sequence[str]) -> dict[str, LineStyle]:
     dashes = ("-", "--", ":")
     return {
         model: LineStyle(
-            short(model), *_MODELS[turn % ABREAST], dashes[turn // ABREAST % len(dashes)]
+            _legend_name(model), *_MODELS[turn % ABREAST], dashes[turn // ABREAST % len(dashes)]
         )
         for turn, model in enumerate(models)
     }
+
+
+def _legend_name(model: str) -> str:
+    """In short; a legend leaves out what starts with an underscore."""
+    name = short(model)
+    return f" {name}" if name.startswith("_") else name
 
 
 @styled
@@ -103,7 +109,7 @@ def each_corruption(
     kinds = {row["corruption"]: row["pool"] for row in first if row["corruption"]}
     columns = min(5, max(1, len(kinds)))
     lines = -(-max(1, len(kinds)) // columns)
-    size = (2.5 * columns + 0.6, 2.1 * lines + 0.5)
+    size = (2.5 * columns + 0.6, 2.3 * lines + 0.5)
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for panel, (kind, pool) in zip(panels, kinds.items(), strict=False):
@@ -115,7 +121,7 @@ def each_corruption(
             severity_line(panel, tree, pool, styles[model], bars=False)
             names = severities(tree, pool)
             panel.set_xticks(range(len(names)), names, fontsize=8.5)
-        panel.set_title(f"{kind.replace('_', ' ')} ({pool})", fontsize=9)
+        panel.set_title(f"{short(kind.replace('_', ' '))}\n{short(pool)}", fontsize=9)
     for panel in panels[len(kinds) :]:
         panel.set_axis_off()
     for panel in panels[::columns]:

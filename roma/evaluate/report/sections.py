@@ -21,6 +21,7 @@ from roma.evaluate.report.page import (
     render,
     shade,
 )
+from roma.evaluate.report.plots import ABREAST
 from roma.evaluate.report.tables import Block, Form, Row, difference_form, share_form, table
 from roma.evaluate.report.wording import Entry, direction
 
@@ -32,7 +33,7 @@ _DIFFERENCES = (
     "Accuracy minus that of {against}, points, on the same questions. Coloured where the interval"
     " excludes 0: blue if it is above {against}, red if below."
 )
-_FIGURE = "{part}. Macro averages over corruptions; bars: 95 % interval."
+_FIGURE = "Shown: {part}. Macro averages over corruptions; bars: 95 % interval."
 _OVERLAP = (
     " Overlapping bars do not compare two models, which share the questions: see the differences."
 )
@@ -77,6 +78,8 @@ def page_of(
     part = next(iter(content.parts))
     if "severity" in figures:
         said = _FIGURE.format(part=part) + _OVERLAP * bool(content.differences)
+        if len(content.models) > ABREAST:
+            said += f" Figures show the first {ABREAST} of {len(content.models)} models."
         body.append(Section("severity", "Accuracy over severity", note(said) + drawn("severity")))
     if "benchmarks" in figures:
         body.append(Section("benchmarks", "Benchmark by benchmark", drawn("benchmarks")))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from roma.evaluate.report.columns import groups_of
 from roma.evaluate.report.wording import Entry, direction, signed_number
 
 Form = Callable[[Entry], tuple[str, str]]
@@ -42,7 +43,7 @@ def table(blocks: Sequence[Block], first: Sequence[str], form: Form, *, kind: st
         form: of the entries.
         kind: CSS class of the table.
     """
-    groups = _groups([row.tree for block in blocks for row in block.rows])
+    groups = groups_of([row.tree for block in blocks for row in block.rows])
     width = len(first) + sum(len(below) or 1 for below in groups.values())
     body = ""
     for block in blocks:
@@ -61,16 +62,6 @@ def difference_form(entry: Entry) -> tuple[str, str]:
     """A difference in points over its interval, coloured where that excludes 0."""
     low, high = signed_number(entry["low"]), signed_number(entry["high"])
     return direction(entry), f"{signed_number(entry['mean'])}<small>{low} … {high}</small>"
-
-
-def _groups(trees: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Group → its sub-columns; none for a group that is an entry itself."""
-    groups: dict[str, dict[str, None]] = {}
-    for tree in trees:
-        for name, found in tree.items():
-            below = groups.setdefault(name, {})
-            below.update(dict.fromkeys([] if found is None or "mean" in found else found))
-    return {name: list(below) for name, below in groups.items()}
 
 
 def _head(groups: Mapping[str, Sequence[str]], first: Sequence[str]) -> str:

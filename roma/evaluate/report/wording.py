@@ -69,7 +69,7 @@ def short(name: str, *, width: int = 28) -> str:
 
     Example:
         >>> short("Qwen2.5-VL-7B-Instruct-roma-global_step_300")
-        'Qwen2.5-VL-7B-…lobal_step_300'
+        'Qwen2.5-VL-7B-…obal_step_300'
     """
     flat = " ".join(name.split())
     if len(flat) <= width:
