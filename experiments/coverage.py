@@ -1,6 +1,6 @@
 """How often the 95 % intervals of `roma.evaluate.intervals` hold the truth, on made-up answers.
 
-    python -m experiments.coverage          the table of docs/EVALUATION.md, about half a minute
+    python -m experiments.coverage          the table of docs/EVALUATION.md; 15 seconds
 
 An answer is right or wrong, so that no fixed rule covers every single accuracy equally: at n = 5
 and an accuracy of 0.9, any gives 92 or 99 %. Coverage here is therefore an average over truths: of
@@ -58,16 +58,16 @@ def _of_counts(n: int, rule: Rule | None) -> tuple[NDArray[np.float64], NDArray[
     return np.array([each.low for each in found]) / 100, np.array([e.high for e in found]) / 100
 
 
-def paired(n: int, prior: Sequence[float], *, seed: int = 0, sets: int = 300) -> dict[str, float]:
+def paired(n: int, prior: Sequence[float], *, seed: int = 0, sets: int = 200) -> dict[str, float]:
     """Coverage of what compares two arms: difference, relative, corrective, destructive.
 
     Args:
         n: images.
         prior: Dirichlet parameters of (both right, first alone, second alone, both wrong).
         seed: of the simulation.
-        sets: tables of counts; each is integrated over 2,000 truths.
+        sets: tables of counts; each is integrated over 1,000 truths.
     """
-    generator, bootstrap = np.random.default_rng(seed), Bootstrap(n)
+    generator, bootstrap = np.random.default_rng(seed), Bootstrap(n, resamples=5000)
     counts = np.array([generator.multinomial(n, p) for p in generator.dirichlet(prior, sets)])
     ends = counts.cumsum(1)[:, :, None]  # images are sorted: both, first, second, neither
     place = np.arange(n)
@@ -85,7 +85,7 @@ def paired(n: int, prior: Sequence[float], *, seed: int = 0, sets: int = 300) ->
     )
     intervals = {name: each.intervals() for name, each in found.items()}
     intervals["relative"] = found["second"].over(found["first"]).intervals()
-    truths = generator.standard_gamma(np.add(prior, counts)[:, None], (sets, 2000, 4))
+    truths = generator.standard_gamma(np.add(prior, counts)[:, None], (sets, 1000, 4))
     both, alone, lost, _ = np.moveaxis(truths / truths.sum(-1, keepdims=True), -1, 0)
     truth = {
         "difference": alone - lost,

@@ -1,23 +1,25 @@
 """Two models on the same images: paired differences, first minus second; `roma eval --compare`."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 from rich.console import Console
 
 from roma.evaluate.conditions import Cell
 from roma.evaluate.folders import Results, load_results
 from roma.evaluate.intervals import Bootstrap, Floats
-from roma.evaluate.result import CellResult, EvalResult
-from roma.evaluate.summary import Measured, average_of, tree_of
+from roma.evaluate.result import CellResult, EvalResult, Share
+from roma.evaluate.summary import Measured, as_json, average_of
 from roma_kernels.errors import fail
 
-_ALIKE = ("data", "seed", "level_table")
-"""Settings that decide which images the models saw."""
+# Settings that say which model it was, or that are compared in another way.
+_APART = {
+    *("model", "model_fingerprint", "data", "data_fingerprint", "questions", "benchmarks"),
+    *("cells", "level_table", "seed"),
+}
 
 
 def compare(first: Results, second: Results) -> dict[str, Any]:
@@ -25,54 +27,35 @@ def compare(first: Results, second: Results) -> dict[str, Any]:
 
     Args:
         first: a model's results.
-        second: another's, on the same questions. What only one of the two has, a benchmark or a
-            condition, is named in the result and left out.
+        second: another's, on the same questions and images. What only one of the two has, a
+            benchmark or a condition, is named in the result and left out.
 
     Returns:
         "first", "second": their names; "benchmarks": name → {"images"; "pools" and "detail": as
-        `summarise`'s, with differences of accuracy; "robustness": with clean cells alone, pool →
-        level → {"drop": entry}}; "average": the same of the macro average over benchmarks, where
-        there are several; "left_out": what only one of the two has, in words.
+        `summarise`'s, with differences of accuracy; "robustness", with clean cells alone: pool →
+        level → {"drop": entry}; "several", with equally many answers of both alone: pool → level →
+        {"pass": entry, "majority": entry}}; "average": the same of the macro average over
+        benchmarks, where there are several; "left_out": what only one of the two has, in words;
+        "differing": what else was asked differently, in words.
 
     Raises:
         ValueError: the two share no benchmark or no condition, or were measured on other
-            questions or other images.
+            questions, other images, another seed or other levels.
     """
-    _check_settings(first, second)
-    shared = [name for name in first.benchmarks if name in second.benchmarks]
-    if not shared:
-        said = [", ".join(each.benchmarks) for each in (first, second)]
-        got = f"{said[0]} in {first.name} and {said[1]} in {second.name}"
-        fail("results", "a benchmark that both have", got, "compare runs over the same data")
-    left_out = [
-        f"benchmark {name}: {one.name} alone"
-        for one, other in ((first, second), (second, first))
-        for name in one.benchmarks
-        if name not in other.benchmarks
-    ]
-    measured: dict[str, Measured] = {}
-    for seed, name in enumerate(shared):
-        pair = first.benchmarks[name], second.benchmarks[name]
-        at = f"{name}, {first.name} and {second.name}" if len(shared) > 1 else name
-        one, other = pair[0], _aligned(*pair, at)
-        cells = [cell for cell in one.cells if cell in other.cells]
-        for result, whose in ((one, first.name), (other, second.name)):
-            alone = [str(cell) for cell in result.cells if cell not in cells]
-            left_out += [f"{name}: {', '.join(alone)}: {whose} alone"] if alone else []
-        if not cells:
-            fail(f"results of {at}", "a condition that both have", "none", "evaluate the same ones")
-        columns = _columns(one, other, cells)
-        measured[name] = _differences(
-            one, other, cells, columns, Bootstrap(len(one.ids), seed=seed)
-        )
+    pairs, left_out = _pairs(first, second)
+    several = first.settings.get("answers") == second.settings.get("answers")
+    measured = {
+        name: _differences(*pair, Bootstrap(len(pair[0].ids), seed=seed), several=several)
+        for seed, (name, pair) in enumerate(pairs.items())
+    }
     found: dict[str, Any] = {
         "first": first.name,
         "second": second.name,
-        "benchmarks": {name: _as_json(each) for name, each in measured.items()},
+        "benchmarks": {name: as_json(each) for name, each in measured.items()},
     }
     if len(measured) > 1 and (whole := average_of(list(measured.values()))):
-        found["average"] = _as_json(whole)
-    return found | {"left_out": left_out}
+        found["average"] = as_json(whole)
+    return found | {"left_out": left_out, "differing": list(_differing(first, second))}
 
 
 def run_compare(
@@ -114,99 +97,136 @@ def run_compare(
     return found
 
 
+def _pairs(
+    first: Results, second: Results
+) -> tuple[dict[str, tuple[EvalResult, EvalResult]], list[str]]:
+    """The benchmarks that both have, checked and in one order; and what one alone has, in words."""
+    shared = [name for name in first.benchmarks if name in second.benchmarks]
+    if not shared:
+        said = [", ".join(each.benchmarks) for each in (first, second)]
+        got = f"{said[0]} in {first.name} and {said[1]} in {second.name}"
+        fail("results", "a benchmark that both have", got, "compare runs over the same data")
+    left_out = [
+        f"{name}: {one.name} alone has it"
+        for one, other in ((first, second), (second, first))
+        for name in one.benchmarks
+        if name not in other.benchmarks
+    ]
+    pairs = {}
+    for name in shared:
+        one, other = pairs[name] = first.benchmarks[name], _aligned(first, second, name)
+        _check_images(first, second, name)
+        if not one.cells.keys() & other.cells.keys():
+            got = " and ".join(", ".join(map(str, each.cells)) for each in (one, other))
+            fail(f"results of {name}", "a condition that both have", got, "evaluate the same ones")
+        for result, lacking, whose in ((one, other, first.name), (other, one, second.name)):
+            alone = ", ".join(str(cell) for cell in result.cells if cell not in lacking.cells)
+            left_out += [f"{name}, {alone}: {whose} alone has it"] if alone else []
+    return pairs, left_out
+
+
 def _names(first: Path, second: Path) -> tuple[str, str]:
     """The folders' names; where they agree, as they were given."""
     one, other = first.resolve().name, second.resolve().name
     return (one, other) if one != other else (str(first), str(second))
 
 
-def _check_settings(first: Results, second: Results) -> None:
-    for key in _ALIKE:
-        one, other = first.settings.get(key), second.settings.get(key)
-        if one != other:
-            got = f"{one!r} in {first.name} and {other!r} in {second.name}"
-            fail(f"{key} of the results", "the same", got, "evaluate both on the same images")
-
-
-def _aligned(first: EvalResult, second: EvalResult, where: str) -> EvalResult:
-    """The second result with its questions in the order of the first's."""
-    if first.ids == second.ids:
-        return second
-    place = {id: i for i, id in enumerate(second.ids)}
-    alone = [id for id in first.ids if id not in place]
-    alone += [id for id in second.ids if id not in set(first.ids)]
+def _aligned(first: Results, second: Results, name: str) -> EvalResult:
+    """The second's result with its questions in the order of the first's."""
+    one, other = first.benchmarks[name], second.benchmarks[name]
+    if one.ids == other.ids:
+        return other
+    place, known = {id: i for i, id in enumerate(other.ids)}, set(one.ids)
+    alone = [(id, first.name) for id in one.ids if id not in place]
+    alone += [(id, second.name) for id in other.ids if id not in known]
     if alone:
-        counts = f"{len(first.ids)} and {len(second.ids)}"
-        got = f"{counts}, of which one alone has {len(alone)}, the first {alone[0]!r}"
-        fail(f"questions of {where}", "the same", got, "evaluate both on the same data and limit")
-    order = [place[id] for id in first.ids]
-
-    def sorted_(found: CellResult) -> CellResult:
-        passed, voted = (
-            None if each is None else each[order] for each in (found.passed, found.voted)
-        )
-        texts = [found.texts[i] for i in order] if found.texts else []
-        return CellResult(found.correct[order], texts, passed, voted)
-
-    return EvalResult(first.ids, {cell: sorted_(each) for cell, each in second.cells.items()})
+        (id, whose), counts = alone[0], f"{len(one.ids)} and {len(other.ids)}"
+        got = f"{counts}, of which {len(alone)} in one alone: {id!r} in {whose}"
+        fail(f"questions of {name}", "the same", got, "evaluate both on the same data and limit")
+    order = [place[id] for id in one.ids]
+    return EvalResult(one.ids, {cell: _sorted(each, order) for cell, each in other.cells.items()})
 
 
-def _columns(first: EvalResult, second: EvalResult, cells: Sequence[Cell]) -> list[tuple[str, int]]:
-    """(pool, level) of the macro averages over corruptions that both have all of."""
-    return [
-        column
-        for column in first.columns
-        if column in second.columns
-        and all(
-            cell in cells
-            for result in (first, second)
-            for cell in result.cells
-            if (cell.pool, cell.level) == column
-        )
-    ]
+def _sorted(found: CellResult, order: Sequence[int]) -> CellResult:
+    several = [None if each is None else each[order] for each in (found.passed, found.voted)]
+    texts = [found.texts[i] for i in order] if found.texts else []
+    return CellResult(found.correct[order], texts, *several)
+
+
+def _check_images(first: Results, second: Results, name: str) -> None:
+    """That equal ids are equal questions, and that their images were degraded alike."""
+    remedy = "evaluate both on the same images"
+    prints = [_fingerprint(each.settings, name) for each in (first, second)]
+    if None not in prints and prints[0] != prints[1]:
+        got = "others under the same ids"
+        fail(f"questions of {name} in {second.name}", f"those of {first.name}", got, remedy)
+    seeds = [each.settings.get("seed") for each in (first, second)]
+    if seeds[0] != seeds[1]:
+        got = f"{seeds[0]} in {first.name} and {seeds[1]} in {second.name}"
+        fail("seed of the noise", "the same", got, remedy)
+    one, other = (_levels(each.settings) for each in (first, second))
+    for cell in one:
+        if cell in other and one[cell] != other[cell]:
+            got = f"{one[cell]} in {first.name} and {other[cell]} in {second.name} for {cell}"
+            fail("level table", "the same", got, remedy)
+
+
+def _fingerprint(settings: Mapping[str, Any], name: str) -> str | None:
+    """Of the questions of a benchmark, where the settings have it."""
+    if "data_fingerprint" in settings:
+        return str(settings["data_fingerprint"])
+    found = settings.get("benchmarks", {}).get(name, {}).get("fingerprint")
+    return None if found is None else str(found)
+
+
+def _levels(settings: Mapping[str, Any]) -> dict[Cell, Any]:
+    """What each cell does to an image, where the settings have it."""
+    return {
+        Cell(row["pool"], row["corruption"], row["level"]): row.get("parameter")
+        for row in settings.get("cells", ())
+    }
+
+
+def _differing(first: Results, second: Results) -> Iterator[str]:
+    """Other settings that differ: the difference of the models is theirs too."""
+    one, other = (
+        {key: value for key, value in each.settings.items() if key not in _APART}
+        for each in (first, second)
+    )
+    for key in dict.fromkeys([*one, *other]):
+        values = one.get(key), other.get(key)
+        if values[0] != values[1]:
+            yield f"{key}, {values[0]} and {values[1]}"
 
 
 def _differences(
-    first: EvalResult,
-    second: EvalResult,
-    cells: Sequence[Cell],
-    columns: Sequence[tuple[str, int]],
-    bootstrap: Bootstrap,
+    first: EvalResult, second: EvalResult, bootstrap: Bootstrap, *, several: bool
 ) -> Measured:
-    """Accuracy and drop of the first minus those of the second."""
-
-    def rows(result: EvalResult) -> Floats:
-        macros = [result.scores(*column) for column in columns]
-        return np.array([*macros, *(result.cells[cell].correct for cell in cells)])
-
-    # On an imagined image one arm is right where the other is wrong: of the models and, for the
-    # drop, of clean and degraded.
-    seen = bootstrap.seen
-    wanted = {"accuracy": seen(rows(first)) - seen(rows(second), arm=2)}
-    if Cell() in cells:
-        clean, other = (each.cells[Cell()].correct[None] for each in (first, second))
-        drop = seen(clean) - seen(rows(first), arm=2)
-        wanted["drop"] = drop - (seen(other, arm=2) - seen(rows(second)))
-    return Measured(columns, cells, bootstrap.estimates(wanted), bootstrap.coverage)
-
-
-def _as_json(measured: Measured) -> dict[str, Any]:
-    found, columns = measured.entries(), measured.columns
-    degraded = [i for i, (_, level) in enumerate(columns) if level]
-    summary: dict[str, Any] = {
-        "images": measured.images,
-        "pools": tree_of(columns, found["accuracy"][: len(columns)]),
+    """The first's columns minus the second's, at the conditions that both have."""
+    cells = [cell for cell in first.cells if cell in second.cells]
+    partial = {
+        (cell.pool, cell.level)
+        for result in (first, second)
+        for cell in result.cells
+        if cell not in cells
     }
-    if "drop" in found and degraded:
-        entries = [{"drop": found["drop"][i]} for i in degraded]
-        summary["robustness"] = tree_of([columns[i] for i in degraded], entries)
-    detail = []
-    for i, cell in enumerate(measured.cells, len(columns)):
-        drop = {"drop": found["drop"][i]} if "drop" in found and cell.level else {}
-        detail.append(asdict(cell) | (found["accuracy"][i] or {}) | drop)
-    return summary | {"detail": detail}
+    # A macro average over some corruptions of a pool is another column.
+    columns = [column for column in first.columns if column not in partial]
 
+    def rows(result: EvalResult, arm: Literal[1, 2], of: Share = "correct") -> Floats:
+        found = [getattr(result.cells[cell], of) for cell in cells]
+        return bootstrap.seen(
+            [*(result.scores(*column, of) for column in columns), *found], arm=arm
+        )
 
-def marked(entry: Mapping[str, float]) -> bool:
-    """Whether the interval of a difference excludes 0."""
-    return entry["low"] > 0 or entry["high"] < 0
+    wanted = {"accuracy": rows(first, 1) - rows(second, 2)}
+    if Cell() in cells:
+        # On an imagined image one arm is right where the other is wrong: of the models, and of
+        # clean and degraded.
+        clean = [each.cells[Cell()].correct[None] for each in (first, second)]
+        drop = bootstrap.seen(clean[0]) - rows(first, 2)
+        wanted["drop"] = drop - (bootstrap.seen(clean[1], arm=2) - rows(second, 1))
+    if several and first.several and second.several:
+        wanted["pass"] = rows(first, 1, "passed") - rows(second, 2, "passed")
+        wanted["majority"] = rows(first, 1, "voted") - rows(second, 2, "voted")
+    return Measured(columns, cells, bootstrap.estimates(wanted), bootstrap.coverage)

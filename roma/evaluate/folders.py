@@ -52,10 +52,7 @@ def load_results(
     if not (place / SETTINGS).is_file():
         got = f"none in {folder}" if place.is_dir() else f"no folder {folder}"
         fail("results", f"a file {SETTINGS}", got, _REMEDY, error=FileNotFoundError)
-    try:
-        settings = json.loads((place / SETTINGS).read_text(encoding="utf-8"))
-    except ValueError:
-        fail(f"{place / SETTINGS}", "JSON", "something else", _REMEDY)
+    settings = _settings(place / SETTINGS)
     alone = (place / ANSWERS).is_file()
     parts = [place] if alone else sorted(path.parent for path in place.glob(f"*/{ANSWERS}"))
     summary = place / (_EVAL if alone else _BENCH)
@@ -65,15 +62,28 @@ def load_results(
     if finished and not summary.is_file():
         expected, got = f"a finished run, with {summary.name}", f"none in {folder}"
         fail("results", expected, got, "run the same command again to complete it")
-    order = {each: turn for turn, each in enumerate(settings.get("benchmarks") or ())}
-    parts.sort(key=lambda path: order.get(path.name, len(order)))
-    found = {
-        _data_name(settings, place) if alone else path.name: read_result(
-            path / ANSWERS, texts=texts
-        )
-        for path in parts
-    }
-    return Results(name or place.resolve().name, settings, found)
+    if alone:
+        names = [_data_name(settings, place)]
+    else:
+        asked = list(settings.get("benchmarks", ()))
+        there = [path.name for path in parts]
+        names = [name for name in asked if name in there] if asked else there
+        if finished and len(names) < len(asked):
+            remedy = "run the same command again to complete it"
+            fail(f"results in {folder}", ", ".join(asked), ", ".join(names), remedy)
+        parts = [place / name for name in names]
+    results = (read_result(path / ANSWERS, texts=texts) for path in parts)
+    return Results(name or place.resolve().name, settings, dict(zip(names, results, strict=True)))
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        fail(str(path), "a JSON object", "something else", _REMEDY)
+    return found
 
 
 def _data_name(settings: dict[str, Any], folder: Path) -> str:

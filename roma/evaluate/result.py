@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,9 @@ from numpy.typing import NDArray
 from roma.evaluate.conditions import Cell
 from roma.evaluate.intervals import macro
 from roma_kernels.errors import fail
+
+Share = Literal["correct", "passed", "voted"]
+"""Which of a cell's shares of right answers."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,19 @@ class EvalResult:
         """(pool, level) of every macro average, in the order measured; ("clean", 0) for clean."""
         return list(dict.fromkeys((cell.pool, cell.level) for cell in self.cells))
 
-    def scores(self, pool: str, level: int = 0) -> NDArray[np.float64]:
+    @property
+    def several(self) -> bool:
+        """Whether every question has several answers."""
+        return all(found.passed is not None for found in self.cells.values())
+
+    def scores(self, pool: str, level: int = 0, of: Share = "correct") -> NDArray[np.float64]:
         """Macro average over the pool's corruptions at a level, per image: [n] in 0..1.
 
         Raises:
             ValueError: nothing was measured there.
         """
         where = (pool, level)
-        rows = [found.correct for c, found in self.cells.items() if (c.pool, c.level) == where]
+        rows = [getattr(found, of) for c, found in self.cells.items() if (c.pool, c.level) == where]
         if not rows:
             fail("pool, level", "one that was measured", str(where), "add it to the cells")
         return macro(rows)

@@ -14,15 +14,15 @@ one is. Of a pool at a level, d_i is the mean over its corruptions. docs/EVALUAT
 sources and the form of the JSON.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from roma.evaluate.conditions import Cell
-from roma.evaluate.intervals import Bootstrap, Estimate, Floats, Interval, average, macro
-from roma.evaluate.result import CellResult, EvalResult
+from roma.evaluate.intervals import Bootstrap, Estimate, Floats, Interval, average
+from roma.evaluate.result import EvalResult, Share
 from roma_kernels.errors import fail
 
 ROBUSTNESS = ("drop", "relative", "corrective", "destructive")
@@ -88,7 +88,7 @@ def summarise(result: EvalResult, *, bootstrap: Bootstrap | None = None) -> dict
         "detail": one row per cell, with the keys of all of these. An entry is {"mean", "low",
         "high", "n"}; None is a relative robustness without a right clean answer.
     """
-    return _as_json(measure(result, bootstrap or Bootstrap(len(result.ids))))
+    return as_json(measure(result, bootstrap or Bootstrap(len(result.ids))))
 
 
 def summarise_suite(benchmarks: Mapping[str, EvalResult]) -> dict[str, Any]:
@@ -111,9 +111,9 @@ def summarise_suite(benchmarks: Mapping[str, EvalResult]) -> dict[str, Any]:
         name: measure(result, Bootstrap(len(result.ids), seed=seed))
         for seed, (name, result) in enumerate(benchmarks.items())
     }
-    found: dict[str, Any] = {"benchmarks": {n: _as_json(each) for n, each in measured.items()}}
+    found: dict[str, Any] = {"benchmarks": {n: as_json(each) for n, each in measured.items()}}
     if len(measured) > 1 and (whole := average_of(list(measured.values()))):
-        found["average"] = _as_json(whole)
+        found["average"] = as_json(whole)
     return found
 
 
@@ -121,16 +121,12 @@ def measure(result: EvalResult, bootstrap: Bootstrap) -> Measured:
     """Every column of one benchmark, with its draws."""
     columns, cells = result.columns, list(result.cells)
 
-    def rows(of: Callable[[CellResult], Any]) -> Floats:
+    def rows(of: Share = "correct") -> list[Any]:
         """[columns + cells, n]."""
-        found = {cell: np.asarray(of(each), np.float64) for cell, each in result.cells.items()}
-        macros = [
-            macro([row for cell, row in found.items() if (cell.pool, cell.level) == column])
-            for column in columns
-        ]
-        return np.array([*macros, *found.values()])
+        single = [getattr(found, of) for found in result.cells.values()]
+        return [*(result.scores(*column, of) for column in columns), *single]
 
-    degraded = bootstrap.seen(rows(lambda each: each.correct), arm=2)
+    degraded = bootstrap.seen(rows(), arm=2)
     wanted: dict[str, Floats] = {"accuracy": degraded}
     if Cell() in result.cells:
         clean = bootstrap.seen(result.cells[Cell()].correct[None])
@@ -140,9 +136,11 @@ def measure(result: EvalResult, bootstrap: Bootstrap) -> Measured:
             "destructive": clean * (1 - degraded),
             "clean": np.broadcast_to(clean, degraded.shape),
         }
-    if all(each.passed is not None for each in result.cells.values()):
-        wanted["pass"] = bootstrap.seen(rows(lambda each: each.passed))
-        wanted["majority"] = bootstrap.seen(rows(lambda each: each.voted))
+    if result.several:
+        wanted |= {
+            "pass": bootstrap.seen(rows("passed")),
+            "majority": bootstrap.seen(rows("voted")),
+        }
     return Measured(columns, cells, bootstrap.estimates(wanted), bootstrap.coverage)
 
 
@@ -181,7 +179,8 @@ def tree_of(columns: Sequence[tuple[str, int]], entries: Sequence[Any]) -> dict[
     return tree
 
 
-def _as_json(measured: Measured) -> dict[str, Any]:
+def as_json(measured: Measured) -> dict[str, Any]:
+    """The columns that were measured, as `summarise` describes them."""
     found, columns = measured.entries(), measured.columns
     robust = [name for name in ROBUSTNESS if name in found]
     several = [name for name in SEVERAL if name in found]

@@ -1,55 +1,80 @@
 """Tables of an evaluation for a terminal of 80 columns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from roma.evaluate.summary import ROBUSTNESS, SEVERAL
+
 # One cell of the table: in a line where the terminal is wide enough for it, else in two.
 _BESIDE, _BELOW = "{mean:.1f} [{low:.1f}, {high:.1f}]", "{mean:.1f}\n{low:.1f}–{high:.1f}"
+_SHORT = "{mean:.1f}\n{low:.0f}–{high:.0f}"  # where seven stand in a row
+_SIGNED, _SIGNED_BELOW = (
+    "{mean:+.1f} [{low:+.1f}, {high:+.1f}]",
+    "{mean:+.1f}\n{low:+.1f} {high:+.1f}",
+)
 _COLUMNS = 80
+_NAME = 22  # columns for a benchmark's name; a longer one goes on in the next line
 
 
 def summary_table(summary: Mapping[str, Any]) -> Group:
     """A summary for the terminal: a row per corruption, a macro average below each pool.
 
+    Below it, what compares with the clean images, and what several answers gave.
+
     Args:
         summary: of `summarise`.
     """
-    pools = dict(summary["pools"])
     # Not the table's title, which would wrap at the table's own width.
     title = f"Accuracy, % [95 % interval], {summary['images']} images"
-    if clean := pools.pop("clean", None):
+    if clean := summary["pools"].get("clean"):
         title += "\nclean: " + _BESIDE.format(**clean)
-    rows: list[tuple[str, list[Mapping[str, Any]]]] = []
-    for pool, macros in pools.items():
-        found = [row for row in summary["detail"] if row["pool"] == pool]
-        for kind in dict.fromkeys(row["corruption"] for row in found):
-            rows.append((kind, [row for row in found if row["corruption"] == kind]))
-        rows.append((f"{pool}: mean", list(macros.values())))
-    if not rows:
-        return Group(Text(title))
-    levels = sorted({row["level"] for row in summary["detail"]} - {0})
-    widest = max(len(_BESIDE.format(**entry)) for _, entries in rows for entry in entries)
-    first = max(len(name) for name, _ in rows)
-    fits = 2 + first + len(levels) * (widest + 2) <= _COLUMNS  # 2: between columns, at the edges
-    form = _BESIDE if fits else _BELOW
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
-    table.add_column("corruption", no_wrap=True)
-    for level in levels:
-        table.add_column(f"L{level}", justify="right", no_wrap=True)
-    for name, entries in rows:
-        mean = name.endswith(": mean")
-        cells = [Text(form.format(**entry)) for entry in entries]
-        table.add_row(name, *cells, style="bold" if mean else None, end_section=mean)
-    return Group(Text(title), table)
+    shown: list[RenderableType] = [Text(title)]
+    rows = list(_by_corruption(summary))
+    if rows:
+        levels = list(dict.fromkeys(level for _, entries in rows for level in entries))
+        widest = max(len(_BESIDE.format(**e)) for _, entries in rows for e in entries.values())
+        first = max(len(name) for name, _ in rows)
+        # 2: between columns, at the edges
+        fits = 2 + first + len(levels) * (widest + 2) <= _COLUMNS
+        table = _table("corruption", levels)
+        for name, entries in rows:
+            mean = name.endswith(": mean")
+            cells = [_cell(_BESIDE if fits else _BELOW, entries.get(level)) for level in levels]
+            table.add_row(name, *cells, style="bold" if mean else None, end_section=mean)
+        shown.append(table)
+    return Group(*shown, *robustness_tables(summary))
+
+
+def robustness_tables(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Pool by level: what compares with the clean images, and what several answers gave.
+
+    Args:
+        summary: of `summarise`, or a part of `summarise_suite`'s.
+    """
+    accuracy, several = flat(summary["pools"]), flat(summary.get("several", {}))
+    robust = flat(summary.get("robustness", {}))
+    if robust:
+        yield Text(
+            "Against clean images: drop, points; relative = 100 · degraded / clean, %;\n"
+            "flips, % of questions: corrective, wrong to right; destructive, right to wrong"
+        )
+        rows = {name: {"accuracy": accuracy[name]} | entries for name, entries in robust.items()}
+        yield _rows(("accuracy", *ROBUSTNESS), rows)
+    if several:
+        yield Text("Several answers, %: mean; any of them right (pass); the most frequent right")
+        rows = {name: {"accuracy": accuracy[name]} | entries for name, entries in several.items()}
+        yield _rows(("accuracy", *SEVERAL), rows)
 
 
 def suite_table(suite: Mapping[str, Any]) -> Group:
     """Several benchmarks for the terminal: a row each, and their average; accuracies per column.
+
+    Below it, what compares with the clean images: of the average, or of a benchmark that is alone.
 
     Args:
         suite: of `summarise_suite`.
@@ -57,14 +82,25 @@ def suite_table(suite: Mapping[str, Any]) -> Group:
     rows = dict(suite["benchmarks"])
     if "average" in suite:
         rows["average"] = suite["average"]
-    columns = list(dict.fromkeys(each for row in rows.values() for each in flat(row["pools"])))
-    table = _table("benchmark", columns)
-    for name, row in rows.items():
-        entries = flat(row["pools"])
-        cells = [_cell(_BELOW, entries.get(column)) for column in columns]
-        mean = name == "average"
-        table.add_row(name, *cells, style="bold" if mean else None)
-    return Group(Text("Accuracy, % [95 % interval]"), table)
+    found = {name: flat(row["pools"]) for name, row in rows.items()}
+    columns = list(dict.fromkeys(column for entries in found.values() for column in entries))
+    images = sum(row["images"] for row in suite["benchmarks"].values())
+    title = f"Accuracy, % (95 % interval), {images} images"
+    shown: list[RenderableType] = [Text(title)]
+    width = min(_NAME, max(map(len, found)))
+    at_once = (_COLUMNS - 2 - width) // 8  # "90–100" and two spaces
+    for start in range(0, len(columns), at_once):
+        some = columns[start : start + at_once]
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
+        table.add_column("benchmark", overflow="fold", width=width)
+        for column in some:
+            table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
+        for name, entries in found.items():
+            cells = [_cell(_SHORT, entries.get(column)) for column in some]
+            table.add_row(name, *cells, style="bold" if name == "average" else None)
+        shown.append(table)
+    below = next(reversed(rows.values())) if "average" in rows or len(rows) == 1 else {"pools": {}}
+    return Group(*shown, *robustness_tables(below))
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> Group:
@@ -73,17 +109,25 @@ def comparison_table(comparison: Mapping[str, Any]) -> Group:
     Args:
         comparison: of `compare`.
     """
+    first, second = comparison["first"], comparison["second"]
+    shown: list[RenderableType] = [
+        Text(f"{first} minus {second}: points [95 % interval], paired; * if it excludes 0")
+    ]
     rows = dict(comparison["benchmarks"])
     if "average" in comparison:
         rows["average"] = comparison["average"]
-    title = f"{comparison['first']} minus {comparison['second']}, points [95 % interval]"
-    table = _table("", ["accuracy", "drop"])
     for name, row in rows.items():
-        drops = {key: each["drop"] for key, each in flat(row.get("robustness", {})).items()}
+        robust, several = flat(row.get("robustness", {})), flat(row.get("several", {}))
+        columns = ["accuracy", *(["drop"] if robust else []), *(SEVERAL if several else ())]
+        table = _table("", columns)
+        form = _SIGNED if len(columns) <= 2 else _SIGNED_BELOW
         for key, entry in flat(row["pools"]).items():
-            table.add_row(f"{name} {key}", _signed(entry), _signed(drops.get(key)))
-    notes = [Text(f"left out: {each}") for each in comparison["left_out"]]
-    return Group(Text(title), table, *notes)
+            entries = {"accuracy": entry} | robust.get(key, {}) | several.get(key, {})
+            table.add_row(key, *(_signed(form, entries.get(column)) for column in columns))
+        shown += [Text(f"{name}, {row['images']} images"), table]
+    for word, said in (("left out", "left_out"), ("asked differently", "differing")):
+        shown += [Text(f"{word}: {each}") for each in comparison[said]]
+    return Group(*shown)
 
 
 def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,6 +146,27 @@ def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _by_corruption(summary: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A name, a corruption or "POOL: mean", and its entries, level by level."""
+    for pool, macros in summary["pools"].items():
+        if pool == "clean":
+            continue
+        found: dict[str, dict[str, Any]] = {}
+        for row in summary["detail"]:
+            if row["pool"] == pool:
+                found.setdefault(row["corruption"], {})[f"L{row['level']}"] = row
+        yield from found.items()
+        yield f"{pool}: mean", macros
+
+
+def _rows(columns: Sequence[str], rows: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A table of entries in two lines each."""
+    table = _table("", columns)
+    for name, entries in rows.items():
+        table.add_row(name, *(_cell(_BELOW, entries.get(column)) for column in columns))
+    return table
+
+
 def _table(first: str, columns: Sequence[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     table.add_column(first, no_wrap=True)
@@ -111,11 +176,11 @@ def _table(first: str, columns: Sequence[str]) -> Table:
 
 
 def _cell(form: str, entry: Mapping[str, float] | None) -> Text:
-    return Text(form.format(**entry) if entry else "–")
+    return Text(form.format(**entry).replace("-", "−") if entry else "–")
 
 
-def _signed(entry: Mapping[str, float] | None) -> Text:
+def _signed(form: str, entry: Mapping[str, float] | None) -> Text:
     if not entry:
         return Text("–")
-    sign = "*" if entry["low"] > 0 or entry["high"] < 0 else " "
-    return Text("{mean:+.1f} [{low:+.1f}, {high:+.1f}]".format(**entry) + sign)
+    mark = "*" if entry["low"] > 0 or entry["high"] < 0 else " "
+    return Text(form.format(**entry).replace("-", "−") + mark)

@@ -137,15 +137,23 @@ def test_no_interval_holds_every_accuracy_alike_but_none_is_far_off():
 def test_paired_columns_hold_the_truth_in_95_of_100_cases(n):
     """Over tables of two arms: every table alike, and arms that agree on most images.
 
-    300 tables: each coverage given a table varies by about 8 %, so 5 standard deviations of the
-    mean are 2.3 %, which the bar of 93 to 97 % is widened by. Arms that agree have few images to
+    200 tables: each coverage given a table varies by about 8 %, so 5 standard deviations of the
+    mean are 2.8 %, which the bar of 93 to 97 % is widened by. Arms that agree have few images to
     tell them apart, and at n = 5 their intervals are wide, as those of rare events are.
     """
-    for prior, most in ((coverage.FLAT, 0.993), (coverage.TOGETHER, 1.0)):
+    for prior, most in ((coverage.FLAT, 0.998), (coverage.TOGETHER, 1.0)):
         found = coverage.paired(n, prior)
         assert set(found) == {"difference", "relative", "corrective", "destructive"}
         for name, share in found.items():
-            assert 0.907 <= share <= most, name
+            assert 0.902 <= share <= most, name
+
+
+def test_without_the_imagined_images_differences_of_five_images_fail_the_bar(monkeypatch):
+    from roma.evaluate import intervals
+
+    monkeypatch.setattr(intervals, "_IMAGINED", (1e-9,) * 4)
+    found = coverage.paired(5, coverage.FLAT)
+    assert max(found.values()) < 0.902
 
 
 @pytest.mark.parametrize("spread", [0.05, 0.7])
