@@ -30,7 +30,7 @@ from roma.evaluate.lmms_eval.images import (
     read_table,
     require_images,
 )
-from roma.evaluate.lmms_eval.resize import resizer_of
+from roma.evaluate.lmms_eval.resize import Resizer, check_resize
 from roma_kernels.errors import fail
 
 ENGINES = ("hf", "vllm")
@@ -97,13 +97,17 @@ class RomaModel(lmms):
         name = _base_of(pretrained, engine, base)
         model_class = _chat_class(name)
         given = _arguments(model_class, name, pretrained, options)
-        self._resize = resizer_of(resize, name, pretrained)
+        check_resize(resize, name)
+        if resize and "mm_processor_kwargs" in options:
+            remedy = "set its sizes in the checkpoint"
+            fail("resize", "no mm_processor_kwargs beside it", "both", remedy)
         self._checked: set[tuple[str, str]] = set()
         every = (name, sorted(given.items()), seed, sorted(self._corruptions.items()), resize)
         self._fingerprint = hashlib.sha256(repr(every).encode()).hexdigest()[:16]
         self._model = model_class(**given)
         self.task_dict: dict[str, Any] = {}
         self._model.task_dict = Documents(self.task_dict)
+        self._resize = Resizer(name, _image_processor(self._model, given)) if resize else None
 
     # -------------------------------------------------------------------------------- conditions
 
@@ -281,6 +285,15 @@ def _chat_class(name: str) -> type[lmms]:
         fail("base", "a chat model of lmms-eval", repr(name), f"did you mean {nearest!r}?")
     found: type[lmms] = MODEL_REGISTRY_V2.get_model_class(name)
     return found
+
+
+def _image_processor(model: lmms, given: Mapping[str, Any]) -> Any:
+    """Transformers' image processor of the model; vLLM has one of the checkpoint's in a process."""
+    if hasattr(model, "processor"):
+        return model.processor.image_processor
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(given["model"]).image_processor
 
 
 def _arguments(
