@@ -105,6 +105,11 @@ class RomaModel(lmms):
         every = (name, sorted(given.items()), seed, sorted(self._corruptions.items()), resize)
         self._fingerprint = hashlib.sha256(repr(every).encode()).hexdigest()[:16]
         self._model = model_class(**given)
+        if name == _GENERIC and not hasattr(self._model.model, "generate"):
+            # lmms-eval 0.7.3 takes AutoModel for every type; only some remote code can generate so.
+            got = f"{type(self._model.model).__name__}, which generates nothing"
+            remedy = "take engine=vllm, or name lmms-eval's class for the type by base="
+            fail("pretrained", "a type that lmms-eval has a chat class for", got, remedy)
         self.task_dict: dict[str, Any] = {}
         self._model.task_dict = Documents(self.task_dict)
         self._resize = Resizer(name, _image_processor(self._model, given)) if resize else None
