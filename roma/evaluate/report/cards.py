@@ -16,24 +16,25 @@ from roma.rewards import last_box
 
 _WIDEST = 320  # px: larger images are reduced, so that a report of photographs stays small
 _LONGEST = 500  # characters of a question
-_ENDING = 60  # characters of an answer that boxes nothing
+_ENDING = 120  # characters of an answer that boxes nothing
 
 
 @dataclass(frozen=True)
 class GalleryItem:
-    """One test image, clean and degraded, and what each model answered.
+    """One question, its image clean and degraded, and what each model answered.
 
-    question, truth: the problem without its image mark, and the right answer.
+    question, truth: the problem without its image mark, and the right answer; where the data is not
+        to be had the question's id, and "".
     condition: of the degraded image, e.g. "jpeg L3".
-    clean, degraded: [H, W, 3] uint8.
+    clean, degraded: [H, W, 3] uint8; None where they are not to be had.
     answers: model → "clean" and "degraded" → (answer in short, whether it is right).
     """
 
     question: str
     truth: str
     condition: str
-    clean: NDArray[np.uint8]
-    degraded: NDArray[np.uint8]
+    clean: NDArray[np.uint8] | None
+    degraded: NDArray[np.uint8] | None
     answers: Mapping[str, Mapping[str, tuple[str, bool]]]
 
 
@@ -54,16 +55,17 @@ def _card(item: GalleryItem, style: Callable[[str], LineStyle]) -> str:
     images = "".join(
         f'<td><img src="{data_uri(_png(image))}" alt="{escape(name)}"></td>'
         for name, image in shown.values()
+        if image is not None
     )
-    rows = ""
+    rows = f"<tr><td></td>{images}</tr>" if images else ""
     for model, answers in item.answers.items():
         said = "".join(_said(answers.get(where)) for where in shown)
         rows += f"<tr><td>{named(style(model).label, style(model).colour)}</td>{said}</tr>"
     asked = short(item.question, width=_LONGEST)
-    truth = f'<span class="note">truth: {escape(short(item.truth, width=_LONGEST))}</span>'
+    truth = f"truth: {short(item.truth, width=_LONGEST)}" if item.truth else ""
     return (
-        f'<div class="card"><h3>{escape(asked)} {truth}</h3><table>'
-        f"<tr><th></th>{names}</tr><tr><td></td>{images}</tr>{rows}</table></div>"
+        f'<div class="card"><h3>{escape(asked)} <span class="note">{escape(truth)}</span></h3>'
+        f"<table><tr><th></th>{names}</tr>{rows}</table></div>"
     )
 
 
@@ -95,7 +97,7 @@ def short_answer(text: str, *, width: int = 32) -> str:
     found = last_box(text)
     if not found:
         flat = " ".join(text.split())
-        return f"no box: …{flat[-_ENDING:]}" if len(flat) > _ENDING else f"no box: {flat}"
+        return f"…{flat[-_ENDING:]}" if len(flat) > _ENDING else flat or "(nothing)"
     answer = found.content
     reasoning = " ".join(text.partition("<think>")[2].partition("</think>")[0].split())
     return f"{reasoning} → {answer}" if 0 < len(reasoning) <= width else answer

@@ -15,7 +15,7 @@ import numpy as np
 from roma.data import Example, load_dataset_rows
 from roma.evaluate import fingerprint
 from roma.evaluate.conditions import Cell, Image, degrade_at
-from roma.evaluate.record import ANSWERS, Row, read_rows
+from roma.evaluate.record import Row, read_rows
 from roma.evaluate.report.cards import GalleryItem, short_answer
 from roma.evaluate.result import EvalResult
 from roma.models.processor import Processor
@@ -61,15 +61,32 @@ def _flipping(results: Mapping[str, EvalResult], cell: Cell) -> list[str]:
     return list(found)
 
 
-def items_of(
-    flips: Sequence[Flip], folders: Mapping[str, Path], settings: Mapping[str, Any]
-) -> list[GalleryItem]:
-    """The questions with both images, the right answer, and what each model said first.
+def texts_of(flips: Sequence[Flip], files: Mapping[str, Path]) -> list[GalleryItem]:
+    """What each model said first about the clean and the degraded image; no images.
 
     Args:
         flips: of `choose_flips`.
-        folders: model → the folder of its `roma eval`.
-        settings: of one of them; all saw the same images.
+        files: model → its answers.jsonl.
+    """
+    said = {model: _said(path, flips) for model, path in files.items()}
+    return [
+        GalleryItem(
+            id, "", str(cell), None, None,
+            {model: _both(rows, id, cell) for model, rows in said.items()},
+        )
+        for id, cell in flips
+    ]  # fmt: skip
+
+
+def with_images(
+    items: Sequence[GalleryItem], flips: Sequence[Flip], settings: Mapping[str, Any]
+) -> list[GalleryItem]:
+    """The same with question, right answer and both images.
+
+    Args:
+        items: of `texts_of`.
+        flips: the same.
+        settings: of a `roma eval`; all models saw the same images.
 
     Raises:
         ValueError: the data is not what it was, or cannot be read.
@@ -77,15 +94,15 @@ def items_of(
     """
     examples = _examples([id for id, _ in flips], settings)
     resize = Processor.load(settings["model"]).resize
-    said = {model: _said(folder, flips) for model, folder in folders.items()}
     made = []
-    for id, cell in flips:
+    for item, (id, cell) in zip(items, flips, strict=True):
         example = examples[id]
-        clean = resize(example.load_images()[0])
-        degraded = _degraded(clean, id, cell, settings)
         question = " ".join(str(example.question).replace("<image>", " ").split())
-        answers = {model: _both(rows, id, cell) for model, rows in said.items()}
-        made.append(GalleryItem(question, example.answer, str(cell), clean, degraded, answers))
+        shown = replace(item, question=question, truth=example.answer)
+        for image in example.load_images()[:1]:  # of several the first; some have none
+            clean = resize(image)
+            shown = replace(shown, clean=clean, degraded=_degraded(clean, id, cell, settings))
+        made.append(shown)
     return made
 
 
@@ -115,11 +132,10 @@ def _degraded(clean: Image, id: str, cell: Cell, settings: Mapping[str, Any]) ->
     return degrade_at(cell, [clean], keys, seed=seed, corruptions={known.name: own})[0]
 
 
-def _said(folder: Path, flips: Sequence[Flip]) -> dict[Flip, Row]:
+def _said(path: Path, flips: Sequence[Flip]) -> dict[Flip, Row]:
     """The rows of the flips, clean and degraded; one row at a time is in memory."""
     wanted = {(id, at) for id, cell in flips for at in (Cell(), cell)}
-    rows = read_rows(folder / ANSWERS)
-    return {(row.id, row.cell): row for row in rows if (row.id, row.cell) in wanted}
+    return {(row.id, row.cell): row for row in read_rows(path) if (row.id, row.cell) in wanted}
 
 
 def _both(rows: Mapping[Flip, Row], id: str, cell: Cell) -> dict[str, tuple[str, bool]]:

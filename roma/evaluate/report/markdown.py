@@ -124,14 +124,22 @@ def _accuracy(content: Content) -> Iterator[Lines]:
 def _differences(content: Content) -> Iterator[Lines]:
     if not content.differences:
         return
-    yield [f"## Accuracy minus that of {escaped(content.against)}, points [95 % interval], paired"]
-    rows = [
-        ([heading, model], column(summary, "accuracy"))
-        for heading, summaries in content.differing.items()
-        for model, summary in summaries.items()
-    ]
-    yield table(["benchmark", "model"], rows, _marked)
-    yield ["Bold: the interval excludes 0."]
+    yield [f"## Minus {escaped(content.against)}, points [95 % interval], paired"]
+    yield ["Bold: the interval excludes 0. Accuracy:"]
+    for name, meaning in ({"accuracy": ""} | MEASURES).items():
+        rows = [
+            ([heading, model], tree)
+            for heading, summaries in content.differing.items()
+            for model, summary in summaries.items()
+            if (tree := column(summary, name))
+        ]
+        if rows:
+            yield [_sentence(meaning)] if meaning else []
+            yield table(["benchmark", "model"], rows, _marked)
+
+
+def _sentence(meaning: str) -> str:
+    return f"{meaning[0].upper()}{meaning[1:]}:"
 
 
 def _marked(entry: Entry) -> str:
@@ -147,7 +155,7 @@ def _robustness(content: Content) -> Iterator[Lines]:
         if not said:
             yield ["## Robustness [95 % interval]"]
             said = True
-        yield [f"{meaning[0].upper()}{meaning[1:]}:"]
+        yield [_sentence(meaning)]
         yield table(_first(content), rows, signed if name == "drop" else with_interval)
 
 

@@ -225,7 +225,8 @@ def gallery(items: Sequence[GalleryItem], style: Callable[[str], LineStyle]) -> 
         shown = {"clean": ("clean", item.clean), "degraded": (item.condition, item.degraded)}
         for column, (where, (name, image)) in enumerate(shown.items()):
             picture, below = panels[:, column]
-            picture.imshow(image, interpolation="nearest")
+            if image is not None:
+                picture.imshow(image, interpolation="nearest")
             picture.set_title(name.replace("_", " "), fontsize=10, weight="normal", loc="center")
             picture.set_axis_off()
             below.set_axis_off()

@@ -31,7 +31,7 @@ _ACCURACY = (
 )
 _DIFFERENCES = (
     "Accuracy minus that of {against}, points, on the same questions. Coloured where the interval"
-    " excludes 0: blue if it is above {against}, red if below."
+    " excludes 0: blue if better than {against}, red if worse."
 )
 _FIGURE = "Shown: {part}. Macro averages over corruptions; bars: 95 % interval."
 _OVERLAP = (
@@ -46,6 +46,7 @@ _INTERVALS = (
     "How the intervals are made, and what each column's formula is: docs/EVALUATION.md of the"
     " package."
 )
+_RANGE = 30.0  # points that a heat map spans at least
 
 Label = Callable[[str], str]
 """A model's name as HTML."""
@@ -72,8 +73,9 @@ def page_of(
     def drawn(*names: str) -> str:
         return "".join(picture(figures[name], name) for name in names if name in figures)
 
+    accuracy = _by_part(content.parts, "accuracy", label, share_form)
     body = [
-        Section("accuracy", "Accuracy, %", note(_ACCURACY) + _by_part(content, label)),
+        Section("accuracy", "Accuracy, %", note(_ACCURACY) + accuracy),
     ]
     part = next(iter(content.parts))
     if "severity" in figures:
@@ -84,8 +86,9 @@ def page_of(
     if "benchmarks" in figures:
         body.append(Section("benchmarks", "Benchmark by benchmark", drawn("benchmarks")))
     if content.differences:
-        said = note(_DIFFERENCES.format(against=content.against)) + _differences(content, label)
-        body.append(Section("differences", "Paired differences", said + drawn("differences")))
+        said = note(_DIFFERENCES.format(against=content.against)) + drawn("differences")
+        shown = said + _differences(content, label)
+        body.append(Section("differences", "Paired differences", shown))
     if robustness := _robustness(content, label):
         body.append(Section("robustness", "Robustness", robustness))
     if kinds := _corruptions(content):
@@ -112,28 +115,37 @@ def _rows(summaries: Mapping[str, Summary], name: str, label: Label) -> list[Row
     return [Row(label(model), tree) for model, tree in found.items() if tree]
 
 
-def _by_part(content: Content, label: Label) -> str:
-    """Accuracy: a row per benchmark for one model, else a block of models per benchmark."""
-    parts = content.parts
-    if len(content.models) > 1:
+def _by_part(
+    parts: Mapping[str, Mapping[str, Summary]], name: str, label: Label, form: Form
+) -> str:
+    """A column: a row per benchmark for one model, else a block of models per benchmark.
+
+    Empty where it was not measured.
+    """
+    (first, *others) = next(iter(parts.values()))
+    if others:
         blocks = [
-            Block(_rows(summaries, "accuracy", label), escape(part) if len(parts) > 1 else "")
+            Block(_rows(summaries, name, label), escape(part) if len(parts) > 1 else "")
             for part, summaries in parts.items()
         ]
-        return table(blocks, ("model",), share_form)
-    (model,) = content.models
-    rows = [Row(escape(part), column(own[model], "accuracy")) for part, own in parts.items()]
-    return table([Block(rows)], ("benchmark",), share_form)
+    else:
+        trees = {part: column(own[first], name) for part, own in parts.items()}
+        blocks = [Block([Row(escape(part), tree) for part, tree in trees.items() if tree])]
+    if not any(block.rows for block in blocks):
+        return ""
+    return table(blocks, ("model" if others else "benchmark",), form)
 
 
 def _differences(content: Content, label: Label) -> str:
-    """A block per benchmark, a row per model."""
-    parts = content.differing
-    blocks = [
-        Block(_rows(summaries, "accuracy", label), escape(part) if len(parts) > 1 else "")
-        for part, summaries in parts.items()
-    ]
-    return table(blocks, ("model",), difference_form)
+    """Tables of accuracy and of each column that was compared."""
+    whose = [f"{model} minus {content.against}" for model in content.differences]
+    tables = note(f"{whose[0]}.") if len(whose) == 1 else ""
+    tables += _by_part(content.differing, "accuracy", label, difference_form)
+    for name, meaning in MEASURES.items():
+        form = _drop_form if name == "drop" else difference_form
+        if found := _by_part(content.differing, name, label, form):
+            tables += heading(f"Difference of {meaning}") + found
+    return tables
 
 
 def _robustness(content: Content, label: Label) -> str:
@@ -180,9 +192,10 @@ def _corruptions(content: Content) -> str:
 
 
 def _heat_form(summaries: Iterable[Summary]) -> Form:
-    """A mean on a tint, from the least to the greatest of all degraded conditions."""
+    """A mean on a tint, from the least to the greatest; small ranges do not get all the tints."""
     means = [row["mean"] for found in summaries for row in found["detail"] if row["corruption"]]
-    low, high = min(means), max(means)
+    high = max(means)
+    low = min(*means, high - _RANGE)
     return lambda entry: (shade(entry["mean"], low, high), f"{entry['mean']:.1f}")
 
 

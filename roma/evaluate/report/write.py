@@ -73,7 +73,7 @@ def write(
         folder: made if absent.
         content: of `content_of`.
         stem: of the files' names.
-        gallery: of `roma.evaluate.report.flips.items_of`.
+        gallery: of `roma.evaluate.report.flips`.
     """
     styles = plots.styles_of(list(content.models))
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,8 +112,8 @@ def content_of(
             got = ", ".join(each.benchmarks)
             fail(f"results of {each.name}", expected, got, "evaluate both on the same ones")
     differences = {each.name: compare(each, first) for each in results if each is not first}
-    left_out = [f"Not compared: {said}." for found in differences.values()
-                for said in found["left_out"]]  # fmt: skip
+    said = [f"Not compared: {each}." for found in differences.values()
+            for each in found["left_out"]]  # fmt: skip
     subject = f"does {first.name}" if len(named) == 1 else f"do {len(named)} models"
     return Content(
         title or f"How {subject} stand up to bad images?",
@@ -121,7 +121,7 @@ def content_of(
         differences,
         first.name,
         {each.name: each.settings for each in results},
-        [*notes, *left_out],
+        list(dict.fromkeys([*notes, *said])),
         _asked({each.name: each.settings for each in results}),
     )
 
@@ -170,8 +170,9 @@ def draw(
         pairs = _marks(content.differing, shown, styles)
         unit = f"points over {styles[content.against].label}"
         found["differences"] = lambda: plots.beside(pairs, unit, zero=True)
-    if gallery:
-        found["gallery"] = lambda: plots.gallery(gallery, styles.__getitem__)
+    seen = [item for item in gallery if item.clean is not None]
+    if seen:
+        found["gallery"] = lambda: plots.gallery(seen, styles.__getitem__)
     return found
 
 
