@@ -76,6 +76,10 @@ class Asked:
 
     def __post_init__(self) -> None:
         """Checks them."""
+        folder = Path(self.model)
+        if not folder.is_dir() and (str(self.model).count("/") != 1 or folder.parts[0] in "/.~"):
+            remedy = "check the path; a name on the hub is OWNER/NAME"
+            fail("MODEL", "a folder in Hugging Face form", repr(str(self.model)), remedy)
         if self.engine not in _BATCH:
             fail("--engine", '"hf" or "vllm"', repr(self.engine), "name one of the two")
         for flag in ("limit", "max_tokens", "batch_size"):
@@ -100,6 +104,12 @@ class Asked:
         if clash := sorted(reserved & set(self.model_args)):
             remedy = "give it as an option of its own"
             fail("--model-args", "arguments of the wrapped model", clash[0], remedy)
+
+    @property
+    def name(self) -> str:
+        """The model's, for a folder; a checkpoint's "actor" folder goes by its run and step."""
+        parts = Path(self.model).resolve().parts
+        return "-".join(parts[-3:-1] if parts[-1] == "actor" else parts[-1:])
 
     @cached_property
     def names(self) -> list[str]:

@@ -57,7 +57,7 @@ def run_bench(
     """
     require_lmms_eval()
     console = console or Console()
-    folder = Path(out) if out else Path("runs", "bench", Path(asked.model).resolve().name)
+    folder = Path(out) if out else Path("runs", "bench", asked.name)
     benchmarks = load_benchmarks(
         asked.names,
         include_path=asked.include_path,
@@ -260,17 +260,23 @@ def _write(
     console: Console,
 ) -> dict[str, Any]:
     """Writes the files, bench.json last: it says that the run is finished."""
+    from roma.evaluate.report.write import write_report
+
     results = load_results(folder, finished=False)
     asked = {name: value for name, value in settings.items() if name != "cells"}
     asked["tasks"] = asked.pop("benchmarks")  # the name is the results'
     found = asked | {"notes": list(notes), "judged": judged}
     found |= summarise_suite(results.benchmarks)
+    written = write_report(folder, [results], stem="bench", notes=notes)
+    unfinished = folder / f"{BENCH}.new"
     text = json.dumps(found, indent=1, ensure_ascii=False)
-    (folder / BENCH).write_text(text + "\n", encoding="utf-8")
+    unfinished.write_text(text + "\n", encoding="utf-8")
+    unfinished.replace(folder / BENCH)  # all of it or nothing
     console.print(suite_table(found))
     for note in _unjudged(judged):
         console.print(f"note: {note}", highlight=False)
-    console.print(f"wrote {folder / BENCH}", highlight=False, soft_wrap=True)
+    paths = ", ".join(map(str, [folder / BENCH, *written]))
+    console.print(f"wrote {paths}", highlight=False, soft_wrap=True)
     return found
 
 
