@@ -123,7 +123,7 @@ def severity_line(
     panel.errorbar(
         np.arange(len(mean)) + shift,
         mean,
-        # A percentile interval is discrete and may exclude the mean: no negative bar.
+        # A stored percentile interval may exclude the mean: no negative bar.
         yerr=np.maximum(0, [mean - low, high - mean]) if bars else None,
         label=style.label,
         color=style.colour,

@@ -36,7 +36,7 @@ from roma_kernels.errors import fail
 
 Floats = NDArray[np.float64]
 
-_BLOCK = 500  # draws made at a time: 8 MB of float64 for 2,000 images
+_BLOCK = 2**20  # weights made at a time: 8 MB of float64, the draws of 2,000 images by 500
 _HELD = 2**25  # bytes of weights that are kept; more are made anew each time
 _FIRST, _SECOND = (1.0, 0.0, 1.0, 0.0), (0.0, 1.0, 1.0, 0.0)  # scores of the imagined images
 _IMAGINED = (3 / 8, 3 / 8, 1 / 8, 1 / 8)  # and their weights, in images; the sum is 1
@@ -222,10 +222,11 @@ class Bootstrap:
         return rows
 
     def _made(self) -> Iterator[NDArray[np.float32]]:
-        """The weights, [_BLOCK, n + 4] at a time; each row's sum is 1."""
-        for start in range(0, self.resamples, _BLOCK):
+        """The weights, [_BLOCK/(n + 4), n + 4] at a time; each row's sum is 1."""
+        step = max(1, _BLOCK // (self.images + _MORE))
+        for start in range(0, self.resamples, step):
             generator = np.random.default_rng([self._seed, start])
-            rows = min(_BLOCK, self.resamples - start)
+            rows = min(step, self.resamples - start)
             block = np.empty((rows, self.images + _MORE), dtype=np.float32)
             block[:, :-_MORE] = generator.standard_exponential(
                 (rows, self.images), dtype=np.float32
