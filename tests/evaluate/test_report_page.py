@@ -295,6 +295,23 @@ def test_what_only_one_model_has_is_left_out_of_differences_and_said():
     assert "L3" not in content.differing["digits"]["second"]["pools"]["seen"]
 
 
+def test_benchmarks_without_a_condition_in_common_have_no_average():
+    apart = {"one": _result({Cell(): [1, 0]}), "two": _result({CELLS[1]: [1, 0]})}
+    content = content_of([Results(name, {}, apart) for name in ("m", "n")])
+    assert list(content.parts) == ["one", "two"]
+    assert findings(content)[0] == "Of one; the benchmarks have no condition in common."
+    assert not any("by benchmark" in said for said in findings(content))
+    assert _Tables(_page(content)).open == []
+
+
+def test_what_was_asked_differently_is_said():
+    one, two = _both()
+    two = Results(two.name, two.settings | {"engine": "vllm"}, two.benchmarks)
+    content = content_of([one, two])
+    assert "Asked differently of second and first: engine, vllm and hf." in content.notes
+    assert "Engine: hf (first), vllm (second)." in content.asked
+
+
 def test_cells_of_the_package_give_the_papers_columns():
     results = _noisy("m", cells_of(["clean", "seen", "unseen"], [1, 2, 3]), 3, ["one", "two"])
     names = "clean | seen L1 | seen L2 | seen L3 | unseen L1 | unseen L2 | unseen L3"

@@ -39,17 +39,20 @@ def opening(content: Content) -> str:
 def findings(content: Content) -> list[str]:
     """A sentence or more on each model, then one on each paired difference."""
     heading, summaries = next(iter(content.parts.items()))
-    several = len(content.parts) > 1
+    benchmarks = next(iter(content.models.values()))["benchmarks"]
+    averaged = heading not in benchmarks
     said: list[str] = []
     for model, summary in summaries.items():
         said += _of_model(model, summary)
     for model, summary in content.differing.get(heading, {}).items():
         subject = f"{model} minus {content.against}"
         said.append(finding(subject, column(summary, "accuracy")))
-        if several:
+        if averaged:
             said += _by_benchmark(content, heading, model)
-    if several:
+    if averaged:
         said.insert(0, f"Unless one is named: {heading}, each of the same weight.")
+    elif len(benchmarks) > 1:
+        said.insert(0, f"Of {heading}; the benchmarks have no condition in common.")
     return said
 
 

@@ -112,8 +112,11 @@ def content_of(
             got = ", ".join(each.benchmarks)
             fail(f"results of {each.name}", expected, got, "evaluate both on the same ones")
     differences = {each.name: compare(each, first) for each in results if each is not first}
-    said = [f"Not compared: {each}." for found in differences.values()
-            for each in found["left_out"]]  # fmt: skip
+    said = []
+    for name, found in differences.items():
+        said += [f"Not compared: {each}." for each in found["left_out"]]
+        pair = f"{name} and {first.name}"
+        said += [f"Asked differently of {pair}: {each}." for each in found["differing"]]
     subject = f"does {first.name}" if len(named) == 1 else f"do {len(named)} models"
     return Content(
         title or f"How {subject} stand up to bad images?",
