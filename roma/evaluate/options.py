@@ -46,6 +46,7 @@ class Options:
     batch_size: int | None
     max_new_tokens: int
     level_table: str | Path | None
+    format_prompt: str | Path | None
     seed: int
     device: str | None
     engine: Literal["hf", "vllm"]
@@ -132,6 +133,7 @@ class Options:
             "data": str(self.data),
             "data_fingerprint": examples,
             "questions": questions,
+            "format_prompt": str(self.format_prompt) if self.format_prompt else None,
             "level_table": str(self.level_table) if self.level_table else None,
             "seed": self.seed,
             "decoding": "greedy" if self.heat is None else "sampled",

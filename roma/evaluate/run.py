@@ -155,6 +155,7 @@ def run_eval(
         answers=answers,
         temperature=temperature,
         level_table=level_table,
+        format_prompt=format_prompt,
         seed=seed,
         device=device,
         engine=engine,
