@@ -77,7 +77,7 @@ class Asked:
     def __post_init__(self) -> None:
         """Checks them."""
         folder = Path(self.model)
-        if not folder.is_dir() and (str(self.model).count("/") != 1 or folder.parts[0] in "/.~"):
+        if not folder.is_dir() and (str(self.model).count("/") != 1 or str(self.model)[0] in "/.~"):
             remedy = "check the path; a name on the hub is OWNER/NAME"
             fail("MODEL", "a folder in Hugging Face form", repr(str(self.model)), remedy)
         if self.engine not in _BATCH:

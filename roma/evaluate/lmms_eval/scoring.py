@@ -53,21 +53,23 @@ def scores(benchmark: Benchmark, at: Sequence[int], texts: Sequence[str]) -> lis
 
 def metrics_of(
     benchmark: Benchmark, at: Sequence[int], texts: Sequence[str]
-) -> Iterator[Mapping[str, Any] | None]:
+) -> list[Mapping[str, Any] | None]:
     """What `process_results` says of each answer; None where it would have guessed."""
     task = benchmark.task
     instances = [benchmark.instance(index) for index in at]
     for instance, text in zip(instances, texts, strict=True):
         instance.resps = [text]
+    found: list[Mapping[str, Any] | None] = []
     with _overridden(benchmark.name):
         filters = task._filters[0]
         filters.apply(instances, task.task_docs)
         for index, instance in zip(at, instances, strict=True):
             filtered = _without_reasoning(task, instance.filtered_resps[filters.name])
             try:
-                yield task.process_results(benchmark.doc(index), [filtered])
+                found.append(task.process_results(benchmark.doc(index), [filtered]))
             except _Guessed:
-                yield None
+                found.append(None)
+    return found
 
 
 def as_share(value: Any) -> float | None:
