@@ -108,7 +108,7 @@ def with_images(
 
 def _examples(ids: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Example]:
     """The questions of these ids, after checking that the data is what it was."""
-    rows = load_dataset_rows(settings["data"])
+    rows = load_dataset_rows(settings["data"], format_prompt=settings.get("format_prompt"))
     count = min(settings["questions"], len(rows))
     asked = [rows[place] for place in range(count)]
     if fingerprint.of_examples(asked) != settings["data_fingerprint"]:
