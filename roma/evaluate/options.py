@@ -1,6 +1,7 @@
 """What `roma eval` is asked: refused where it is wrong, before anything is read."""
 
 import importlib.metadata
+import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -35,6 +36,7 @@ class Options:
     Raises:
         ValueError: one is out of range, or does not apply beside the others.
         FileNotFoundError: there is no such level table.
+        ImportError: vLLM is asked for and not installed.
     """
 
     model: str | Path
@@ -72,6 +74,10 @@ class Options:
         if self.batch_size is not None and self.batch_size < 1:
             fail("batch_size", "at least 1", str(self.batch_size), "8 to 256 are customary")
         self._check_sampling()
+        if self.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+            raise ImportError(
+                "engine=vllm needs vLLM, which is not installed: see docs/ROLLOUTS.md"
+            )
 
     @cached_property
     def where(self) -> torch.device:

@@ -1,5 +1,6 @@
 """Evaluation takes any engine: what it asks of one, and what it refuses before anything is read."""
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -61,3 +62,9 @@ def test_several_answers_of_a_question_stand_together() -> None:
 def test_engines_are_checked_first(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run_eval("no-such-model", "no-such-data", **given)
+
+
+def test_without_vllm_it_says_so_first() -> None:
+    assert importlib.util.find_spec("vllm") is None  # it has an environment of its own
+    with pytest.raises(ImportError, match=r"^engine=vllm needs vLLM, which is not installed: see"):
+        run_eval("no-such-model", "no-such-data", engine="vllm")
