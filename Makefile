@@ -9,7 +9,7 @@ PEERS := $(VENV)/.peers-done
 NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-deepspeed test-vllm test-trl test-trl-suite test-swift test-verl test-easyr1 example-trl check bench gpu wheels kernels kernels-all
+.PHONY: help setup demo test test-deepspeed test-vllm test-trl test-trl-suite test-swift test-verl test-easyr1 test-lmms example-trl check bench gpu wheels kernels kernels-all
 
 help:
 	@echo "make setup   .venv with everything the tests and the demo need"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-swift   ROMA in ms-swift, in an environment of its own"
 	@echo "make test-verl   ROMA in verl, in an environment of its own"
 	@echo "make test-easyr1 EASYR1=/path   ROMA in a clone of EasyR1, which is on no index"
+	@echo "make test-lmms   benchmarks of lmms-eval on degraded images, in an environment of its own"
 	@echo "make example-trl   TRL's GRPO with ROMA on a small Qwen3-VL, on a CPU: runs/example-trl"
 	@echo "make check   ruff, mypy, imports, links, README, doctests, every kernel compiled for every chip"
 	@echo "make bench   the loss against its peers, held to float64 first: bench/results, docs/BENCHMARKS.md"
@@ -46,7 +47,7 @@ demo: $(STAMP)
 	@$(BIN)/python -m experiments.digits --out runs/demo --methods "$(METHOD)"
 
 # Two test processes on two cores: more threads in each would only wait for one another.
-test test-deepspeed test-vllm test-trl test-trl-suite test-swift test-verl test-easyr1 example-trl check: export OMP_NUM_THREADS ?= 1
+test test-deepspeed test-vllm test-trl test-trl-suite test-swift test-verl test-easyr1 test-lmms example-trl check: export OMP_NUM_THREADS ?= 1
 
 test: $(STAMP)
 	@echo "test: every test, two at a time"
@@ -129,6 +130,18 @@ test-easyr1: $(VENV)/easyr1/.ready
 	@test -d "$(EASYR1)/verl" || { echo "test-easyr1: give EASYR1=/path/of/a/clone of EasyR1"; exit 2; }
 	@PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/tests:$(EASYR1) $(VENV)/easyr1/bin/python -m pytest \
 		-q --confcutdir tests/integrations tests/integrations/test_easyr1*.py
+
+# The package itself is in it: lmms-eval finds its plug-ins by their entry points.
+$(VENV)/lmms/.ready: tests/lmms_stack/requirements.txt pyproject.toml $(NATIVE)
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --requirement $<
+	@$(@D)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	@$(@D)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+test-lmms: $(VENV)/lmms/.ready
+	@PYTHONPATH=.:kernels:tests/vllm_engine/cpu $(VENV)/lmms/bin/python -m pytest -q \
+		--confcutdir tests/lmms_stack tests/lmms_stack
 
 example-trl: $(VENV)/trl-$(TRL_NEWEST)
 	@PYTHONPATH=$(VENV)/trl-$(TRL_NEWEST) $(BIN)/python examples/trl/train.py --out runs/example-trl
