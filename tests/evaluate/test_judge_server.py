@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.chat_server import Answer, says, server
 
-from roma.evaluate.lmms_eval.judge import ModelJudge, judge_server
+from roma.evaluate.lmms_eval.judge import ModelJudge, is_there, judge_server
 from roma.evaluate.lmms_eval.rules import Answered
 from roma.evaluate.record import Record
 from roma.rewards.chat import ChatServer
@@ -100,11 +100,13 @@ def silence(handler: BaseHTTPRequestHandler, _: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("alive", [True, False])
 def test_one_that_is_slow_or_dead_is_named(alive: bool, tmp_path: Path) -> None:
-    with server(silence) as (url, _):
+    with server(silence) as (url, seen):
+        assert is_there(ChatServer(url, "m", "NO_KEY")) and not seen
         if alive:
             asked = judge(url, tmp_path, retries=1, timeout_s=0.1)
             with pytest.raises(ConnectionError, match=r"was not reached \(TimeoutError.*2 times"):
                 asked.right(answered("Oslo"))
+    assert not is_there(ChatServer(url, "m", "NO_KEY"))
     with pytest.raises(ConnectionError, match=r"was not reached \(URLError.*refused.*1 times"):
         judge(url, tmp_path, retries=0).right(answered("Oslo"))
 

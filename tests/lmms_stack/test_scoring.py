@@ -134,9 +134,14 @@ def test_reasoning_is_dropped_where_the_task_says_so(benchmarks: dict[str, Bench
     seen: list[str] = []
     own = benchmarks["mmstar_reasoning"]
     rules = made_up(lambda doc, results: {"score": 1 + bool(seen.append(results[0]))}, own)
+    said = "<think> no </think>B"
+    scores(rules, [0], [said])
     rules.task.config.reasoning_tags = [["<think>", "</think>"]]
-    scores(rules, [0], ["<think> no </think>B"])
-    assert [text.strip() for text in seen] == ["B"]
+    scores(rules, [0], [said])
+    rules.task.config.reasoning_tags = None
+    rules.task.config.auto_strip_thinking = True
+    scores(rules, [0], [said])
+    assert [text.strip() for text in seen] == [said, "B", "B"]
 
 
 def test_what_the_tasks_own_rules_get_wrong() -> None:

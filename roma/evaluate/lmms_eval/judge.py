@@ -6,6 +6,7 @@ neither after a cut nor where a model answers alike at two conditions.
 
 import hashlib
 import os
+import socket
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -45,6 +46,17 @@ def judge_server(address: str, model: str | None) -> ChatServer:
         fail("--judge-model", "a model of the judge's server", repr(model), remedy)
     key_env = next((name for name in _KEYS if os.environ.get(name)), _KEYS[0])
     return ChatServer(address, model, key_env, timeout_s=120.0, retries=4, pause_s=2.0)
+
+
+def is_there(server: ChatServer, timeout_s: float = 3.0) -> bool:
+    """Whether anything listens at the address; nothing is asked."""
+    parts = urlsplit(server.url)
+    where = str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection(where, timeout_s).close()
+    except OSError:
+        return False
+    return True
 
 
 class ModelJudge:

@@ -22,7 +22,7 @@ from roma.evaluate.conditions import Cell
 from roma.evaluate.folders import load_results
 from roma.evaluate.lmms_eval.asked import Asked
 from roma.evaluate.lmms_eval.benchmark import Benchmark
-from roma.evaluate.lmms_eval.judge import ModelJudge
+from roma.evaluate.lmms_eval.judge import ModelJudge, is_there
 from roma.evaluate.lmms_eval.rules import Rules
 from roma.evaluate.lmms_eval.scoring import scores
 from roma.evaluate.lmms_eval.suite import load_benchmarks, require_lmms_eval
@@ -70,6 +70,9 @@ def run_bench(
     notes = _notes(asked, benchmarks)
     for note in notes:
         console.print(f"note: {note}", highlight=False)
+    if asked.server and not is_there(asked.server):
+        said = "note: nobody listens at the judge's address now; answers are generated first"
+        console.print(said, highlight=False)
     texts = {each.name: Record(folder / each.name, settings, file=TEXTS) for each in benchmarks}
     _generate(asked, benchmarks, texts, console)
     answers = {each.name: Record(folder / each.name, settings) for each in benchmarks}

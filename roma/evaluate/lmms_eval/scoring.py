@@ -61,10 +61,9 @@ def metrics_of(
         instance.resps = [text]
     found: list[Mapping[str, Any] | None] = []
     with _overridden(benchmark.name):
-        filters = task._filters[0]
-        filters.apply(instances, task.task_docs)
+        name = _filter(task, instances)
         for index, instance in zip(at, instances, strict=True):
-            filtered = _without_reasoning(task, instance.filtered_resps[filters.name])
+            filtered = _without_reasoning(task, instance.filtered_resps[name])
             try:
                 found.append(task.process_results(benchmark.doc(index), [filtered]))
             except _Guessed:
@@ -81,11 +80,31 @@ def as_share(value: Any) -> float | None:
     return None
 
 
+def _filter(task: Any, instances: Sequence[Any]) -> str:
+    """Applies the task's first chain of filters, and returns its name."""
+    from lmms_eval.filters import FilterEnsemble
+    from lmms_eval.filters.transformation import StripThinkingFilter
+
+    own = task._filters[0]
+    # As lmms-eval's evaluator does, where a task asks for it and names no tags of its own.
+    strips = getattr(task.config, "auto_strip_thinking", False) and not _tags(task)
+    chain = FilterEnsemble(own.name, [*([StripThinkingFilter()] if strips else []), *own.filters])
+    chain.apply(instances, task.task_docs)
+    return str(own.name)
+
+
+def _tags(task: Any) -> Any:
+    """The tags of reasoning that a task names; None: none."""
+    from lmms_eval.api.reasoning import parse_reasoning_tags_config
+
+    return parse_reasoning_tags_config(task_value=getattr(task.config, "reasoning_tags", None))
+
+
 def _without_reasoning(task: Any, text: Any) -> Any:
     """As lmms-eval's evaluator does for a task that names tags of reasoning."""
-    from lmms_eval.api.reasoning import parse_reasoning_tags_config, strip_reasoning_tags
+    from lmms_eval.api.reasoning import strip_reasoning_tags
 
-    tags = parse_reasoning_tags_config(task_value=getattr(task.config, "reasoning_tags", None))
+    tags = _tags(task)
     return strip_reasoning_tags(text, tags) if tags and isinstance(text, str) else text
 
 

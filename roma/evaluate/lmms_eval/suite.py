@@ -141,6 +141,8 @@ def _benchmark(
         fail(f"task {name}", "output_type generate_until", repr(task.OUTPUT_TYPE), remedy)
     require_images(name, (task.doc_to_messages(doc) or [] for doc in made.whole_docs()))
     made.notes += _override(task, max_tokens)
+    if len(task._filters) > 1:
+        made.notes.append(f"scored by its first filter, {task._filters[0].name}")
     with _quiet():
         task.build_all_requests(limit=made.size)
     made.metric = metric or PAPER.get(name) or _first_metric(made)
