@@ -29,6 +29,7 @@ step by step:
   roma views photo.png --out views.png            what the degradations do to an image
   roma train run.yaml                             rollouts, rewards, views, loss, step
   roma eval runs/x/global_step_300/actor data/charts@test
+  roma report runs/eval/x-global_step_300-charts-test      tables, figures: a page
 
 `roma COMMAND --help` explains a command, with examples. The demo, all of it in ten minutes on two
 CPU cores, runs in a clone: `make demo`.
