@@ -60,6 +60,7 @@ def test_an_error_is_one_line_and_the_last_that_the_command_says(alone):
         *("--tasks", f"small_{TASK}", "--include_path", alone),
         *("--model_args", "pretrained=nowhere,corruption=gausian_blur,level=3"),
     )
+    assert run.returncode == 0  # as for all of its errors
     *_, last = run.stdout.strip().splitlines()
     assert "expected one of gaussian_noise" in last and "did you mean 'gaussian_blur'?" in last
 
@@ -169,6 +170,25 @@ def test_wrong_arguments_are_one_line_before_anything_is_loaded(suite, options, 
     with pytest.raises(ValueError, match=re.escape(said)) as raised:
         make("roma", suite, **options)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("qwen2_5_vl", "qwen2_5_vl"),
+        ("qwen3_vl", "qwen3_vl"),
+        ("qwen3_vl_moe", "qwen3_vl"),
+        ("idefics3", "huggingface"),  # it has no class of its own
+        ("gemma3", "huggingface"),  # lmms-eval's is no chat model
+    ],
+)
+def test_the_model_inside_follows_from_the_checkpoints_type(tmp_path, kind, name):
+    from roma.evaluate.lmms_eval.model import base_of
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    assert base_of(tmp_path, "hf", None) == name
+    assert base_of(tmp_path, "vllm", None) == "vllm"
+    assert base_of(tmp_path, "hf", "llava_hf") == "llava_hf"
 
 
 def test_a_checkpoint_has_to_be_named():

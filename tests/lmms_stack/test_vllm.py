@@ -63,6 +63,10 @@ def test_what_vllms_processor_sees_is_roma_views_and_clean_it_is_the_files(suite
             made = [clean_pixels(suite, name) for name in EVEN]
         assert set(bytes_of(seen)) == set(bytes_of([image for some in made for image in some]))
     assert len({tuple(found.values()) for found in answers.values()}) == 3
+    inside = model._model
+    inside.task_dict = {name: tasks[name].dataset for name in EVEN}
+    own = [answer.text for answer in inside.generate_until(requests)]
+    assert own == list(answers[Cell()].values())
 
 
 def test_an_option_that_vllm_does_not_take_is_refused_before_it_starts(suite):

@@ -94,14 +94,13 @@ class RomaModel(lmms):
         if isinstance(seed, bool) or not isinstance(seed, int):
             fail("seed", "a whole number", repr(seed), "leave it out for 0")
         self._seed = seed
-        name = _base_of(pretrained, engine, base)
+        name = base_of(pretrained, engine, base)
         model_class = _chat_class(name)
         given = _arguments(model_class, name, pretrained, options)
         check_resize(resize, name)
         if resize and "mm_processor_kwargs" in options:
             remedy = "set its sizes in the checkpoint"
             fail("resize", "no mm_processor_kwargs beside it", "both", remedy)
-        self._checked: set[tuple[str, str]] = set()
         every = (name, sorted(given.items()), seed, sorted(self._corruptions.items()), resize)
         self._fingerprint = hashlib.sha256(repr(every).encode()).hexdigest()[:16]
         self._model = model_class(**given)
@@ -110,8 +109,7 @@ class RomaModel(lmms):
             got = f"{type(self._model.model).__name__}, which generates nothing"
             remedy = "take engine=vllm, or name lmms-eval's class for the type by base="
             fail("pretrained", "a type that lmms-eval has a chat class for", got, remedy)
-        self.task_dict: dict[str, Any] = {}
-        self._model.task_dict = Documents(self.task_dict)
+        self.task_dict = {}
         self._resize = Resizer(name, _image_processor(self._model, given)) if resize else None
 
     # -------------------------------------------------------------------------------- conditions
@@ -127,6 +125,18 @@ class RomaModel(lmms):
         if cell != Cell() and cell_of(cell.corruption, cell.level, self._corruptions) != cell:
             fail("cell", "one of the table of levels", repr(cell), "make it with cells_of")
         self._cell = cell
+
+    @property
+    def task_dict(self) -> dict[str, Any]:
+        """Of each task its datasets."""
+        return self._task_dict
+
+    @task_dict.setter
+    def task_dict(self, datasets: dict[str, Any]) -> None:
+        """The model inside reads them through `Documents`."""
+        self._task_dict = datasets
+        self._checked: set[tuple[str, str]] = set()  # (task, split) that has images
+        self._model.task_dict = Documents(datasets)
 
     def __repr__(self) -> str:
         # lmms-eval's cache of answers knows a model that it was given as an object by this text.
@@ -258,8 +268,12 @@ def _with_messages(request: Instance, degrading: Callable[..., Degrading]) -> In
 # -------------------------------------------------------------------------------- the model inside
 
 
-def _base_of(pretrained: str | Path | None, engine: str, base: str | None) -> str:
-    """The name of lmms-eval's model inside."""
+def base_of(pretrained: str | Path | None, engine: str, base: str | None) -> str:
+    """The name of lmms-eval's model inside, from the arguments of `RomaModel`.
+
+    Raises:
+        ValueError: an unknown engine, one beside a base, or no checkpoint to choose by.
+    """
     if engine not in ENGINES:
         fail("engine", '"hf" or "vllm"', repr(engine), "name one of the two, or a model by base=")
     if base is not None:
@@ -288,7 +302,11 @@ def _chat_class(name: str) -> type[lmms]:
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
         fail("base", "a chat model of lmms-eval", repr(name), f"did you mean {nearest!r}?")
-    found: type[lmms] = MODEL_REGISTRY_V2.get_model_class(name)
+    try:
+        found: type[lmms] = MODEL_REGISTRY_V2.get_model_class(name)
+    except ModuleNotFoundError as error:
+        got, remedy = f"no module {error.name}", "pip install it, or 'roma-vlm[lmms]'"
+        fail(f"lmms-eval's {name}", "what it imports", got, remedy, error=ImportError)
     return found
 
 
