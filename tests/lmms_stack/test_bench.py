@@ -54,7 +54,7 @@ def test_the_table_has_every_column(table: tuple[Path, str]) -> None:
         assert name in page and name in text
     for word in ("gaussian_noise", "pixelate", "orrective", "estructive", "elative"):
         assert word in text
-    assert all(note in text for note in found["notes"]) and len(found["notes"]) == 7
+    assert all(note in text for note in found["notes"]) and len(found["notes"]) == 8
     assert {path.suffix for path in out.glob("bench*")} == {".json", ".md", ".html", ".png"}
     assert "note: " in said and "average" in said and f"wrote {out / 'bench.json'}" in said
 

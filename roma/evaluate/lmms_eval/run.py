@@ -245,6 +245,9 @@ def _notes(asked: Asked, benchmarks: Sequence[Benchmark]) -> list[str]:
     else:
         notes.append("an answer that a task would read by a random guess is wrong")
         notes.append("tasks ask no judge of their own")
+    if "resize" not in asked.model_args:
+        own = "--model-args resize=model degrades them at the model's"
+        notes.append(f"images are degraded at the size at which tasks hand them over; {own}")
     if asked.limit is not None:
         notes.append(f"only the first {asked.limit} questions of each benchmark")
     return notes
