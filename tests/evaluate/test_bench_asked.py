@@ -34,6 +34,7 @@ from roma.evaluate.lmms_eval.benchmark import PAPER
             {"judge": "rules", "judge_model": "m"},
             "^--judge-model: expected none with --judge rules",
         ),
+        ({"judge": "rules", "metrics": {"mmstar": "x"}}, "^--metric: expected none with --judge r"),
         ({"model_args": {"level": "3"}}, "^--model-args: .* got level; give it as an option"),
     ],
 )

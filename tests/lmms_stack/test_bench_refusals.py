@@ -14,7 +14,12 @@ FUNCTIONS = """
 def text(doc, lmms_eval_specific_kwargs=None): return doc["question"]
 def nothing(doc): return []
 def video(doc): return ["clip.mp4"]
-def score(doc, results): return {"words": {"text": results[0]}, "share": 0.5, "loss": 0.5}
+def score(doc, results):
+    part = {"part": 1.0} if doc["question"] == "Why?" else {}
+    return part | {"words": {"text": results[0]}, "share": 0.5, "loss": 0.5}
+def calls(doc, results):
+    import urllib.request
+    return {"share": float(urllib.request.urlopen("http://judge.invalid").read())}
 """
 
 
@@ -24,11 +29,12 @@ def tasks(tmp_path: Path) -> Any:
 
     def write(**changes: Any) -> Path:
         file = tmp_path / "rows.parquet"
-        Dataset.from_list([{"question": "Why?", "answer": "so"}]).to_parquet(str(file))
+        rows = [{"question": word, "answer": "so"} for word in ("Why?", "When?")]
+        Dataset.from_list(rows).to_parquet(str(file))
         place = tmp_path / "tasks"
         place.mkdir()
         (place / "own.py").write_text(FUNCTIONS)
-        metrics = ["words", "loss", "share"]
+        metrics = ["part", "words", "loss", "share"]
         config = {
             "task": "mine",
             "dataset_path": "parquet",
@@ -87,12 +93,32 @@ def test_from_the_command_line(
     assert said.startswith("roma: --tasks: ") and not (tmp_path / "out").exists()
 
 
-def test_the_first_metric_that_is_a_share(tasks: Any, suite: Path, monkeypatch: Any) -> None:
+def test_the_first_metric_that_is_a_share(tasks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one that is there for some questions alone, is no number, or is better when lower."""
     from roma.evaluate.lmms_eval import suite as module
 
     monkeypatch.setattr(module, "require_images", lambda *_: None)
-    (found,) = load_benchmarks(["mine"], include_path=tasks(), max_tokens=8)
+    place = tasks()
+    (found,) = load_benchmarks(["mine"], include_path=place, max_tokens=8)
     assert found.metric == "share"
     assert "right is what its metric share says, the first in 0..1" in found.notes
     kept = found.instance(0).arguments[2]
     assert (kept["max_new_tokens"], kept["do_sample"], kept["until"]) == (8, False, [])
+    (one,) = load_benchmarks(["mine"], include_path=place, limit=1)
+    assert (one.metric, one.size) == ("part", 1)  # of this question it is there
+    for name in ("part", "words", "absent"):
+        with pytest.raises(ValueError, match=rf"^task mine: .* as {name}, got none among part, wo"):
+            load_benchmarks(["mine"], include_path=place, metrics={"mine": name})
+    (loss,) = load_benchmarks(["mine"], include_path=place, metrics={"mine": "loss"})
+    assert loss.metric == "loss"  # who names it knows
+
+
+def test_rules_that_call_a_server(tasks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from roma.evaluate.lmms_eval import suite as module
+
+    monkeypatch.setattr(module, "require_images", lambda *_: None)
+    place = tasks(process_results="!function own.calls")
+    with pytest.raises(ValueError, match=r"^task mine: expected rules that ask no server.*invalid"):
+        load_benchmarks(["mine"], include_path=place)
+    (found,) = load_benchmarks(["mine"], include_path=place, own_rules=False)  # --judge rules
+    assert (found.metric, found.answered(1, "so").truths) == ("", ("so",))

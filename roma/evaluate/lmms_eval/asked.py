@@ -95,6 +95,9 @@ class Asked:
             fail("--pools", "pools that need no gradient of the model", got, remedy)
         self.cells  # noqa: B018 - an error if one is unknown
         self.server  # noqa: B018 - likewise
+        if self.metrics and self.judge == "rules":
+            got = repr(next(iter(self.metrics)))
+            fail("--metric", "none with --judge rules", got, "tasks' metrics are not read there")
         if self.base is not None and self.engine != "hf":
             fail("--base", f"none with --engine {self.engine}", repr(self.base), "leave one out")
         if self.device is not None and self.engine == "vllm":

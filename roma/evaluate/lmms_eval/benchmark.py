@@ -43,7 +43,8 @@ class Benchmark:
         name: the task's.
         task: lmms-eval's object.
         size: questions that are asked: the first of its documents.
-        metric: the key of `process_results` that says if an answer is right.
+        metric: the key of `process_results` that says if an answer is right; empty where the task's
+            rules do not say it.
         notes: what was overridden.
     """
 

@@ -64,6 +64,7 @@ def run_bench(
         metrics=asked.metrics,
         max_tokens=asked.max_tokens,
         limit=asked.limit,
+        own_rules=asked.judge != "rules",
     )
     settings = asked.settings(benchmarks)
     verdicts = Record(folder, settings, file=VERDICTS)
@@ -246,8 +247,8 @@ def _notes(asked: Asked, benchmarks: Sequence[Benchmark]) -> list[str]:
         notes.append("an answer that a task would read by a random guess is wrong")
         notes.append("tasks ask no judge of their own")
     if "resize" not in asked.model_args:
-        own = "--model-args resize=model degrades them at the model's"
-        notes.append(f"images are degraded at the size at which tasks hand them over; {own}")
+        theirs = "images are degraded at the size at which tasks hand them over"
+        notes.append(f"{theirs}; --model-args resize=model degrades them at the model's")
     if asked.limit is not None:
         notes.append(f"only the first {asked.limit} questions of each benchmark")
     return notes

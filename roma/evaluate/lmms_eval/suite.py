@@ -21,6 +21,7 @@ from roma.evaluate.lmms_eval.scoring import as_share, metrics_of
 from roma_kernels.errors import fail
 
 SUITES = {"paper": tuple(PAPER)}
+_PROBES = 32
 
 
 def require_lmms_eval() -> str:
@@ -43,6 +44,7 @@ def load_benchmarks(
     metrics: Mapping[str, str] | None = None,
     max_tokens: int = 4096,
     limit: int | None = None,
+    own_rules: bool = True,
 ) -> list[Benchmark]:
     """Loads tasks with their data, and checks that they can be measured.
 
@@ -52,10 +54,11 @@ def load_benchmarks(
         metrics: task → metric, where not the paper's or the task's first.
         max_tokens: budget of every answer, tokens.
         limit: only the first questions of each; None: all.
+        own_rules: the tasks' rules say what is right; False: they are not run.
 
     Raises:
-        ValueError: an unknown task or metric; a task without images, with video or sound, or whose
-            answers are not generated; data that cannot be had.
+        ValueError: an unknown task or metric; rules that call a server; a task without images, with
+            video or sound, or whose answers are not generated; data that cannot be had.
     """
     found: dict[str, Any] = {}
     managers = _Managers(include_path)
@@ -65,9 +68,10 @@ def load_benchmarks(
     for name in chosen:
         if name not in found:
             fail("--metric", "a task that is measured", repr(name), f"one of {', '.join(found)}")
-    return [
-        _benchmark(name, task, chosen.get(name), max_tokens, limit) for name, task in found.items()
-    ]
+    made = [_benchmark(name, task, max_tokens, limit) for name, task in found.items()]
+    for benchmark in made if own_rules else ():
+        _choose_metric(benchmark, chosen.get(benchmark.name))
+    return made
 
 
 class _Managers:
@@ -132,22 +136,15 @@ def _leaves(tasks: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
             yield str(name), task
 
 
-def _benchmark(
-    name: str, task: Any, metric: str | None, max_tokens: int, limit: int | None
-) -> Benchmark:
+def _benchmark(name: str, task: Any, max_tokens: int, limit: int | None) -> Benchmark:
     made = Benchmark(name, task, min(len(task.eval_docs_no_media), limit or 2**62))
     if task.OUTPUT_TYPE != "generate_until":
         remedy = "roma bench-vlm reads written answers"
         fail(f"task {name}", "output_type generate_until", repr(task.OUTPUT_TYPE), remedy)
     require_images(name, (task.doc_to_messages(doc) or [] for doc in made.whole_docs()))
     made.notes += _override(task, max_tokens)
-    if len(task._filters) > 1:
-        made.notes.append(f"scored by its first filter, {task._filters[0].name}")
     with _quiet():
         task.build_all_requests(limit=made.size)
-    made.metric = metric or PAPER.get(name) or _first_metric(made)
-    if name not in PAPER and not metric:
-        made.notes.append(f"right is what its metric {made.metric} says, the first in 0..1")
     return made
 
 
@@ -169,17 +166,34 @@ def _override(task: Any, max_tokens: int) -> list[str]:
     return notes
 
 
-def _first_metric(benchmark: Benchmark) -> str:
-    """The first metric that is better when higher and a number in 0..1, by an empty answer."""
-    (metrics,) = metrics_of(benchmark, [0], [""])
+def _choose_metric(benchmark: Benchmark, asked: str | None) -> None:
+    """Sets the metric: the one asked for, the paper's, or the first that is better when higher.
+
+    It has to be a number in 0..1 for an empty answer to each of some questions, first to last: of
+    some tasks a metric is there for a part of the questions alone.
+    """
+    most = max(benchmark.size - 1, 1)
+    probes = sorted({turn * most // _PROBES for turn in range(_PROBES)} | {benchmark.size - 1})
+    found = [each for each in metrics_of(benchmark, probes, [""] * len(probes)) if each is not None]
     higher = benchmark.task.higher_is_better()
-    listed = list(higher)
-    for name in listed:
-        if higher[name] and (metrics is None or as_share(metrics.get(name)) is not None):
-            return str(name)
-    expected = "a metric in 0..1 of which more is better"
-    remedy = "name one with --metric TASK=NAME, or take --judge rules"
-    fail(f"task {benchmark.name}", expected, ", ".join(listed) or "none", remedy)
+    first = [str(name) for name, better in higher.items() if better]
+    own = asked or PAPER.get(benchmark.name)
+    for name in [own] if own else first:
+        if all(as_share(metrics.get(name)) is not None for metrics in found):
+            benchmark.metric = name
+            break
+    else:
+        got = ", ".join(
+            dict.fromkeys([*map(str, higher), *(key for each in found for key in each)])
+        )
+        remedy = "name one with --metric TASK=NAME, or take --judge rules"
+        expected = f"a number in 0..1 for every question as {own or 'a metric, more being better'}"
+        fail(f"task {benchmark.name}", expected, f"none among {got}", remedy)
+    if not own:
+        said = f"right is what its metric {benchmark.metric} says, the first in 0..1"
+        benchmark.notes.append(said)
+    if len(benchmark.task._filters) > 1:
+        benchmark.notes.append(f"scored by its first filter, {benchmark.task._filters[0].name}")
 
 
 @contextlib.contextmanager
