@@ -19,7 +19,7 @@ from roma.evaluate.run import run_eval
 from roma.models.qwen_vl import Policy
 
 FILES = ("settings.json", "answers.jsonl", "eval.json", "eval.md")
-SEVERAL = {"answers": 2, "temperature": 1.5, "pools": ["clean", "seen"]}
+SEVERAL = {"answers": 2, "temperature": 1.5}
 ATTACKED = {"pools": ["masking", "clean", "adversarial"], "levels": [1], "attack_steps": 1}
 
 
