@@ -19,9 +19,11 @@ from roma.evaluate.lmms_eval.images import digest_of
 TASK = "mmstar_reasoning"
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+def command(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     """Runs it elsewhere: that there is a model "roma" it knows by the entry point alone."""
-    lines = [sys.executable, "-m", "lmms_eval", "--model", "roma", *map(str, arguments)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    start = [sys.executable, *(launcher if ranks > 1 else []), "-m", "lmms_eval"]
+    lines = [*start, "--model", "roma", *map(str, arguments)]
     tests = Path(__file__).parents[1]
     places = (tests.parent, tests.parent / "kernels", tests / "vllm_engine/cpu")
     environment = os.environ | {"PYTHONPATH": ":".join(map(str, places))}
@@ -35,24 +37,31 @@ def alone(suite, tmp_path_factory):
     """A folder with one task, under a name that lmms-eval has no task of."""
     folder = tmp_path_factory.mktemp("alone")
     yaml_file, split, rows = TASKS[TASK]
-    write_task(folder, f"small_{TASK}", yaml_file, split, rows(4))
+    write_task(folder, f"small_{TASK}", yaml_file, split, rows(5))
     return folder
 
 
-def test_the_command_finds_the_plug_in_and_degrades(suite, alone, tmp_path):
-    found = {}
-    for cell in ("", ",corruption=gaussian_noise,level=3"):
-        out = tmp_path / ("degraded" if cell else "clean")
-        run = command(
-            *("--tasks", f"small_{TASK}", "--include_path", alone, "--output_path", out),
-            *("--model_args", f"pretrained={suite / 'model'}{cell}", "--log_samples"),
-            *("--gen_kwargs", "max_new_tokens=2", "--batch_size", "2"),
-        )
-        (samples,) = out.rglob(f"*samples_small_{TASK}.jsonl")
-        lines = samples.read_text(encoding="utf-8").splitlines()
-        found[cell] = [json.loads(line)["filtered_resps"] for line in lines]
-        assert len(found[cell]) == 4 and "acc_score" in run.stdout
-    assert found[""] != found[",corruption=gaussian_noise,level=3"]
+def answers_of(suite: Path, alone: Path, out: Path, cell: str, ranks: int = 1) -> dict[int, str]:
+    """Document → answer, by the command."""
+    run = command(
+        *("--tasks", f"small_{TASK}", "--include_path", alone, "--output_path", out),
+        *("--model_args", f"pretrained={suite / 'model'}{cell}", "--log_samples"),
+        *("--gen_kwargs", "max_new_tokens=2", "--batch_size", "2"),
+        ranks=ranks,
+    )
+    assert "acc_score" in run.stdout
+    (samples,) = out.rglob(f"*samples_small_{TASK}.jsonl")
+    rows = map(json.loads, samples.read_text(encoding="utf-8").splitlines())
+    return {row["doc_id"]: row["filtered_resps"] for row in rows}
+
+
+def test_the_command_finds_the_plug_in_and_degrades_in_two_processes_too(suite, alone, tmp_path):
+    noise = ",corruption=gaussian_noise,level=3"
+    clean = answers_of(suite, alone, tmp_path / "clean", "")
+    degraded = answers_of(suite, alone, tmp_path / "degraded", noise)
+    assert set(clean) == set(degraded) == set(range(5)) and clean != degraded
+    # One process has three documents, the other two and a copy to keep in step.
+    assert answers_of(suite, alone, tmp_path / "two", noise, ranks=2) == degraded
 
 
 def test_an_error_is_one_line_and_the_last_that_the_command_says(alone):
