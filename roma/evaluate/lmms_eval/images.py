@@ -34,9 +34,6 @@ ToMessages = Callable[..., Any]
 _TIMEOUT_S = 60
 
 
-# ---------------------------------------------------------------------------------------- settings
-
-
 def read_table(level_table: str | Path | None) -> Mapping[str, Corruption]:
     """The table of levels of a `level_table=` argument.
 
@@ -94,9 +91,6 @@ def cell_of(
     if isinstance(level, bool) or not isinstance(level, int) or not 1 <= level <= len(row.levels):
         fail("level", expected, repr(level), "give one of the table's, or a table that has it")
     return Cell(row.pool, row.name, level)
-
-
-# --------------------------------------------------------------------------------------- documents
 
 
 @dataclass(frozen=True)
@@ -161,9 +155,6 @@ class _Rows:
 
     def __iter__(self) -> Iterator[Document]:
         return (self[i] for i in range(len(self)))
-
-
-# ---------------------------------------------------------------------------------------- messages
 
 
 @dataclass(frozen=True)

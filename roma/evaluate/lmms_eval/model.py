@@ -112,8 +112,6 @@ class RomaModel(lmms):
         self.task_dict = {}
         self._resize = Resizer(name, _image_processor(self._model, given)) if resize else None
 
-    # -------------------------------------------------------------------------------- conditions
-
     @property
     def cell(self) -> Cell:
         """The condition of the images."""
@@ -141,8 +139,6 @@ class RomaModel(lmms):
     def __repr__(self) -> str:
         # lmms-eval's cache of answers knows a model that it was given as an object by this text.
         return f"RomaModel({self._fingerprint}, {self.cell})"
-
-    # ------------------------------------------------------------------------------- generation
 
     def generate_until(self, requests: list[Instance]) -> list[Any]:
         """Answers of the model, with its images at `cell`.
@@ -198,8 +194,6 @@ class RomaModel(lmms):
         require_images(origin.task, (function(rows[i]) for i in range(len(rows))))
         self._checked.add(where)
 
-    # ---------------------------------------------------------------------- what lmms-eval asks
-
     def __getattr__(self, name: str) -> Any:
         # Device, accelerator, batch size, tokenizer, chat template, …: the model's.
         if name == "_model":
@@ -243,9 +237,6 @@ class RomaModel(lmms):
         self._model.clean()
 
 
-# ----------------------------------------------------------------------------------------- requests
-
-
 def _origin(request: Instance) -> Origin:
     # (context, doc_to_messages, generation kwargs, document, task, split)
     _, _, _, id, task, split = request.arguments
@@ -263,9 +254,6 @@ def _with_messages(request: Instance, degrading: Callable[..., Degrading]) -> In
     context, own, *rest = request.arguments
     made.arguments = (context, degrading(own=own, origin=_origin(request)), *rest)
     return made
-
-
-# -------------------------------------------------------------------------------- the model inside
 
 
 def base_of(pretrained: str | Path | None, engine: str, base: str | None) -> str:
