@@ -158,16 +158,19 @@ def _check_images(first: Results, second: Results, name: str) -> None:
     remedy = "evaluate both on the same images"
     prints = [_fingerprint(each.settings, name) for each in (first, second)]
     if None not in prints and prints[0] != prints[1]:
-        got = "others under the same ids"
+        ids = [each.benchmarks[name].ids for each in (first, second)]
+        alike = ids[0] == ids[1]
+        got = "others under the same ids" if alike else "the same ids in another order"
         fail(f"questions of {name} in {second.name}", f"those of {first.name}", got, remedy)
     seeds = [each.settings.get("seed") for each in (first, second)]
     if seeds[0] != seeds[1]:
         got = f"{seeds[0]} in {first.name} and {seeds[1]} in {second.name}"
         fail("seed of the noise", "the same", got, remedy)
     one, other = (_levels(each.settings) for each in (first, second))
-    for cell in one:
-        if cell in other and one[cell] != other[cell]:
-            got = f"{one[cell]} in {first.name} and {other[cell]} in {second.name} for {cell}"
+    for cell, key in one:
+        there, here = one[cell, key], other.get((cell, key), one[cell, key])
+        if there != here:
+            got = f"{there} in {first.name} and {here} in {second.name} for {cell}, {key}"
             fail("level table", "the same", got, remedy)
 
 
@@ -179,11 +182,13 @@ def _fingerprint(settings: Mapping[str, Any], name: str) -> str | None:
     return None if found is None else str(found)
 
 
-def _levels(settings: Mapping[str, Any]) -> dict[Cell, Any]:
+def _levels(settings: Mapping[str, Any]) -> dict[tuple[Cell, str], Any]:
     """What each cell does to an image, where the settings have it."""
     return {
-        Cell(row["pool"], row["corruption"], row["level"]): row.get("parameter")
+        (Cell(row["pool"], row["corruption"], row["level"]), key): row[key]
         for row in settings.get("cells", ())
+        for key in ("parameter", "reference_size")
+        if key in row
     }
 
 

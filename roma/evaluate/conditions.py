@@ -41,7 +41,7 @@ def cells_of(
     Args:
         pools: of "clean" and the pools in `corruptions` ("seen", "unseen", "extra", "masking",
             "adversarial").
-        levels: severities, 1 for the mildest.
+        levels: severities, 1 for the mildest; measured in this order, however they are given.
         corruptions: the table of levels.
 
     Raises:
@@ -72,7 +72,7 @@ def _cells_in(pool: str, members: Iterable[Corruption], levels: Sequence[int]) -
     """The cells of one pool, corruption by corruption."""
     cells = []
     for corruption in members:
-        for level in dict.fromkeys(levels):
+        for level in sorted(set(levels)):
             if not 1 <= level <= len(corruption.levels):
                 expected = f"1 to {len(corruption.levels)}, the levels of {corruption.name}"
                 fail("levels", expected, str(level), "leave it out, or give a table that has it")

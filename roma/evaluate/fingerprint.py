@@ -45,7 +45,7 @@ def of_model(folder: str | Path) -> str:
 
 
 def of_examples(examples: Iterable[Example]) -> str:
-    """Of questions: their ids, problems, answers and encoded images.
+    """Of questions: their ids, texts, answers and encoded images; not what a prompt adds to them.
 
     An image that is a path enters by name and size: it is not read.
 
@@ -58,7 +58,8 @@ def of_examples(examples: Iterable[Example]) -> str:
             got = f"{example.id!r} twice, the second time in {example.origin}"
             fail("ids", "one for each question", got, "rename it, or drop the column id")
         ids.add(example.id)
-        _take(digest, *(x.encode() for x in (example.id, example.problem, example.answer)))
+        texts = example.id, str(example.question), example.answer
+        _take(digest, *(text.encode() for text in texts))
         for image in example.images:
             if isinstance(image, bytes):
                 _take(digest, image)

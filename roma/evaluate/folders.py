@@ -63,7 +63,9 @@ def load_results(
         expected, got = f"a finished run, with {summary.name}", f"none in {folder}"
         fail("results", expected, got, "run the same command again to complete it")
     if alone:
-        names = [_data_name(settings, place)]
+        if not settings.get("data"):
+            fail(f"{place / SETTINGS}", 'a key "data"', "none", _REMEDY)
+        names = [data_name(settings["data"])]
     else:
         asked = list(settings.get("benchmarks", ()))
         there = [path.name for path in parts]
@@ -86,10 +88,27 @@ def _settings(path: Path) -> dict[str, Any]:
     return found
 
 
-def _data_name(settings: dict[str, Any], folder: Path) -> str:
-    """The benchmark of a `roma eval`: its data's name and split."""
-    if not settings.get("data"):
-        fail(f"{folder / SETTINGS}", 'a key "data"', "none", _REMEDY)
-    path, _, split = str(settings["data"]).partition("@")
-    stem = Path(path).stem if Path(path).suffix in (".parquet", ".jsonl") else Path(path).name
-    return f"{stem}@{split}" if split else stem
+def data_name(data: str | Path) -> str:
+    """The benchmark of a `roma eval`: its data's name and split.
+
+    Example:
+        >>> data_name("data/charts@test"), data_name("data/charts.parquet")
+        ('charts@test', 'charts')
+    """
+    path, split = split_of(data)
+    name = path.stem if path.suffix in (".parquet", ".jsonl") else path.name
+    return f"{name}@{split}" if split else name
+
+
+def split_of(data: str | Path) -> tuple[Path, str]:
+    """Path and split of PATH@SPLIT; "" without one. A folder above may have the sign in its name.
+
+    Example:
+        >>> split_of("me@home/charts@test")[1], split_of("me@home/charts")[1]
+        ('test', '')
+    """
+    path = Path(data)
+    name, sign, split = path.name.rpartition("@")
+    if not sign:
+        return path, ""
+    return path.with_name(name) if name else path.parent, split

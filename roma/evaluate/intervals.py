@@ -150,7 +150,7 @@ class Bootstrap:
             ValueError: `scores` is not [M, n] with this bootstrap's n, or leaves 0..1.
         """
         rows = self._rows(scores)
-        if rows.min(initial=0) < -_SAME or rows.max(initial=0) > 1 + _SAME:
+        if not (rows.min(initial=0) >= -_SAME and rows.max(initial=0) <= 1 + _SAME):  # nor a NaN
             got = f"{rows.min():g} to {rows.max():g}"
             fail("scores", "values from 0 to 1", got, "give shares; `differences` compares two")
         imagined = np.tile(_FIRST if arm == 1 else _SECOND, (len(rows), 1))

@@ -133,13 +133,15 @@ class Options:
             examples: their fingerprint.
             reward: what says which answers are right.
         """
+        form = self.format_prompt
         return {
             "model": str(self.model),
             "model_fingerprint": fingerprint.of_model(self.model),
             "data": str(self.data),
-            "data_fingerprint": examples,
             "questions": questions,
-            "format_prompt": str(self.format_prompt) if self.format_prompt else None,
+            "data_fingerprint": examples,
+            "format_prompt": str(form) if form else None,
+            "format_fingerprint": fingerprint.of_file(form) if form else None,
             "level_table": str(self.level_table) if self.level_table else None,
             "seed": self.seed,
             "decoding": "greedy" if self.heat is None else "sampled",

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from roma.evaluate.conditions import Cell
-from roma.evaluate.result import CellResult, EvalResult
+from roma.evaluate.result import CellResult, EvalResult, smallest
 from roma_kernels.errors import fail
 
 SETTINGS = "settings.json"
@@ -99,6 +98,7 @@ class Record:
             (self.folder / SETTINGS).unlink(missing_ok=True)
         _hold(self.folder, settings, self.path)
         _drop_torn_line(self.path)
+        self._left = self._state()
         self.unscored, self._count = 0, 0
         self._numbers: dict[str, int] = {}
         self._done: dict[Cell, bytearray] = {}
@@ -114,17 +114,31 @@ class Record:
         return number is not None and number < len(done) and bool(done[number])
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Appends a batch; it is on disk when this returns."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(row.to_line() for row in rows))
+        """Appends a batch; it is on disk when this returns.
+
+        Raises:
+            ValueError: the folder is not as this record left it: a second run writes to it, or
+                began it anew, perhaps with other settings.
+        """
+        if self._state() != self._left:
+            got, remedy = f"a second one, which wrote to {self.folder}", "let one end, or name two"
+            fail("out", "a folder of one run at a time", got, remedy)
+        with self.path.open("ab") as file:
+            file.write("".join(row.to_line() for row in rows).encode())
             file.flush()
             os.fsync(file.fileno())
+        self._left = self._state()
         for row in rows:
             self._note(row)
 
     def rows(self) -> Iterator[Row]:
         """Every row, in the order in which they were added; one at a time is in memory."""
         return read_rows(self.path)
+
+    def _state(self) -> tuple[bytes, int]:
+        """What changes if another writes here: the settings, and the length of the file."""
+        length = self.path.stat().st_size if self.path.exists() else 0
+        return (self.folder / SETTINGS).read_bytes(), length
 
     def _note(self, row: Row) -> None:
         self._count += not self.has(row.cell, row.id)
@@ -208,15 +222,9 @@ class _Column:
         right = np.array(self.correct).reshape(-1, answers)[order]
         texts = [self.texts[row] for row in order] if self.texts else []
         if answers == 1:
-            return CellResult(_smallest(right[:, 0]), texts)
+            return CellResult(smallest(right[:, 0]), texts)
         voted = np.array(self.voted, dtype=np.float64)[order]
-        return CellResult(right.mean(1), texts, _smallest(right.max(1)), _smallest(voted))
-
-
-def _smallest(values: NDArray[np.float64]) -> NDArray[Any]:
-    """As uint8 where they are 0 and 1 alone."""
-    whole = bool(np.isin(values, (0.0, 1.0)).all())
-    return values.astype(np.uint8) if whole else values
+        return CellResult(right.mean(1), texts, smallest(right.max(1)), smallest(voted))
 
 
 def _hold(folder: Path, settings: Mapping[str, Any], rows: Path) -> None:

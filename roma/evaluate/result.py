@@ -3,10 +3,10 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from roma.evaluate.conditions import Cell
 from roma.evaluate.intervals import macro
@@ -63,9 +63,9 @@ class EvalResult:
         return macro(rows)
 
     def save(self, path: str | Path) -> None:
-        """Writes JSON: ids, and per cell the correctness and the texts."""
+        """Writes JSON: ids, and per cell the shares of right answers and the texts."""
         cells = [
-            asdict(cell) | {"correct": found.correct.tolist(), "texts": found.texts}
+            asdict(cell) | {of: row.tolist() for of, row in _shares(found)} | {"texts": found.texts}
             for cell, found in self.cells.items()
         ]
         Path(path).write_text(json.dumps({"ids": self.ids, "cells": cells}), encoding="utf-8")
@@ -76,7 +76,20 @@ class EvalResult:
         stored = json.loads(Path(path).read_text(encoding="utf-8"))
         cells = {}
         for row in stored["cells"]:
-            correct = np.array(row["correct"], dtype=np.uint8)
             cell = Cell(row["pool"], row["corruption"], row["level"])
-            cells[cell] = CellResult(correct, row["texts"])
+            shares = {of: smallest(row[of]) for of in get_args(Share) if of in row}
+            cells[cell] = CellResult(texts=row["texts"], **shares)
         return cls(stored["ids"], cells)
+
+
+def smallest(values: ArrayLike) -> NDArray[Any]:
+    """Shares, as uint8 where they are 0 and 1 alone."""
+    shares = np.asarray(values, dtype=np.float64)
+    whole = bool(np.isin(shares, (0.0, 1.0)).all())
+    return shares.astype(np.uint8) if whole else shares
+
+
+def _shares(found: CellResult) -> list[tuple[Share, NDArray[Any]]]:
+    """Those that a cell has."""
+    named = {of: getattr(found, of) for of in get_args(Share)}
+    return [(of, row) for of, row in named.items() if row is not None]

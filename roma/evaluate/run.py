@@ -19,6 +19,7 @@ from roma.evaluate.answers import (
     several_answerer,
 )
 from roma.evaluate.conditions import Cell, DegradedImages, Image
+from roma.evaluate.folders import data_name, split_of
 from roma.evaluate.options import Options, Reward
 from roma.evaluate.record import ANSWERS, Record, read_result
 from roma.evaluate.result import CellResult, EvalResult
@@ -271,8 +272,8 @@ def _name(model: str | Path, data: str | Path) -> str:
     """MODEL-DATA, for a folder; a checkpoint's "actor" folder goes by its run and step."""
     folder = Path(model).resolve()
     parts = folder.parts[-3:-1] if folder.name == "actor" else (folder.name,)
-    path, _, split = str(data).partition("@")
-    place = Path(path).resolve()
+    path, split = split_of(data)
+    place = path.resolve()
     return "-".join([*parts, place.name if place.is_dir() else place.stem, *filter(None, [split])])
 
 
@@ -311,7 +312,7 @@ def _write_results(folder: Path, summary: Mapping[str, Any]) -> str:
     from roma.evaluate import figures
     from roma.evaluate.report.markdown import markdown
 
-    suite = {folder.name: {"benchmarks": {Path(summary["data"]).name: summary}}}
+    suite = {folder.name: {"benchmarks": {data_name(summary["data"]): summary}}}
     json_path, text_path, plot_path = (folder / name for name in _WRITTEN)
     figures.save(figures.one_model(summary), plot_path)
     text_path.write_text(markdown(suite, title=folder.name), encoding="utf-8")

@@ -108,6 +108,12 @@ def test_several_benchmarks_have_an_average():
         assert get(found["average"])["mean"] == pytest.approx(np.mean(parts), abs=2e-3)
 
 
+JPEG = {
+    **{"pool": "seen", "corruption": "jpeg", "level": 1},
+    **{"parameter": 5, "reference_size": 224},
+}
+
+
 @pytest.mark.parametrize(
     ("other", "settings", "message"),
     [
@@ -124,20 +130,30 @@ def test_several_benchmarks_have_an_average():
         (
             {"d": {CLEAN: [1, 0]}},
             {"cells": [{"pool": "seen", "corruption": "jpeg", "level": 1, "parameter": 7}]},
-            "level table: expected the same, got 5 in a and 7 in b for jpeg L1",
+            "level table: expected the same, got 5 in a and 7 in b for jpeg L1, parameter",
+        ),
+        (
+            {"d": {CLEAN: [1, 0]}},
+            {"cells": [JPEG | {"reference_size": 448}]},
+            "level table: .*got 224 in a and 448 in b for jpeg L1, reference_size",
         ),
     ],
 )
 def test_results_that_do_not_compare_are_refused(other, settings, message):
-    told = {
-        "seed": 0,
-        "data_fingerprint": "y",
-        "cells": [{"pool": "seen", "corruption": "jpeg", "level": 1, "parameter": 5}],
-    }
+    told = {"seed": 0, "data_fingerprint": "y", "cells": [JPEG]}
     one = results_of("a", {"d": {CLEAN: [1, 0]}}, **told)
     with pytest.raises(ValueError, match=message) as error:
         compare(one, results_of("b", other, **(told | settings)))
     assert "\n" not in str(error.value)
+
+
+def test_a_dataset_in_another_order_is_refused_as_that():
+    one, other = (
+        results_of(name, {"d": {CLEAN: [1, 0]}}, ids=ids, data_fingerprint=name)
+        for name, ids in (("a", ["0", "1"]), ("b", ["1", "0"]))
+    )
+    with pytest.raises(ValueError, match="those of a, got the same ids in another order"):
+        compare(one, other)
 
 
 def test_other_questions_of_a_benchmark_of_lmms_eval_are_refused():

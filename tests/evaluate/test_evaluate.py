@@ -48,6 +48,7 @@ def test_cells_are_clean_once_and_every_corruption_of_a_pool_at_every_level():
         "downscale",
     }
     assert cells_of(["seen", "seen"], [3, 3]) == cells_of(["seen"], [3])
+    assert cells_of(["clean", "seen"], [3, 1]) == cells_of(["clean", "seen"], [1, 3])
 
 
 @pytest.mark.parametrize(

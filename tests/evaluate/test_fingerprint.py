@@ -92,11 +92,11 @@ ASKED = [Example("0", (b"png",), "<image> sum ?", "8"), Example("1", (), "1 + 1 
         lambda asked: asked[:1],
         lambda asked: asked[::-1],
         lambda asked: [replace(asked[0], id="2"), asked[1]],
-        lambda asked: [replace(asked[0], problem="<image> larger ?"), asked[1]],
+        lambda asked: [replace(asked[0], question="<image> larger ?"), asked[1]],
         lambda asked: [replace(asked[0], answer="9"), asked[1]],
         lambda asked: [replace(asked[0], images=(b"pnG",)), asked[1]],
         lambda asked: [replace(asked[0], images=(small(1),)), asked[1]],
-        lambda asked: [replace(asked[0], problem="<image> sum ?8", answer=""), asked[1]],
+        lambda asked: [replace(asked[0], question="<image> sum ?8", answer=""), asked[1]],
     ],
 )
 def test_questions_that_differ(change: Callable[[list[Example]], list[Example]]) -> None:
@@ -117,3 +117,8 @@ def test_images_of_files_and_ids_that_are_not_one_each(tmp_path: Path) -> None:
     twice = [ASKED[0], replace(ASKED[1], id="0", origin="x.parquet, row 7")]
     with pytest.raises(ValueError, match=r"^ids: expected one for each question, got '0' twice, t"):
         fingerprint.of_examples(twice)
+
+
+def test_questions_are_the_same_whatever_a_prompt_adds_to_them() -> None:
+    asked = [replace(each, problem=f"{each.problem} Box it.") for each in ASKED]
+    assert fingerprint.of_examples(asked) == fingerprint.of_examples(ASKED)

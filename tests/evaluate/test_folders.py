@@ -23,7 +23,13 @@ def test_a_folder_of_roma_eval_is_one_benchmark_named_after_its_data(tmp_path):
 
 @pytest.mark.parametrize(
     ("data", "name"),
-    [("d/first.parquet", "first"), ("a/b/", "b"), ("set.v2@val", "set.v2@val")],
+    [
+        ("d/first.parquet", "first"),
+        ("a/b/", "b"),
+        ("set.v2@val", "set.v2@val"),
+        ("me@home/a@val", "a@val"),
+        ("me@home/a.jsonl", "a"),
+    ],
 )
 def test_the_name_of_data(tmp_path, data, name):
     folder = write_eval(tmp_path / "a", settings={"data": data})

@@ -155,3 +155,26 @@ def test_an_unfinished_record_is_no_result(tmp_path: Path, rows: list[Row], said
         read_result(record.path)
     with pytest.raises(FileNotFoundError, match=r"^results: expected a file none\.jsonl, got none"):
         read_result(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_second_run_in_one_folder_ends_one_of_the_two(tmp_path: Path, overwrite: bool) -> None:
+    """The rows of a run never stand beside another's, nor under another's settings."""
+    first = Record(tmp_path, ASKED)
+    if overwrite:
+        first.add([row("a")])
+    settings = ASKED | {"seed": int(overwrite)}
+    second = Record(tmp_path, settings, overwrite=overwrite)
+    second.add([row("b")])
+    with pytest.raises(ValueError, match=r"^out: expected a folder of one run at a time"):
+        first.add([row("c")])
+    second.add([row("d")])
+    assert [each.id for each in Record(tmp_path, settings).rows()] == ["b", "d"]
+
+
+def test_a_run_that_had_written_nothing_does_not_go_on_under_new_settings(tmp_path: Path) -> None:
+    first = Record(tmp_path, ASKED)
+    Record(tmp_path, ASKED | {"seed": 1}, overwrite=True)
+    with pytest.raises(ValueError, match=r"^out: expected a folder of one run"):
+        first.add([row("a")])
+    assert not (tmp_path / "answers.jsonl").exists()

@@ -14,6 +14,7 @@ from roma.cli import main
 from roma.data import load_dataset_rows
 from roma.evaluate.conditions import Cell, DegradedImages, cells_of
 from roma.evaluate.record import read_rows
+from roma.evaluate.report import command
 from roma.evaluate.report.cards import short_answer
 from roma.evaluate.report.command import run_report
 from roma.evaluate.report.flips import choose_flips, texts_of, with_images
@@ -159,3 +160,20 @@ def test_wrong_runs_are_one_line(tmp_path, capsys):
         assert main(["report", *map(str, runs)]) == 2
         said = capsys.readouterr().err
         assert message in said and said.count("\n") == 1, said
+
+
+def test_a_gallery_has_twelve_questions_whatever_the_number_of_benchmarks(tmp_path, monkeypatch):
+    runs = [write_bench(tmp_path / "run", names="abcdefg")]
+    asked = []
+    monkeypatch.setattr(command, "choose_flips", lambda _, items: asked.append(items) or [])
+    command.run_report([str(runs[0])], out=tmp_path / "out")
+    assert sum(asked) == 12 and set(asked) == {1, 2}
+
+
+def test_without_the_degradations_the_page_goes_on_without_images(evaluated, tmp_path, monkeypatch):
+    def missing(*_):
+        raise ImportError("DALI is not installed")
+
+    monkeypatch.setattr(command, "with_images", missing)
+    page = run_report([str(evaluated)], out=tmp_path)[0].read_text(encoding="utf-8")
+    assert "<li>No images are shown: DALI is not installed.</li>" in page

@@ -148,6 +148,13 @@ def test_one_model_is_told_what_degradation_takes():
     assert worst.startswith("first: lowest under downscale at L3, 25.0 [")
 
 
+def test_the_hardest_level_is_the_highest_not_the_last_that_was_measured():
+    order = [0, 2, 1, 3]  # L3 before L1
+    rows = [RIGHT["first"][turn] for turn in order]
+    content = content_of([_named("m", *rows, cells=[CELLS[turn] for turn in order])])
+    assert "seen\u00a0L3\u00a0−62.5" in findings(content)[0]
+
+
 def test_markdown_of_a_suite_has_the_average_first_then_a_row_per_benchmark():
     results = _noisy("m", CELLS, 6, ["one", "two"])
     text = whole(content_of([results]))
@@ -173,7 +180,8 @@ HOSTILE = ["<script>alert(1)</script>", 'a & b" onload="x', "$x_1$ | *y* " + "lo
 
 
 def test_hostile_and_long_names_are_shown_as_they_are():
-    models = [_noisy(name, CELLS, 6, HOSTILE[:2]) for name in HOSTILE]
+    named = Cell("<script>", "<script>", 1)
+    models = [_noisy(name, [*CELLS, named], 6, HOSTILE[:2]) for name in HOSTILE]
     content = content_of(models, title="<i>", notes=["<b>bold"])
     page = _page(content)
     read = _Tables(page)

@@ -114,11 +114,14 @@ def test_a_folder_of_other_settings_is_refused_before_the_model_is_loaded(
     made = files(tmp_path)
     table = tmp_path / "levels.yaml"
     table.write_text("patch_mask: {levels: [0.3, 0.5]}\n")
+    prompt = tmp_path / "prompt.jinja"
+    prompt.write_text("{{ content }} Box it.")
     load = Policy.load
     monkeypatch.setattr(Policy, "load", None)
     for options, said in (
         ({"seed": 1}, "seed = 0 there and 1 here"),
-        ({"limit": 7}, "data_fingerprint = '"),
+        ({"limit": 7}, "questions = 8 there and 7 here"),
+        ({"format_prompt": prompt}, "format_prompt = None there and '.*prompt.jinja' here"),
         ({"levels": [1]}, r"cells = \[{'pool': 'masking', .*'level': 2, .*\] there and \[\] here"),
         ({"level_table": table}, "level_table = None there and '.*levels.yaml' here"),
         ({"temperature": 1.0}, "decoding = 'greedy' there and 'sampled' here"),
@@ -130,7 +133,12 @@ def test_a_folder_of_other_settings_is_refused_before_the_model_is_loaded(
             evaluate(tmp_path, **options)
     assert files(tmp_path) == made
     monkeypatch.setattr(Policy, "load", load)
-    evaluate(tmp_path / "own", level_table=table, limit=1, pools=["masking"])
+    own = {"level_table": table, "limit": 1, "pools": ["masking"], "format_prompt": prompt}
+    evaluate(tmp_path / "own", **own)
+    prompt.write_text("{{ content }} Box it!")
+    with pytest.raises(ValueError, match=r"format_fingerprint = '.*' there and '.*' here"):
+        evaluate(tmp_path / "own", **own)
+    prompt.write_text("{{ content }} Box it.")
     table.write_text("patch_mask: {levels: [0.3, 0.6]}\n")
     with pytest.raises(ValueError, match=r"cells = \[{.*'parameter': 0.5.*there and .*0.6.* here"):
-        evaluate(tmp_path / "own", level_table=table, limit=1, pools=["masking"])
+        evaluate(tmp_path / "own", **own)

@@ -18,6 +18,7 @@ from roma.evaluate import figures
 from roma.evaluate.answers import Answer, judged, vote
 from roma.evaluate.conditions import Cell, DegradedImages
 from roma.evaluate.record import Record, read_rows
+from roma.evaluate.result import CellResult, EvalResult
 from roma.evaluate.run import run_eval
 from roma.evaluate.stream import answer_all, unit_of
 from roma.rewards import Failed, compute_score
@@ -138,3 +139,12 @@ def test_few_questions_are_held_however_many_are_asked(tmp_path: Path) -> None:
     assert seen == [at % 256 for at in range(650)]
     assert batches == [30] * 21 + [20]
     assert asked.most <= 2 * 90  # a chunk, and the one before it
+
+
+def test_shares_and_votes_come_back_from_a_file(tmp_path):
+    share = CellResult(np.array([0.5, 1.0]), ["a", "b"], np.array([1, 1]), np.array([0, 1]))
+    for found in (share, CellResult(np.array([0, 1], np.uint8), ["a", "b"])):
+        EvalResult(["0", "1"], {Cell(): found}).save(tmp_path / "result.json")
+        again = EvalResult.load(tmp_path / "result.json").cells[Cell()]
+        np.testing.assert_equal(vars(again), vars(found))
+        assert again.correct.dtype == found.correct.dtype

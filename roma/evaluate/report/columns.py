@@ -21,7 +21,8 @@ def columns_of(tree: Mapping[str, Any]) -> dict[str, Any]:
 def hardest_columns(tree: Mapping[str, Any]) -> list[str]:
     """The names of "clean" and of each pool at its highest level, as in `columns_of`."""
     return [
-        pool if "mean" in found else f"{pool} {list(found)[-1]}" for pool, found in tree.items()
+        pool if "mean" in found else f"{pool} {max(found, key=lambda level: int(level[1:]))}"
+        for pool, found in tree.items()
     ]
 
 

@@ -81,9 +81,10 @@ def _gallery(
     benchmarks = list(results[0].benchmarks)
     flips: list[Flip] = []
     items: list[GalleryItem] = []
-    for name in benchmarks:
+    share, more = divmod(_CARDS, len(benchmarks))
+    for turn, name in enumerate(benchmarks):
         own = {each.name: each.benchmarks[name] for each in results}
-        chosen = choose_flips(own, items=-(-_CARDS // len(benchmarks)))
+        chosen = choose_flips(own, items=share + (turn < more))
         flips += chosen
         items += texts_of(chosen, {model: _file(at, name) for model, at in folders.items()})
     if not flips:
@@ -92,7 +93,7 @@ def _gallery(
         return items, ["No images are shown: those of benchmarks through lmms-eval are not kept."]
     try:
         return with_images(items, flips, results[0].settings), []
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # the last: no DALI here
         return items, [f"No images are shown: {error}."]
 
 

@@ -182,7 +182,10 @@ def _corruptions(content: Content) -> str:
                 for kind, levels in kinds.items():
                     rows.setdefault(pool, {}).setdefault(kind, {})[model] = levels
         blocks = [
-            Block([Row(escape(kind.replace("_", " ")), tree) for kind, tree in kinds.items()], pool)
+            Block(
+                [Row(escape(kind.replace("_", " ")), tree) for kind, tree in kinds.items()],
+                escape(pool),
+            )
             for pool, kinds in rows.items()
         ]
         if blocks:
