@@ -5,7 +5,7 @@ Corruptions have Paul Tol's colours, distinguishable with the common colour-visi
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -76,52 +76,69 @@ def one_model(summary: Mapping[str, Any]) -> Figure:
         One row of panels that share the accuracy axis, %.
     """
     figure, panels = pool_panels(summary["pools"])
-    for pool, panel in panels.items():
+    for pool, (panel, names) in panels.items():
         rows = [row for row in summary["detail"] if row["pool"] == pool]
         for turn, kind in enumerate(dict.fromkeys(row["corruption"] for row in rows)):
             levels = {f"L{row['level']}": row for row in rows if row["corruption"] == kind}
             tree = {pool: levels} | {p: e for p, e in summary["pools"].items() if p == "clean"}
             style = LineStyle(kind.replace("_", " "), KINDS[turn % len(KINDS)], ".")
-            severity_line(panel, tree, pool, style, bars=False)
-        severity_line(panel, summary["pools"], pool, LineStyle("macro average", "#000000"))
+            severity_line(panel, tree, pool, names, style, bars=False)
+        average = LineStyle("macro average", "#000000")
+        severity_line(panel, summary["pools"], pool, names, average)
         panel.legend(fontsize=9)
     return figure
 
 
-def pool_panels(tree: Mapping[str, Any]) -> tuple[Figure, dict[str, Axes]]:
-    """A figure with one panel for each pool of `tree` that has levels."""
-    pools = [pool for pool in tree if pool != "clean"]
+def pool_panels(*trees: Mapping[str, Any]) -> tuple[Figure, dict[str, tuple[Axes, list[str]]]]:
+    """A figure with one panel for each pool of any tree that has levels; pool → panel, severities.
+
+    What only some of the trees have has its place as well, so that equal severities are one place.
+    """
+    pools = list(dict.fromkeys(pool for tree in trees for pool in tree if pool != "clean"))
     count = max(1, len(pools))
     figure = Figure(figsize=(5.4 * count, 4.6), layout="constrained")
     axes = figure.subplots(1, count, sharey=True, squeeze=False)[0]
-    for panel, pool in zip(axes, pools, strict=False):
-        levels = severities(tree, pool)
-        panel.set_xticks(range(len(levels)), levels)
+    names = [severities_of(trees, pool) for pool in pools]
+    for panel, pool, own in zip(axes, pools, names, strict=False):
+        panel.set_xticks(range(len(own)), own)
         panel.set(title=f"{pool} corruptions", xlabel="severity")
         panel.grid(axis="x", visible=False)
     axes[0].set_ylabel("accuracy, %")
-    return figure, dict(zip(pools, axes, strict=False))
+    return figure, dict(zip(pools, zip(axes, names, strict=False), strict=True))
 
 
 def severities(tree: Mapping[str, Any], pool: str) -> dict[str, Mapping[str, float]]:
     """Severity ("clean" where it was measured, "L1", "L2", …) → entry."""
-    return ({"clean": tree["clean"]} if "clean" in tree else {}) | tree[pool]
+    return ({"clean": tree["clean"]} if "clean" in tree else {}) | tree.get(pool, {})
+
+
+def severities_of(trees: Iterable[Mapping[str, Any]], pool: str) -> list[str]:
+    """The severities of any tree: "clean", then the levels from the mildest.
+
+    Example:
+        >>> severities_of([{"seen": {"L3": {}}}, {"clean": {}, "seen": {"L1": {}}}], "seen")
+        ['clean', 'L1', 'L3']
+    """
+    found = {name for tree in trees for name in severities(tree, pool)}
+    return sorted(found, key=lambda name: 0 if name == "clean" else int(name[1:]))
 
 
 def severity_line(
     panel: Axes,
     tree: Mapping[str, Any],
     pool: str,
+    names: Sequence[str],
     style: LineStyle,
     *,
     shift: float = 0.0,
     bars: bool = True,
 ) -> None:
-    """Accuracy over severity as a line, with its intervals as bars."""
-    entries = severities(tree, pool).values()
+    """Accuracy over severity as a line, with its intervals as bars; `names` are the panel's."""
+    found = severities(tree, pool)
+    entries = [found[name] for name in names if name in found]
     mean, low, high = (np.array([e[key] for e in entries]) for key in ("mean", "low", "high"))
     panel.errorbar(
-        np.arange(len(mean)) + shift,
+        np.flatnonzero([name in found for name in names]) + shift,
         mean,
         # A stored percentile interval may exclude the mean: no negative bar.
         yerr=np.maximum(0, [mean - low, high - mean]) if bars else None,

@@ -298,3 +298,17 @@ def test_the_draws_of_a_quotient_are_those_of_its_parts():
 def test_no_draw_comes_twice_in_many_blocks():
     draws = Bootstrap(500, resamples=5000).means([np.arange(500) < 250])  # in three blocks
     assert len(np.unique(draws)) > 4990  # float32 weights: two may agree by chance
+
+
+def test_each_statistic_of_an_average_has_a_pull_of_its_own():
+    """In the first the noise is that of the five images, in the second that of the fifty."""
+    rows = {5: [[1, 0, 1, 0, 1], [1] * 5], 50: [[1] * 50, [1, 0] * 25]}
+    parts = []
+    for seed, (n, scores) in enumerate(rows.items()):
+        bootstrap = Bootstrap(n, seed=seed, resamples=500)
+        parts.append(bootstrap.estimate(bootstrap.seen(scores)))
+    whole = average(parts)
+    for turn in range(2):
+        np.testing.assert_allclose(
+            whole.draws[:, [turn]], average([each[[turn]] for each in parts]).draws
+        )

@@ -292,6 +292,37 @@ def test_what_cannot_be_reported_together_is_named(tmp_path):
         write_report(tmp_path / "file", [first])
 
 
+def test_a_figure_has_one_place_for_a_level_whichever_models_were_asked_it(tmp_path):
+    """Of three one was asked clean images alone, one L1 and L3, one L3 and another pool."""
+    rows = RIGHT["first"]
+    blur = Cell("unseen", "motion_blur", 3)
+    results = [
+        _named("three", rows[0], cells=CELLS[:1]),
+        _named("one", *rows[:3], cells=CELLS[:3]),
+        _named("two", rows[0], rows[2], rows[3], cells=[CELLS[0], CELLS[2], blur]),
+    ]
+    content = content_of(results)
+    assert opening(content).endswith("clean images and 2 corruptions at levels 1, 3.")
+    drawn = draw(content, styles_of(list(content.models)))
+    seen, unseen = drawn["severity"]().axes
+    assert [label.get_text() for label in seen.get_xticklabels()] == ["clean", "L1", "L3"]
+    places = [line.get_xdata().round().tolist() for line in seen.lines[::3]]  # with two caps each
+    assert places == [[0], [0, 1, 2], [0, 2]]
+    assert unseen.get_title(loc="left") == "unseen corruptions"
+    jpeg, motion = drawn["corruptions"]().axes[:2]
+    assert [line.get_xdata().tolist() for line in jpeg.lines] == [[0], [0, 1, 2], [0, 2]]
+    assert [line.get_xdata().tolist() for line in motion.lines] == [[0], [0], [0, 2]]
+
+
+def test_a_model_without_an_average_stays_in_the_tables():
+    """The average over benchmarks is of one model alone, and the first table's first block."""
+    one = _noisy("one", CELLS, 6, ["a", "b"])
+    apart = {"a": _result({CELLS[0]: [1] * 6}), "b": _result({CELLS[1]: [0] * 6})}
+    content = content_of([one, Results("two", {"seed": 0}, apart)])
+    accuracy = _Tables(_page(content)).tables[0]
+    assert [row[0][0].strip() for row in accuracy].count("two") == 2
+
+
 def test_what_only_one_model_has_is_left_out_of_differences_and_said():
     first = _both()[0]
     second = _named("second", "11110000", "11110000", cells=CELLS[:2])

@@ -19,16 +19,16 @@ def opening(content: Content) -> str:
     suite = next(iter(content.models.values()))
     benchmarks = suite["benchmarks"]
     questions = sum(found["images"] for found in benchmarks.values())
-    first = next(iter(benchmarks.values()))
+    firsts = [next(iter(each["benchmarks"].values())) for each in content.models.values()]
     counts = (
         (len(content.models), "model"),
         (len(benchmarks), "benchmark"),
         (questions, "question"),
     )
     said = ", ".join(f"{count:,} {noun}{'' if count == 1 else 's'}" for count, noun in counts)
-    kinds = [kind for found in corruptions(first).values() for kind in found]
-    levels = sorted({row["level"] for row in first["detail"]} - {0})
-    conditions = ["clean images"] if "clean" in first["pools"] else []
+    kinds = {kind for each in firsts for found in corruptions(each).values() for kind in found}
+    levels = sorted({row["level"] for each in firsts for row in each["detail"]} - {0})
+    conditions = ["clean images"] if any("clean" in each["pools"] for each in firsts) else []
     if kinds:
         plural = "" if len(kinds) == 1 else "s"
         at = ", ".join(map(str, levels))

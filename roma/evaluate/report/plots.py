@@ -78,20 +78,19 @@ def severity(
     Returns:
         One row of panels that share the accuracy axis, %.
     """
-    figure, panels = pool_panels(next(iter(trees.values())))
-    for pool, panel in panels.items():
+    figure, panels = pool_panels(*trees.values())
+    for pool, (panel, names) in panels.items():
         for position, (model, tree) in enumerate(trees.items()):
             # A small sideways shift keeps the intervals of different models apart.
             shift = 0.045 * (position - (len(trees) - 1) / 2)
-            severity_line(panel, tree, pool, styles[model], shift=shift)
+            severity_line(panel, tree, pool, names, styles[model], shift=shift)
             own = (seeds or {}).get(model, ())
             for single in own if len(own) > 1 else ():
-                means = [entry["mean"] for entry in severities(single, pool).values()]
-                panel.plot(
-                    np.arange(len(means)) + shift, means, ".", ms=4, color=styles[model].colour
-                )
+                means = {name: entry["mean"] for name, entry in severities(single, pool).items()}
+                places = np.array([names.index(name) for name in means]) + shift
+                panel.plot(places, [*means.values()], ".", ms=4, color=styles[model].colour)
                 panel.lines[-1].set_alpha(0.45)
-    shared_legend(figure, next(iter(panels.values()), None))
+    shared_legend(figure, next((panel for panel, _ in panels.values()), None))
     return figure
 
 
@@ -105,22 +104,21 @@ def each_corruption(
         details: model → rows of a summary's "detail"; the clean one starts each line.
         styles: of each model.
     """
-    first = next(iter(details.values()))
-    kinds = {row["corruption"]: row["pool"] for row in first if row["corruption"]}
+    every = [row for rows in details.values() for row in rows]
+    kinds = {row["corruption"]: row["pool"] for row in every if row["corruption"]}
+    # The panels share their axis.
+    levels = sorted({row["level"] for row in every} - {0})
+    names = ["clean"] * any(not row["level"] for row in every) + [f"L{level}" for level in levels]
     columns = min(5, max(1, len(kinds)))
     lines = -(-max(1, len(kinds)) // columns)
     size = (2.5 * columns + 0.6, 2.3 * lines + 0.5)
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for panel, (kind, pool) in zip(panels, kinds.items(), strict=False):
-        for model, rows in details.items():
-            own = [row for row in rows if row["corruption"] in (None, kind)]
-            levels = {f"L{row['level']}": row for row in own if row["level"]}
-            clean = [row for row in own if not row["level"]]
-            tree = {pool: levels} | ({"clean": clean[0]} if clean else {})
-            severity_line(panel, tree, pool, styles[model], bars=False)
-            names = severities(tree, pool)
-            panel.set_xticks(range(len(names)), names, fontsize=8.5)
+        trees = {model: _of_kind(rows, kind, pool) for model, rows in details.items()}
+        for model, tree in trees.items():
+            severity_line(panel, tree, pool, names, styles[model], bars=False)
+        panel.set_xticks(range(len(names)), names, fontsize=8.5)
         panel.set_title(f"{short(kind.replace('_', ' '))}\n{short(pool)}", fontsize=9)
     for panel in panels[len(kinds) :]:
         panel.set_axis_off()
@@ -128,6 +126,13 @@ def each_corruption(
         panel.set_ylabel("accuracy, %", fontsize=9)
     shared_legend(figure, panels[0])
     return figure
+
+
+def _of_kind(rows: Sequence[Mapping[str, Any]], kind: str, pool: str) -> dict[str, Any]:
+    """A model's rows of clean images and of one corruption, as a tree."""
+    clean = [("clean", row) for row in rows if not row["level"]]
+    levels = {f"L{row['level']}": row for row in rows if row["corruption"] == kind}
+    return dict(clean) | {pool: levels}
 
 
 Mark = tuple[LineStyle, Mapping[str, float], Sequence[float]]

@@ -122,7 +122,7 @@ def _by_part(
 
     Empty where it was not measured.
     """
-    (first, *others) = next(iter(parts.values()))
+    (first, *others) = dict.fromkeys(model for own in parts.values() for model in own)
     if others:
         blocks = [
             Block(_rows(summaries, name, label), escape(part) if len(parts) > 1 else "")

@@ -156,27 +156,30 @@ def draw(
     summaries = next(iter(content.parts.values()))
     shown = dict(list(summaries.items())[: plots.ABREAST])
     first = next(iter(shown.values()))
-    kinds = corruptions(first)
+    kinds: dict[str, set[str]] = {}
+    for summary in shown.values():
+        for pool, found in corruptions(summary).items():
+            kinds.setdefault(pool, set()).update(found)
     crowded = max(map(len, kinds.values()), default=0) > len(figures.KINDS)
-    found: dict[str, Callable[[], Figure]] = {}
+    drawn: dict[str, Callable[[], Figure]] = {}
     if kinds and len(shown) == 1 and not crowded:
-        found["severity"] = lambda: figures.one_model(first)
+        drawn["severity"] = lambda: figures.one_model(first)
     elif kinds:
         trees = {model: summary["pools"] for model, summary in shown.items()}
-        found["severity"] = lambda: plots.severity(trees, styles)
+        drawn["severity"] = lambda: plots.severity(trees, styles)
         details = {model: summary["detail"] for model, summary in shown.items()}
-        found["corruptions"] = lambda: plots.each_corruption(details, styles)
+        drawn["corruptions"] = lambda: plots.each_corruption(details, styles)
     if len(content.parts) > 1:
         rows = _marks(content.parts, shown, styles)
-        found["benchmarks"] = lambda: plots.beside(rows, "accuracy, %")
+        drawn["benchmarks"] = lambda: plots.beside(rows, "accuracy, %")
     if content.differences:
         pairs = _marks(content.differing, shown, styles)
         unit = f"points over {styles[content.against].label}"
-        found["differences"] = lambda: plots.beside(pairs, unit, zero=True)
+        drawn["differences"] = lambda: plots.beside(pairs, unit, zero=True)
     seen = [item for item in gallery if item.clean is not None]
     if seen:
-        found["gallery"] = lambda: plots.gallery(seen, styles.__getitem__)
-    return found
+        drawn["gallery"] = lambda: plots.gallery(seen, styles.__getitem__)
+    return drawn
 
 
 def _marks(
