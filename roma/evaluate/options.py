@@ -135,14 +135,14 @@ class Options:
         """
         form = self.format_prompt
         return {
-            "model": str(self.model),
+            "model": str(Path(self.model)),
             "model_fingerprint": fingerprint.of_model(self.model),
-            "data": str(self.data),
+            "data": str(Path(self.data)),
             "questions": questions,
             "data_fingerprint": examples,
-            "format_prompt": str(form) if form else None,
+            "format_prompt": str(Path(form)) if form else None,
             "format_fingerprint": fingerprint.of_file(form) if form else None,
-            "level_table": str(self.level_table) if self.level_table else None,
+            "level_table": str(Path(self.level_table)) if self.level_table else None,
             "seed": self.seed,
             "decoding": "greedy" if self.heat is None else "sampled",
             "temperature": self.heat,

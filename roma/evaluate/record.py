@@ -121,7 +121,7 @@ class Record:
                 began it anew, perhaps with other settings.
         """
         if self._state() != self._left:
-            got, remedy = f"a second one, which wrote to {self.folder}", "let one end, or name two"
+            got, remedy = f"another that wrote to {self.folder}", "let it end, or name another"
             fail("out", "a folder of one run at a time", got, remedy)
         with self.path.open("ab") as file:
             file.write("".join(row.to_line() for row in rows).encode())

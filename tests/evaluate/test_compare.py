@@ -86,6 +86,9 @@ def test_pass_and_majority_are_compared_where_both_have_as_many_answers():
     part = compare(one, other)["benchmarks"]["d"]
     found = {name: entry["mean"] for name, entry in part["several"]["clean"].items()}
     assert found == {"pass": 50, "majority": 50}
+    turned = several("b", [0.5, 0.0], 2)
+    turned.benchmarks["d"].ids.reverse()
+    assert compare(one, turned)["benchmarks"]["d"] == part
     found = compare(one, several("c", [0.0, 0.5], 4))
     assert "several" not in found["benchmarks"]["d"]
     assert found["differing"] == ["answers, 2 and 4"]

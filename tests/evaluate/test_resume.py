@@ -95,7 +95,7 @@ def test_a_finished_folder_says_its_table_again_and_begins_anew_where_told(
         return load(*args, **options)
 
     monkeypatch.setattr(Policy, "load", counted)
-    again = evaluate(tmp_path)
+    again = evaluate(tmp_path, model=f"{small_model.folder() / 'model'}/")
     assert again.startswith("24 of 24 answers were there already") and not loads
     assert again.splitlines()[1:] == first.splitlines()[-len(again.splitlines()) + 1 :]
     assert files(tmp_path) == made and (tmp_path / "eval.png").read_bytes() == plot
