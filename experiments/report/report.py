@@ -109,7 +109,7 @@ def build_report(
         "tuned_on": tuned_on,
         "intervals": {
             "kind": "Bayesian bootstrap over test images, paired between arms and corruptions;"
-            " two imagined images keep room for scores that were not seen",
+            " four imagined images keep room for scores that were not seen",
             "covers": "the choice of test images, not the choice of training seeds",
             "coverage": bootstrap.coverage,
             "resamples": RESAMPLES,

@@ -111,6 +111,21 @@ def test_several_benchmarks_have_an_average():
         assert get(found["average"])["mean"] == pytest.approx(np.mean(parts), abs=2e-3)
 
 
+def test_benchmarks_of_one_size_are_compared_with_draws_of_their_own():
+    """Equal answers on both: the average is √2 narrower, as no shared draws would make it.
+
+    Bound: 5 % is five times the simulation's error of a width, 1/√(2R) of each.
+    """
+    answers = {name: {CLEAN: [1, 0] * 100} for name in "de"}
+    others = {name: {CLEAN: [1, 1, 0, 0] * 50} for name in "de"}
+    found = compare(results_of("a", answers), results_of("b", others))
+    entries = [found["average"], *found["benchmarks"].values()]
+    whole, *parts = (
+        each["pools"]["clean"]["high"] - each["pools"]["clean"]["low"] for each in entries
+    )
+    assert whole * np.sqrt(2) == pytest.approx(np.mean(parts), rel=0.05)
+
+
 JPEG = {
     **{"pool": "seen", "corruption": "jpeg", "level": 1},
     **{"parameter": 5, "reference_size": 224},
