@@ -123,6 +123,10 @@ def test_of_several_answers_the_mean_and_any_and_the_vote(tmp_path: Path) -> Non
     record.add([Row("b", CLEAN, ["x", "y", "z"], [1, 1, 0], 1, unscored=2)])
     record.add([Row("c", CLEAN, ["x", "y", "z"], [0, 0, 0], 0)])
     assert record.unscored == Record(tmp_path, ASKED).unscored == 3
+    for id, voted in (("c", 1), ("a", 0), ("b", 0)):
+        record.add([Row(id, BLUR, ["x", "y", "z"], [0, 0, 0], voted)])
+    other = read_result(record.path).cells[BLUR].voted
+    assert other is not None and other.tolist() == [0, 0, 1]  # of a, b and c
     found = read_result(record.path, texts=True).cells[CLEAN]
     np.testing.assert_allclose(found.correct, [1 / 3, 2 / 3, 0])
     assert found.passed is not None and found.passed.tolist() == [1, 1, 0]
@@ -178,3 +182,10 @@ def test_a_run_that_had_written_nothing_does_not_go_on_under_new_settings(tmp_pa
     with pytest.raises(ValueError, match=r"^out: expected a folder of one run"):
         first.add([row("a")])
     assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_a_row_that_stands_there_twice_is_one_and_the_newer_counts(tmp_path: Path) -> None:
+    record = Record(tmp_path, ASKED)
+    record.add([row("a", correct=0), row("b", correct=0), row("a", correct=1)])
+    assert len(record) == len(Record(tmp_path, ASKED)) == 2
+    assert read_result(record.path).cells[CLEAN].correct.tolist() == [1, 0]

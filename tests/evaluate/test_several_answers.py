@@ -31,9 +31,9 @@ from roma.rewards import Failed, compute_score
         ([r"\boxed{1}", r"\boxed{2}", r"\boxed{2}", r"\boxed{1}"], 0),  # a tie: the earliest
         ([r"\boxed{3}", r"so \boxed{1/2}", r"\boxed{0.50}"], 1),  # the same number
         ([r"\boxed{9} no, \boxed{4}", r"\boxed{9}", r"\boxed{9}"], 1),  # the last box counts
-        (["<think> 1 </think> B", r"\boxed{B}", "<think> 2 </think> B"], 0),  # a box is another
-        ([r"\boxed{}", r"\boxed{}", r"\boxed{1}"], 0),
-        (["", "", "x"], 0),
+        ([r"\boxed{B}", "<think> 1 </think> B", "<think> 2 </think> B"], 1),  # a box is another
+        ([r"\boxed{1}", r"\boxed{}", r"\boxed{}"], 1),
+        (["x", "", ""], 1),
     ],
 )
 def test_the_vote_is_the_most_frequent_final_answer(texts: list[str], first: int) -> None:
@@ -148,3 +148,18 @@ def test_shares_and_votes_come_back_from_a_file(tmp_path):
         again = EvalResult.load(tmp_path / "result.json").cells[Cell()]
         np.testing.assert_equal(vars(again), vars(found))
         assert again.correct.dtype == found.correct.dtype
+
+
+def test_a_batch_is_sampled_with_a_seed_of_its_cell_and_its_first_question():
+    seeds = []
+
+    def say(problems, images, *, seed):
+        seeds.append(seed)
+        return [[] for _ in problems]
+
+    asked = [Example(id, (), "?", "5") for id in "ab"]
+    for run in (0, 1):
+        for cell in (Cell(), Cell("seen", "jpeg", 1)):
+            for batch in (asked, asked[1:]):
+                unit_of(cell, say, seed=run).answer(batch, [[] for _ in batch])
+    assert len(set(seeds)) == 8

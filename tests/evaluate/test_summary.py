@@ -175,8 +175,9 @@ def test_an_average_takes_each_condition_from_where_a_benchmark_has_it():
     """Others stand before it, and in another order."""
     far = Cell("unseen", "motion_blur", 1)
     one = result_of({far: [0, 0], BLUR: [1, 1], Cell(): [1, 0]})
-    other = result_of({Cell(): [1, 1], NOISE: [1, 1], BLUR: [0, 0]})
+    other = result_of({Cell(): [0, 0], Cell("masking", "patch_mask", 1): [1, 1], BLUR: [0, 0]})
     found = summarise_suite({"a": one, "b": other})["average"]
-    assert found["pools"]["clean"]["mean"] == 75 and "unseen" not in found["pools"]
+    assert found["pools"]["clean"]["mean"] == 25 and set(found["pools"]) == {"clean", "seen"}
+    assert found["pools"]["seen"]["L3"]["mean"] == 50
     means = {(row["corruption"], row["level"]): row["mean"] for row in found["detail"]}
-    assert means == {("gaussian_blur", 3): 50, (None, 0): 75}
+    assert means == {("gaussian_blur", 3): 50, (None, 0): 25}
