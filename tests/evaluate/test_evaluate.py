@@ -12,6 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from roma.data import Example
+from roma.evaluate import conditions
 from roma.evaluate.conditions import Cell, DegradedImages, cells_of
 from roma.evaluate.record import read_result
 from roma.evaluate.result import CellResult, EvalResult
@@ -302,3 +303,15 @@ def test_the_table_shows_every_number_in_80_columns(levels, right):
         assert name in text and f"{row['mean']:.1f}" in text
         low, high = f"{row['low']:.1f}", f"{row['high']:.1f}"
         assert f"[{low}, {high}]" in text or f"{low}–{high}" in text
+
+
+def test_the_seed_of_an_image_is_of_its_question_place_corruption_and_level(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(
+        conditions, "degrade_batch", lambda images, _, own, **__: seeds.extend(own) or images
+    )
+    keys = [("a", 0), ("a", 1), ("b", 0)]
+    for run in (0, 1):
+        for name, level in (("gaussian_noise", 1), ("gaussian_noise", 2), ("jpeg", 1)):
+            conditions.degrade_at(Cell("seen", name, level), [None] * 3, keys, seed=run)
+    assert len(seeds) == len(set(seeds)) == 18

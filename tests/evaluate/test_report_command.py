@@ -15,9 +15,10 @@ from roma.data import load_dataset_rows
 from roma.evaluate.conditions import Cell, DegradedImages, cells_of
 from roma.evaluate.record import read_rows
 from roma.evaluate.report import command
-from roma.evaluate.report.cards import short_answer
+from roma.evaluate.report.cards import GalleryItem, cards, short_answer
 from roma.evaluate.report.command import run_report
 from roma.evaluate.report.flips import choose_flips, texts_of, with_images
+from roma.evaluate.report.plots import styles_of
 from roma.evaluate.result import CellResult, EvalResult
 from roma.evaluate.run import run_eval
 from roma.models.processor import Processor
@@ -177,3 +178,17 @@ def test_without_the_degradations_the_page_goes_on_without_images(evaluated, tmp
     monkeypatch.setattr(command, "with_images", missing)
     page = run_report([str(evaluated)], out=tmp_path)[0].read_text(encoding="utf-8")
     assert "<li>No images are shown: DALI is not installed.</li>" in page
+
+
+def test_of_several_answers_all_must_turn():
+    right, after = np.array([1, 0.5, 1, 1]), np.array([0, 0, 0.5, 0])
+    found = {Cell(): CellResult(right, []), NOISE: CellResult(after, [])}
+    assert {id for id, _ in choose_flips({"m": EvalResult([*"abcd"], found)})} == {"a", "d"}
+
+
+def test_hostile_text_of_a_card_is_escaped():
+    hostile = "<img src=x>"
+    answers = {hostile: {"clean": (hostile, True), "degraded": (hostile, False)}}
+    item = GalleryItem(hostile, hostile, hostile, None, None, answers)
+    page = cards([item], styles_of([hostile]).__getitem__)
+    assert "<img" not in page and page.count("&lt;img src=x&gt;") == 6

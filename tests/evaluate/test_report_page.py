@@ -15,6 +15,7 @@ from roma.evaluate.report.findings import findings, opening
 from roma.evaluate.report.markdown import whole
 from roma.evaluate.report.plots import beside, styles_of
 from roma.evaluate.report.sections import page_of
+from roma.evaluate.report.wording import signed
 from roma.evaluate.report.write import content_of, draw
 from roma.evaluate.result import CellResult, EvalResult
 from roma.evaluate.summary import summarise
@@ -144,7 +145,9 @@ def test_one_model_is_told_what_degradation_takes():
         "1 model, 1 benchmark, 8 questions; clean images and 2 corruptions at levels 1, 3."
     )
     first, worst = (said.replace("\u00a0", " ") for said in findings(content))
-    assert re.search(r"seen L3 −62\.5 \[.*\] \(lower\)", first)
+    drop = content.models["first"]["benchmarks"]["digits"]["robustness"]["seen"]["L3"]["drop"]
+    turned = {"mean": -drop["mean"], "low": -drop["high"], "high": -drop["low"]}
+    assert f"seen L3 {signed(turned)} (lower)" in first and drop["mean"] == 62.5
     assert worst.startswith("first: lowest under downscale at L3, 25.0 [")
 
 
