@@ -38,6 +38,9 @@ def test_differences_of_accuracy_and_drop_by_hand():
     assert part["robustness"]["seen"]["L1"]["drop"]["mean"] == 25 - 50  # drops of 25 and 50
     assert part["detail"][1]["mean"] == 50 and part["detail"][1]["drop"]["mean"] == -25
     assert found["left_out"] == found["differing"] == [] and "average" not in found
+    console = Console(record=True, file=io.StringIO())
+    console.print(comparison_table(found))
+    assert console.export_text().count("*") == 1  # in the heading: every interval has a 0
     rows = [[each.benchmarks["d"].cells[BLUR].correct] for each in (one, other)]
     (entry,) = Bootstrap(4).differences(*rows)
     assert part["pools"]["seen"]["L1"] == entry.as_dict()

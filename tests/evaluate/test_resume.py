@@ -62,6 +62,8 @@ def test_interrupted_it_goes_on_with_what_is_missing(
     monkeypatch.setattr(figures, "save", lambda figure, path: path)  # drawing it takes a second
     whole, cut = tmp_path / "whole" / "run", tmp_path / "cut" / "run"
     evaluate(whole, **options)
+    settings = json.loads((whole / "settings.json").read_text())
+    assert settings["temperature"] == options.get("temperature")
     rows = list(read_rows(whole / "answers.jsonl"))
     assert len(rows) == 8 * len({row.cell for row in rows})
     add, turns = Record.add, iter(range(2, 100))
