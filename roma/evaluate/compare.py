@@ -21,6 +21,12 @@ _APART = {
     *("cells", "level_table", "seed"),
 }
 
+# Settings that say what counts as right, or how long an answer may be; named before others.
+_WEIGHTY = (
+    *("judge", "reward", "reward_fingerprint", "max_tokens", "max_new_tokens", "decoding"),
+    *("temperature", "answers", "format_prompt", "format_fingerprint", "attack_steps"),
+)
+
 
 def compare(first: Results, second: Results) -> dict[str, Any]:
     """Paired differences of two models, first minus second, in points with 95 % intervals.
@@ -36,7 +42,7 @@ def compare(first: Results, second: Results) -> dict[str, Any]:
         level → {"drop": entry}; "several", with equally many answers of both alone: pool → level →
         {"pass": entry, "majority": entry}}; "average": the same of the macro average over
         benchmarks, where there are several; "left_out": what only one of the two has, in words;
-        "differing": what else was asked differently, in words.
+        "differing": what else was asked differently, in words, what weighs most first.
 
     Raises:
         ValueError: the two share no benchmark or no condition, or were measured on other
@@ -198,10 +204,46 @@ def _differing(first: Results, second: Results) -> Iterator[str]:
         {key: value for key, value in each.settings.items() if key not in _APART}
         for each in (first, second)
     )
-    for key in dict.fromkeys([*one, *other]):
+    for key in dict.fromkeys([*_WEIGHTY, *one, *other]):
         values = one.get(key), other.get(key)
         if values[0] != values[1]:
-            yield f"{key}, {values[0]} and {values[1]}"
+            yield _apart(key, *values, first.name, second.name)
+
+
+def _apart(key: str, one: Any, other: Any, first: str, second: str) -> str:
+    """How a setting of two models differs, in words.
+
+    Example:
+        >>> _apart("judge", {"by": "model", "model": "Qwen"}, {"by": "none"}, "A", "B")
+        "judged by the model Qwen in A, by the tasks' own rules in B"
+        >>> _apart("versions", {"roma": "1", "torch": "2.1"}, {"roma": "1"}, "A", "B")
+        'versions torch 2.1 in A, none in B'
+    """
+    if key == "judge":
+        said = [_judge(each or {}) for each in (one, other)]
+        if said[0] == said[1]:  # a protocol, which is a fingerprint
+            return f"{said[0]} in both, but with other prompts or rules"
+        return f"{said[0]} in {first}, {said[1].removeprefix('judged ')} in {second}"
+    if key.endswith("_fingerprint"):
+        return f"the {key.removesuffix('_fingerprint').replace('_', ' ')} has other content"
+    if isinstance(one, Mapping) or isinstance(other, Mapping):
+        one, other = one or {}, other or {}
+        names = [name for name in one | other if one.get(name) != other.get(name)]
+        one, other = (
+            ", ".join(f"{name} {each[name]}" for name in names if name in each) or "none"
+            for each in (one, other)
+        )
+    shown = ["not set" if each is None else each for each in (one, other)]
+    return f"{key.replace('_', ' ')} {shown[0]} in {first}, {shown[1]} in {second}"
+
+
+def _judge(setting: Mapping[str, Any]) -> str:
+    """What said which answers of `roma bench-vlm` are right."""
+    by, model = setting.get("by"), setting.get("model")
+    if by == "model":
+        return f"judged by the model {model}" if model else "judged by a model"
+    rules = {"none": "by the tasks' own rules", "rules": "by this package's rules"}
+    return f"judged {rules.get(str(by), 'in a way that is not noted')}"
 
 
 def _differences(

@@ -56,11 +56,14 @@ def load_results(
     alone = (place / ANSWERS).is_file()
     parts = [place] if alone else sorted(path.parent for path in place.glob(f"*/{ANSWERS}"))
     summary = place / (_EVAL if alone else _BENCH)
+    if not parts and settings.keys() & {"data", "benchmarks"}:
+        expected, got = "a finished run", "an unfinished one, of which no answer is kept yet"
+        fail(f"results in {folder}", expected, got, "run the same command again to complete it")
     if not parts:
         got = f"none in {folder}"
         fail("results", f"a file {ANSWERS}", got, _REMEDY, error=FileNotFoundError)
     if finished and not summary.is_file():
-        expected, got = f"a finished run, with {summary.name}", f"none in {folder}"
+        expected, got = f"a finished run, with {summary.name}", f"none in {folder}: unfinished"
         fail("results", expected, got, "run the same command again to complete it")
     if alone:
         if not settings.get("data"):

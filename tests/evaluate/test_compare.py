@@ -94,7 +94,7 @@ def test_pass_and_majority_are_compared_where_both_have_as_many_answers():
     assert compare(one, turned)["benchmarks"]["d"] == part
     found = compare(one, several("c", [0.0, 0.5], 4))
     assert "several" not in found["benchmarks"]["d"]
-    assert found["differing"] == ["answers, 2 and 4"]
+    assert found["differing"] == ["answers 2 in a, 4 in c"]
 
 
 def test_several_benchmarks_have_an_average():
@@ -196,7 +196,7 @@ def test_the_command_prints_a_table_and_keeps_json(tmp_path, capsys):
     assert "a minus b: points" in said and "digits@test, 20 images" in said
     (line,) = [line for line in said.splitlines() if "seen L1" in line]
     assert "+100.0 [" in line and line.count("*") == 2 and "−100.0 [" in line
-    assert "asked differently: max_new_tokens, None and 5" in said
+    assert "asked differently: max new tokens not set in a, 5 in b" in said
     found = json.loads(out.read_text(encoding="utf-8"))
     assert found["benchmarks"]["digits@test"]["pools"]["seen"]["L1"]["mean"] == 100
 

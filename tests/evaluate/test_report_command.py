@@ -92,8 +92,8 @@ def test_the_page_shows_them_and_goes_on_without(evaluated, tmp_path):
         other = run_report([str(evaluated)], out=tmp_path / "other")[0].read_text(encoding="utf-8")
     finally:
         settings.write_text(kept)
-    assert re.search(r"<li>No images are shown: [^<]*gone", page)
-    assert re.search(r"<li>No images are shown: data: expected what the models saw", other)
+    assert re.search(r"<li>The images are not shown: the data [^<]*gone is not there", page)
+    assert re.search(r"<li>The images are not shown: [^<]*@val has other questions now", other)
     for text in (page, other):
         cards = text.partition('id="gallery"')[2]
         assert cards.count('<div class="card">') == 4 and "data:image" not in cards
@@ -149,9 +149,16 @@ def test_wrong_runs_are_one_line(tmp_path, capsys):
     cut = write_eval(tmp_path / "cut", finished=False)
     suite = write_bench(tmp_path / "suite")
     others = write_eval(tmp_path / "others", ids=("q0", "q9"))
+    damaged, begun = (
+        write_eval(tmp_path / "damaged"),
+        write_bench(tmp_path / "begun", "", finished=False),
+    )
+    (damaged / "eval.json").write_text("{")
     for runs, message in (
         ([tmp_path / "none"], "no folder"),
         ([cut], "expected a finished run"),
+        ([begun], "unfinished one, of which no answer is kept yet; run the same command again"),
+        ([damaged], "eval.json: expected what a run wrote, as JSON, got a damaged file; run the"),
         ([one, suite], "results of suite: expected the benchmarks of one"),
         ([one, others], "q9"),
         ([one, one], "'one' twice"),
@@ -177,7 +184,7 @@ def test_without_the_degradations_the_page_goes_on_without_images(evaluated, tmp
 
     monkeypatch.setattr(command, "with_images", missing)
     page = run_report([str(evaluated)], out=tmp_path)[0].read_text(encoding="utf-8")
-    assert "<li>No images are shown: DALI is not installed.</li>" in page
+    assert "<li>The images are not shown: they could not be made again (DALI" in page
 
 
 def test_of_several_answers_all_must_turn():

@@ -15,7 +15,8 @@ from roma.evaluate.report.findings import findings, opening
 from roma.evaluate.report.markdown import whole
 from roma.evaluate.report.plots import beside, styles_of
 from roma.evaluate.report.sections import page_of
-from roma.evaluate.report.wording import signed
+from roma.evaluate.report.tables import difference_form, share_form
+from roma.evaluate.report.wording import signed, with_interval
 from roma.evaluate.report.write import content_of, draw
 from roma.evaluate.result import CellResult, EvalResult
 from roma.evaluate.summary import summarise
@@ -338,7 +339,9 @@ def test_benchmarks_without_a_condition_in_common_have_no_average():
     apart = {"one": _result({Cell(): [1, 0]}), "two": _result({CELLS[1]: [1, 0]})}
     content = content_of([Results(name, {}, apart) for name in ("m", "n")])
     assert list(content.parts) == ["one", "two"]
-    assert findings(content)[0] == "Of one; the benchmarks have no condition in common."
+    assert opening(content).endswith(
+        "Findings are of one alone: the benchmarks have no condition in common."
+    )
     assert not any("by benchmark" in said for said in findings(content))
     assert _Tables(_page(content)).open == []
 
@@ -347,7 +350,13 @@ def test_what_was_asked_differently_is_said():
     one, two = _both()
     two = Results(two.name, two.settings | {"engine": "vllm"}, two.benchmarks)
     content = content_of([one, two])
-    assert "Asked differently of second and first: engine, vllm and hf." in content.notes
+    said = findings(content)
+    assert said[0] == (
+        "second and first were not asked alike, and their difference is of this too:"
+        " engine vllm in second, hf in first."
+    )
+    assert said[1].startswith("second minus first")
+    assert not content.notes and whole(content).count("not asked alike") == 1
     assert "Engine: hf (first), vllm (second)." in content.asked
 
 
@@ -355,3 +364,55 @@ def test_cells_of_the_package_give_the_papers_columns():
     results = _noisy("m", cells_of(["clean", "seen", "unseen"], [1, 2, 3]), 3, ["one", "two"])
     names = "clean | seen L1 | seen L2 | seen L3 | unseen L1 | unseen L2 | unseen L3"
     assert f"| benchmark | {names} |" in whole(content_of([results]))
+
+
+def test_judges_that_differ_are_named_before_the_differences_and_in_words():
+    one, two = _both()
+    two.settings["judge"] = {"by": "model", "model": "Qwen3", "protocol": "92d2"}
+    two.settings["versions"] = {"roma": "1", "torch": "2"}
+    one.settings.update(judge={"by": "none"}, versions={"roma": "1", "torch": "3"})
+    first, second, *_ = findings(content_of([one, two]))
+    assert first.endswith(
+        "this too: judged by the model Qwen3 in second, by the tasks' own rules in first;"
+        " versions torch 2 in second, torch 3 in first."
+    )
+    assert second.startswith("second minus first") and "{" not in first
+
+
+def test_differences_are_said_before_what_degradation_takes_from_each_model():
+    said = findings(content_of([_noisy(name, CELLS, 6, "ab") for name in ("m", "nn")]))
+    assert [each.split(",")[0].split(":")[0] for each in said if "by benchmark" not in each] == [
+        *("nn minus m", "m", "m", "nn", "nn"),
+    ]
+
+
+def test_there_is_no_minus_nought_and_intervals_have_one_form():
+    entry = {"mean": -0.04, "low": -0.2, "high": 5.84}
+    assert signed(entry) == "+0.0 [−0.2, +5.8]"
+    assert with_interval(entry) == "0.0 [−0.2, 5.8]"
+    assert difference_form(entry) == ("", "+0.0<small>[−0.2, +5.8]</small>")
+    assert share_form(entry) == ("", "0.0<small>[−0.2, 5.8]</small>")
+    assert signed(entry | {"mean": -10.04}).startswith("−10.0 ")
+
+
+def test_the_lowest_condition_is_named_only_where_there_is_one():
+    def last(*rows):
+        return findings(content_of([_named("m", *rows)]))[-1]
+
+    assert last(*["11111111"] * 4) == "m: all 3 degraded conditions alike, 100.0 % right."
+    two = last("11111111", "11110000", "11111110", "11110000")
+    assert two == "m: lowest under jpeg at L1 and downscale at L3, 50.0 % right."
+
+
+def test_panels_side_by_side_have_one_scale():
+    content = content_of(_both())
+    left, middle = draw(content, styles_of(list(content.models)))["differences"]().axes[:2]
+    assert left.get_xlim() == middle.get_xlim()
+
+
+def test_the_last_panel_of_each_column_names_its_severities():
+    cells = [Cell("wide", f"kind_{turn}", 1) for turn in range(7)]  # five and two
+    content = content_of([_noisy(name, [Cell(), *cells], 4, ["d"]) for name in ("m", "nn")])
+    panels = draw(content, styles_of(list(content.models)))["corruptions"]().axes
+    shown = [panel.xaxis.get_tick_params()["labelbottom"] for panel in panels[:7]]
+    assert shown == [False, False, True, True, True, True, True]

@@ -216,7 +216,7 @@ def test_the_page_loads_nothing_from_outside_and_says_what_the_json_says(report,
     for arm in ARMS:
         assert plots.arm_style(arm).label in html
         for entry in columns_of(report["arms"][arm]).values():
-            assert f"{entry['mean']:.1f}<small>{entry['low']:.1f}–{entry['high']:.1f}" in html
+            assert f"{entry['mean']:.1f}<small>[{entry['low']:.1f}, {entry['high']:.1f}]" in html
     assert all(f'id="{name}"' in html for name in re.findall(r'href="#([a-z]+)"', html))
     assert "validation split" in html and "lambda_inv: 3.0" in html and "train / roma" in html
 

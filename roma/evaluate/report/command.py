@@ -4,12 +4,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from roma.evaluate.folders import Results, load_results
+from roma.evaluate.folders import Results, load_results, split_of
 from roma.evaluate.record import ANSWERS
 from roma.evaluate.report.cards import GalleryItem
-from roma.evaluate.report.flips import Flip, choose_flips, texts_of, with_images
+from roma.evaluate.report.flips import Flip, OtherData, choose_flips, texts_of, with_images
 from roma.evaluate.report.write import content_of, folder_of, write
+from roma_kernels.errors import fail
 
 _CARDS = 12
 
@@ -62,7 +64,7 @@ def _notes(folders: Mapping[str, Path]) -> list[str]:
     told: dict[str, list[str]] = {}
     for model, folder in folders.items():
         for path in filter(Path.is_file, (folder / "bench.json", folder / "eval.json")):
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = _summary(path)
             unscored = found.get("unscored")
             own = [f"{unscored} answers could not be scored; they count as wrong"]
             for said in [*found.get("notes", ()), *own * bool(unscored)]:
@@ -72,6 +74,18 @@ def _notes(folders: Mapping[str, Path]) -> list[str]:
         f"{said}." if len(whose) == every else f"{', '.join(whose)}: {said}."
         for said, whose in told.items()
     ]
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    """What a run wrote last."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        remedy = "run the same command again to write it anew"
+        fail(str(path), "what a run wrote, as JSON", "a damaged file", remedy)
+    return found
 
 
 def _gallery(
@@ -90,11 +104,22 @@ def _gallery(
     if not flips:
         return [], []
     if not all((folder / ANSWERS).is_file() for folder in folders.values()):
-        return items, ["No images are shown: those of benchmarks through lmms-eval are not kept."]
+        return items, ["The images are not shown: those of lmms-eval's benchmarks are not kept."]
+    settings = results[0].settings
     try:
-        return with_images(items, flips, results[0].settings), []
+        return with_images(items, flips, settings), []
     except (ValueError, OSError, ImportError) as error:  # the last: no DALI here
-        return items, [f"No images are shown: {error}."]
+        return items, [f"The images are not shown: {_why(error, settings)}."]
+
+
+def _why(error: Exception, settings: Mapping[str, Any]) -> str:
+    """Why images could not be made again, in words."""
+    if isinstance(error, OtherData):
+        return str(error)
+    for what, path in (("data", split_of(settings["data"])[0]), ("model", settings["model"])):
+        if not Path(path).exists():
+            return f"the {what} {path} is not there, seen from the folder of this command"
+    return f"they could not be made again ({error})"
 
 
 def _file(folder: Path, benchmark: str) -> Path:

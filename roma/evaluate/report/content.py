@@ -34,6 +34,7 @@ class Content:
         against: the model that the others are compared with.
         settings: model → what was asked of it.
         notes: of the run, in sentences.
+        warnings: what else was asked differently of the models that are compared, in sentences.
         asked: the settings that are a word or a number, in sentences.
     """
 
@@ -43,6 +44,7 @@ class Content:
     against: str = ""
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    warnings: Sequence[str] = ()
     asked: Sequence[str] = ()
 
     @property

@@ -5,7 +5,9 @@ from typing import Any
 
 from roma.evaluate.report.columns import columns_of, hardest_columns
 from roma.evaluate.report.content import Content, Summary, column, corruptions
-from roma.evaluate.report.wording import direction, finding, with_interval
+from roma.evaluate.report.wording import direction, finding, number, with_interval
+
+_NAMED = 3  # conditions that tie, of which more are counted
 
 CAVEAT = (
     "Brackets are 95 % intervals over questions, paired between conditions and between models. They"
@@ -33,26 +35,34 @@ def opening(content: Content) -> str:
         plural = "" if len(kinds) == 1 else "s"
         at = ", ".join(map(str, levels))
         conditions.append(f"{len(kinds)} corruption{plural} at level{'s'[: len(levels) > 1]} {at}")
-    return f"{said}; {' and '.join(conditions)}."
+    return " ".join([f"{said}; {' and '.join(conditions)}.", *_basis(content)])
+
+
+def _basis(content: Content) -> Iterator[str]:
+    """What the findings are of, where there are several benchmarks."""
+    heading, benchmarks = next(iter(content.parts)), next(iter(content.models.values()))
+    if heading not in benchmarks["benchmarks"]:
+        yield f"Findings are of the {heading}, each of the same weight, unless one is named."
+    elif len(benchmarks["benchmarks"]) > 1:
+        yield f"Findings are of {heading} alone: the benchmarks have no condition in common."
 
 
 def findings(content: Content) -> list[str]:
-    """A sentence or more on each model, then one on each paired difference."""
+    """What sets the models apart, a sentence on each paired difference, then those on each model.
+
+    First stands what else was asked differently: it is part of the differences.
+    """
     heading, summaries = next(iter(content.parts.items()))
     benchmarks = next(iter(content.models.values()))["benchmarks"]
     averaged = heading not in benchmarks
-    said: list[str] = []
-    for model, summary in summaries.items():
-        said += _of_model(model, summary)
+    said = list(content.warnings)
     for model, summary in content.differing.get(heading, {}).items():
         subject = f"{model} minus {content.against}"
         said.append(finding(subject, column(summary, "accuracy")))
         if averaged:
             said += _by_benchmark(content, heading, model)
-    if averaged:
-        said.insert(0, f"Unless one is named: {heading}, each of the same weight.")
-    elif len(benchmarks) > 1:
-        said.insert(0, f"Of {heading}; the benchmarks have no condition in common.")
+    for model, summary in summaries.items():
+        said += _of_model(model, summary)
     return said
 
 
@@ -63,9 +73,17 @@ def _of_model(model: str, summary: Summary) -> Iterator[str]:
         yield finding(f"{model}: degraded minus clean images", _negative(drop))
     rows = [row for row in summary["detail"] if row["corruption"]]
     if len(rows) > 1:
-        worst = min(rows, key=lambda row: row["mean"])
-        where = f"{worst['corruption'].replace('_', ' ')} at L{worst['level']}"
-        yield f"{model}: lowest under {where}, {with_interval(worst)} % right."
+        least = min(row["mean"] for row in rows)
+        worst = [row for row in rows if row["mean"] == least]
+        names = [f"{row['corruption'].replace('_', ' ')} at L{row['level']}" for row in worst]
+        if len(worst) == len(rows):
+            yield f"{model}: all {len(rows)} degraded conditions alike, {number(least)} % right."
+        elif len(worst) == 1:
+            yield f"{model}: lowest under {names[0]}, {with_interval(worst[0])} % right."
+        else:
+            more = [f"{len(names) - _NAMED} more"] if len(names) > _NAMED else []
+            *heads, last = names[:_NAMED] + more
+            yield f"{model}: lowest under {', '.join(heads)} and {last}, {number(least)} % right."
 
 
 def _by_benchmark(content: Content, heading: str, model: str) -> Iterator[str]:

@@ -20,10 +20,13 @@ from roma.evaluate.report.cards import GalleryItem, short_answer
 from roma.evaluate.result import EvalResult
 from roma.models.processor import Processor
 from roma.views import ADVERSARIAL, CORRUPTIONS
-from roma_kernels.errors import fail
 
 Flip = tuple[str, Cell]
 """Id of a question, and the condition at which its answer is wrong."""
+
+
+class OtherData(ValueError):
+    """The data is not what the models saw; a sentence without its stop."""
 
 
 def choose_flips(results: Mapping[str, EvalResult], *, items: int = 12) -> list[Flip]:
@@ -89,7 +92,8 @@ def with_images(
         settings: of a `roma eval`; all models saw the same images.
 
     Raises:
-        ValueError: the data is not what it was, or cannot be read.
+        OtherData: the data is not what it was.
+        ValueError: it cannot be read.
         OSError: the data or the model is not there any more.
     """
     examples = _examples([id for id, _ in flips], settings)
@@ -112,7 +116,7 @@ def _examples(ids: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Exam
     count = min(settings["questions"], len(rows))
     asked = [rows[place] for place in range(count)]
     if fingerprint.of_examples(asked) != settings["data_fingerprint"]:
-        fail("data", "what the models saw", f"other questions in {settings['data']}", "put it back")
+        raise OtherData(f"{settings['data']} has other questions now than the models were asked")
     wanted = set(ids)
     return {example.id: example for example in asked if example.id in wanted}
 

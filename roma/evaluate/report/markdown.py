@@ -13,7 +13,7 @@ from roma.evaluate.report.content import (
     corruptions,
 )
 from roma.evaluate.report.findings import CAVEAT, findings, opening
-from roma.evaluate.report.wording import Entry, direction, signed, with_interval
+from roma.evaluate.report.wording import Entry, direction, number, signed, with_interval
 
 Lines = list[str]
 
@@ -175,4 +175,4 @@ def _corruptions(content: Content) -> Iterator[Lines]:
         if len(headings) > 1:
             yield [f"### {escaped(heading)}"]
         first = ["pool", "corruption", *(["model"] if len(content.models) > 1 else [])]
-        yield table(first, rows, lambda entry: f"{entry['mean']:.1f}")
+        yield table(first, rows, lambda entry: number(entry["mean"]))

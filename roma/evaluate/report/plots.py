@@ -122,6 +122,8 @@ def each_corruption(
         panel.set_title(f"{short(kind.replace('_', ' '))}\n{short(pool)}", fontsize=9)
     for panel in panels[len(kinds) :]:
         panel.set_axis_off()
+    for panel in panels[: len(kinds)][-columns:]:  # the last of its column, whatever its row
+        panel.tick_params(labelbottom=True)
     for panel in panels[::columns]:
         panel.set_ylabel("accuracy, %", fontsize=9)
     shared_legend(figure, panels[0])
@@ -151,7 +153,7 @@ def beside(
         zero: draw a line at 0, for differences.
 
     Returns:
-        Panels side by side; an empty figure where there is no row.
+        Panels side by side, on one scale; an empty figure where there is no row.
     """
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     if not columns:
@@ -160,7 +162,7 @@ def beside(
     apart = 0.72 / most
     height = 1.2 + max(0.36, 0.16 * most) * len(rows)
     figure = Figure(figsize=(3.9 * len(columns), height), layout="constrained")
-    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(columns), sharex=True, sharey=True, squeeze=False)[0]
     for panel, column in zip(panels, columns, strict=True):
         if zero:
             panel.axvline(0, color="#777777", linewidth=1)

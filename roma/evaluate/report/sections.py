@@ -23,7 +23,7 @@ from roma.evaluate.report.page import (
 )
 from roma.evaluate.report.plots import ABREAST
 from roma.evaluate.report.tables import Block, Form, Row, difference_form, share_form, table
-from roma.evaluate.report.wording import Entry, direction
+from roma.evaluate.report.wording import Entry, direction, number
 
 _ACCURACY = (
     "Share of right answers; 95 % interval below. A pool at a level is the macro average over its"
@@ -199,7 +199,7 @@ def _heat_form(summaries: Iterable[Summary]) -> Form:
     means = [row["mean"] for found in summaries for row in found["detail"] if row["corruption"]]
     high = max(means)
     low = min(*means, high - _RANGE)
-    return lambda entry: (shade(entry["mean"], low, high), f"{entry['mean']:.1f}")
+    return lambda entry: (shade(entry["mean"], low, high), number(entry["mean"]))
 
 
 def _settings(content: Content) -> str:

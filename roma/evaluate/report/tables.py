@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from roma.evaluate.report.columns import groups_of
-from roma.evaluate.report.wording import Entry, direction, signed_number
+from roma.evaluate.report.wording import Entry, direction, number, signed_number
 
 Form = Callable[[Entry], tuple[str, str]]
 """How an entry is shown: its CSS class and its HTML."""
@@ -55,13 +55,14 @@ def table(blocks: Sequence[Block], first: Sequence[str], form: Form, *, kind: st
 
 def share_form(entry: Entry) -> tuple[str, str]:
     """A share in percent over its interval."""
-    return "", "{mean:.1f}<small>{low:.1f}–{high:.1f}</small>".format(**entry)
+    low, high = number(entry["low"]), number(entry["high"])
+    return "", f"{number(entry['mean'])}<small>[{low}, {high}]</small>"
 
 
 def difference_form(entry: Entry) -> tuple[str, str]:
     """A difference in points over its interval, coloured where that excludes 0."""
     low, high = signed_number(entry["low"]), signed_number(entry["high"])
-    return direction(entry), f"{signed_number(entry['mean'])}<small>{low} … {high}</small>"
+    return direction(entry), f"{signed_number(entry['mean'])}<small>[{low}, {high}]</small>"
 
 
 def _head(groups: Mapping[str, Sequence[str]], first: Sequence[str]) -> str:

@@ -9,14 +9,26 @@ Entry = Mapping[str, float]
 """{"mean", "low", "high", "n"}, in percent or, for a difference, in points."""
 
 
-def signed_number(value: float) -> str:
-    """A number with its sign.
+def number(value: float) -> str:
+    """A number; what rounds to nought has no sign.
 
     Example:
-        >>> signed_number(-2.04), signed_number(0.0)
+        >>> number(-2.04), number(-0.04)
+        ('−2.0', '0.0')
+    """
+    text = f"{value:.1f}"
+    return "0.0" if text == "-0.0" else text.replace("-", "−")
+
+
+def signed_number(value: float) -> str:
+    """A number with its sign; there is no minus nought.
+
+    Example:
+        >>> signed_number(-2.04), signed_number(-0.04)
         ('−2.0', '+0.0')
     """
-    return f"{value:+.1f}".replace("-", "−")
+    text = f"{value:+.1f}"
+    return "+0.0" if text == "-0.0" else text.replace("-", "−")
 
 
 def signed(entry: Entry) -> str:
@@ -37,7 +49,7 @@ def with_interval(entry: Entry) -> str:
         >>> with_interval({"mean": 81.25, "low": 79.0, "high": 83.4})
         '81.2 [79.0, 83.4]'
     """
-    return "{mean:.1f} [{low:.1f}, {high:.1f}]".format(**entry)
+    return f"{number(entry['mean'])} [{number(entry['low'])}, {number(entry['high'])}]"
 
 
 def direction(entry: Entry) -> str:

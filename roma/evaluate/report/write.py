@@ -112,11 +112,7 @@ def content_of(
             got = ", ".join(each.benchmarks)
             fail(f"results of {each.name}", expected, got, "evaluate both on the same ones")
     differences = {each.name: compare(each, first) for each in results if each is not first}
-    said = []
-    for name, found in differences.items():
-        said += [f"Not compared: {each}." for each in found["left_out"]]
-        pair = f"{name} and {first.name}"
-        said += [f"Asked differently of {pair}: {each}." for each in found["differing"]]
+    said = [f"Not compared: {each}." for own in differences.values() for each in own["left_out"]]
     subject = f"does {first.name}" if len(named) == 1 else f"do {len(named)} models"
     return Content(
         title or f"How {subject} stand up to bad images?",
@@ -125,6 +121,12 @@ def content_of(
         first.name,
         {each.name: each.settings for each in results},
         list(dict.fromkeys([*notes, *said])),
+        [
+            f"{name} and {first.name} were not asked alike, and their difference is of this too:"
+            f" {'; '.join(found['differing'])}."
+            for name, found in differences.items()
+            if found["differing"]
+        ],
         _asked({each.name: each.settings for each in results}),
     )
 
