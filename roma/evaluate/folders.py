@@ -57,7 +57,7 @@ def load_results(
     parts = [place] if alone else sorted(path.parent for path in place.glob(f"*/{ANSWERS}"))
     summary = place / (_EVAL if alone else _BENCH)
     if not parts and settings.keys() & {"data", "benchmarks"}:
-        expected, got = "a finished run", "an unfinished one, of which no answer is kept yet"
+        expected, got = "a finished run", "an unfinished one, of which no answer is scored yet"
         fail(f"results in {folder}", expected, got, "run the same command again to complete it")
     if not parts:
         got = f"none in {folder}"

@@ -92,7 +92,7 @@ def test_the_page_shows_them_and_goes_on_without(evaluated, tmp_path):
         other = run_report([str(evaluated)], out=tmp_path / "other")[0].read_text(encoding="utf-8")
     finally:
         settings.write_text(kept)
-    assert re.search(r"<li>The images are not shown: the data [^<]*gone is not there", page)
+    assert re.search(r"<li>The images are not shown: there is no data at [^<]*gone, seen", page)
     assert re.search(r"<li>The images are not shown: [^<]*@val has other questions now", other)
     for text in (page, other):
         cards = text.partition('id="gallery"')[2]
@@ -157,7 +157,7 @@ def test_wrong_runs_are_one_line(tmp_path, capsys):
     for runs, message in (
         ([tmp_path / "none"], "no folder"),
         ([cut], "expected a finished run"),
-        ([begun], "unfinished one, of which no answer is kept yet; run the same command again"),
+        ([begun], "unfinished one, of which no answer is scored yet; run the same command again"),
         ([damaged], "eval.json: expected what a run wrote, as JSON, got a damaged file; run the"),
         ([one, suite], "results of suite: expected the benchmarks of one"),
         ([one, others], "q9"),

@@ -118,7 +118,7 @@ def _why(error: Exception, settings: Mapping[str, Any]) -> str:
         return str(error)
     for what, path in (("data", split_of(settings["data"])[0]), ("model", settings["model"])):
         if not Path(path).exists():
-            return f"the {what} {path} is not there, seen from the folder of this command"
+            return f"there is no {what} at {path}, seen from the folder of this command"
     return f"they could not be made again ({error})"
 
 

@@ -112,7 +112,8 @@ def with_images(
 
 def _examples(ids: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Example]:
     """The questions of these ids, after checking that the data is what it was."""
-    rows = load_dataset_rows(settings["data"], format_prompt=settings.get("format_prompt"))
+    skip, form = settings.get("skip_broken", False), settings.get("format_prompt")
+    rows = load_dataset_rows(settings["data"], format_prompt=form, skip_broken=skip)
     count = min(settings["questions"], len(rows))
     asked = [rows[place] for place in range(count)]
     if fingerprint.of_examples(asked) != settings["data_fingerprint"]:
