@@ -88,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("roma: interrupted", file=sys.stderr)
+        on = "; the same command goes on" if hasattr(options, "goes_on") else ""
+        print(f"roma: interrupted{on}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # as of `roma views --list | head -1`: nobody reads the rest
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end

@@ -55,12 +55,15 @@ def _add_eval(command: Command) -> None:
         help="hf: transformers; vllm: vLLM (hf)",
     )  # fmt: skip
     evaluate.add_argument("--format-prompt", metavar="FILE", help="as data.format_prompt")
+    evaluate.add_argument(
+        "--skip-broken", action="store_true", help="read all images first, leave bad rows out"
+    )
     evaluate.add_argument("--attack-steps", type=int, help="gradient steps of pool adversarial (3)")
     evaluate.add_argument("--max-tokens", type=int, default=1024, help="answer budget (1024)")
     evaluate.add_argument("--reward", default="builtin", help=_REWARD)
     evaluate.add_argument("--device", help="cpu or cuda; by default a GPU if torch sees one")
     evaluate.add_argument("--seed", type=int, default=0, help="of noise and sampling (0)")
-    evaluate.set_defaults(usual=evaluate.get_default)
+    evaluate.set_defaults(usual=evaluate.get_default, goes_on=True)
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -87,6 +90,7 @@ def _eval(options: argparse.Namespace) -> None:
         device=options.device,
         engine=options.engine,
         format_prompt=options.format_prompt,
+        skip_broken=options.skip_broken,
         attack_steps=options.attack_steps,
     )
 
@@ -100,7 +104,7 @@ def _compare(options: argparse.Namespace) -> None:
     given = [
         named.get(name, "--" + name.replace("_", "-"))
         for name, value in vars(options).items()
-        if name not in ("compare", "out", "usual") and value != options.usual(name)
+        if name not in ("compare", "out", "usual", "goes_on") and value != options.usual(name)
     ]
     if given:
         fail("--compare", "no more than --out beside it", ", ".join(given), "leave them out")

@@ -19,7 +19,7 @@ class RowError(ValueError):
 
 def row_error(origin: str, cause: ValueError) -> RowError:
     """The cause as an error that names the row, and how to skip it."""
-    return RowError(f"{origin}: {cause}, or skip such rows with skip_broken=True")
+    return RowError(f"{origin}: {cause}, or skip such rows: --skip-broken, skip_broken=True")
 
 
 @dataclass(frozen=True, eq=False)

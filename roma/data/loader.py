@@ -275,7 +275,7 @@ def _find_files(root: Path, split: str | None) -> list[Path]:
         return next(iter(splits.values()))
     if split not in splits:
         near = difflib.get_close_matches(str(split), splits, n=1, cutoff=0.4)
-        guess = f"did you mean '{near[0]}'?" if near else "choose one of them with split="
+        guess = f"did you mean '{near[0]}'?" if near else "name one: PATH@SPLIT, or split="
         fail("split", f"one of {sorted(splits)} in {root}", repr(split), guess)
     return splits[split]
 

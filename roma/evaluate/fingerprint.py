@@ -34,7 +34,8 @@ def of_model(folder: str | Path) -> str:
     root = Path(folder)
     if not (root / "config.json").is_file():
         got = f"no config.json in {str(folder)!r}"
-        fail("model", "a Hugging Face model's folder", got, "check the path")
+        remedy = "check the path; fetch one of the hub: `hf download NAME --local-dir FOLDER`"
+        fail("model", "a Hugging Face model's folder", got, remedy)
     found = {path for pattern in (*_NAMES, *_WEIGHTS) for path in root.glob(pattern)}
     digest = hashlib.sha256()
     for path in sorted(found):

@@ -70,7 +70,7 @@ class Options:
             fail("limit", "at least 1, or None", str(self.limit), remedy)
         if self.max_new_tokens < 1:
             got = str(self.max_new_tokens)
-            fail("max_new_tokens", "at least 1", got, "512 to 4096 are customary")
+            fail("max_new_tokens (--max-tokens)", "at least 1", got, "512 to 4096 are customary")
         if self.batch_size is not None and self.batch_size < 1:
             fail("batch_size", "at least 1", str(self.batch_size), "8 to 256 are customary")
         self._check_sampling()
@@ -193,7 +193,10 @@ class Options:
             fail("answers", "at least 1", str(self.answers), "4 to 16 are customary")
         heat = self.temperature
         if heat is not None and not (heat > 0 and math.isfinite(heat)):
-            fail("temperature", "a number above 0", str(heat), "leave it out for greedy answers")
+            greedy = "leave it out for greedy answers"
+            several = "greedy answers are all alike: take one, or leave it out for 1"
+            remedy = several if self.answers > 1 else greedy
+            fail("temperature", "a number above 0", str(heat), remedy)
         if heat is not None and heat < _COLDEST and self.engine == "vllm":
             remedy = "vLLM would raise it in silence; leave it out for greedy answers"
             fail("temperature", f"at least {_COLDEST} with engine=vllm", str(heat), remedy)

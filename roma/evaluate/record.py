@@ -6,13 +6,15 @@ and are on disk before the next batch starts. A line that was cut is dropped whe
 again, and its question is asked again.
 """
 
+import errno
+import fcntl
 import json
 import os
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -22,6 +24,14 @@ from roma_kernels.errors import fail
 
 SETTINGS = "settings.json"
 ANSWERS = "answers.jsonl"
+_LOCK = ".lock"
+# A setting that is a path, and the one that says what is there: the same files by another path.
+_CONTENTS = {
+    "model": "model_fingerprint",
+    "data": "data_fingerprint",
+    "format_prompt": "format_fingerprint",
+    "level_table": "cells",
+}
 
 
 @dataclass(frozen=True)
@@ -74,8 +84,8 @@ class Record:
         unscored: how many answers the reward could not score.
 
     Raises:
-        ValueError: the folder was begun with other settings, the first that differs is named; or
-            its files are not what was written.
+        ValueError: the folder was begun with other settings, the first that differs is named; its
+            files are not what was written; or another process writes there.
         FileExistsError: `folder` is a file.
     """
 
@@ -93,6 +103,7 @@ class Record:
             fail("out", "a folder", f"the file {folder}", "name another", error=FileExistsError)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / file
+        self._lock = _locked(self.folder)
         if overwrite:
             self.path.unlink(missing_ok=True)
             (self.folder / SETTINGS).unlink(missing_ok=True)
@@ -123,10 +134,13 @@ class Record:
         if self._state() != self._left:
             got, remedy = f"another that wrote to {self.folder}", "let it end, or name another"
             fail("out", "a folder of one run at a time", got, remedy)
-        with self.path.open("ab") as file:
-            file.write("".join(row.to_line() for row in rows).encode())
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("ab") as file:
+                file.write("".join(row.to_line() for row in rows).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:  # its own words name no file
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         self._left = self._state()
         for row in rows:
             self._note(row)
@@ -227,6 +241,24 @@ class _Column:
         return CellResult(right.mean(1), texts, smallest(right.max(1)), smallest(voted))
 
 
+def _locked(folder: Path) -> TextIO:
+    """The folder's lock, held by this process as long as the file is open, and not beyond its end.
+
+    A file system without locks has none; `Record.add` looks once more.
+    """
+    file = (folder / _LOCK).open("w", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        got, remedy = f"another that writes to {folder}", "let it end, or name another"
+        fail("out", "a folder of one run at a time", got, remedy)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    return file
+
+
 def _hold(folder: Path, settings: Mapping[str, Any], rows: Path) -> None:
     """Writes the settings of a new folder, and holds an old one's to them."""
     path = folder / SETTINGS
@@ -248,18 +280,30 @@ def _hold(folder: Path, settings: Mapping[str, Any], rows: Path) -> None:
     except (ValueError, AttributeError):
         fail(str(path), "what was asked, as JSON", "something else", "name another folder")
     for key in dict.fromkeys([*asked, *begun]):
-        if asked.get(key) != begun.get(key):
-            there, here = _apart(begun.get(key), asked.get(key))
-            got = f"{key} = {there!r} there and {here!r} here"
-            fail("out", "a new folder, or one begun with the same settings", got, "name another")
+        contents = asked.get(_CONTENTS.get(key, ""))
+        same = contents is not None and contents == begun.get(_CONTENTS[key])
+        if asked.get(key) != begun.get(key) and not same:
+            got, remedy = _apart(key, begun.get(key), asked.get(key)), "name another, or overwrite"
+            fail("out", "a new folder, or one begun with the same settings", got, remedy)
 
 
-def _apart(first: Any, second: Any) -> tuple[Any, Any]:
-    """Two values that differ; of two lists the first entries that the other lacks, if any."""
-    if not (isinstance(first, list) and isinstance(second, list)):
-        return first, second
-    own, other = [x for x in first if x not in second], [x for x in second if x not in first]
-    return (own[:1], other[:1]) if own or other else (first, second)
+def _apart(key: str, there: Any, here: Any) -> str:
+    """How two values of a setting differ; of conditions the first that does."""
+    if key != "cells":
+        return f"{key} = {there!r} there and {here!r} here"
+    own, asked = (
+        {_named(cell): cell.get("parameter") for cell in cells} for cells in (there, here)
+    )
+    for name in (*own, *asked):
+        if name not in asked or name not in own:
+            return f"{name} {'there' if name in own else 'here'} alone"
+        if own[name] != asked[name]:
+            return f"{name} = {own[name]!r} there and {asked[name]!r} here"
+    return "the conditions in another order, or of another size"
+
+
+def _named(cell: Mapping[str, Any]) -> str:
+    return f"{cell['corruption']} L{cell['level']}" if cell["level"] else "clean"
 
 
 def _drop_torn_line(path: Path) -> None:

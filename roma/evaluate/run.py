@@ -99,6 +99,7 @@ def run_eval(
     device: str | None = None,
     engine: Literal["hf", "vllm"] = "hf",
     format_prompt: str | Path | None = None,
+    skip_broken: bool = False,
     attack_steps: int | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -130,6 +131,7 @@ def run_eval(
             the device that it was built for.
         format_prompt: file of a Jinja template of the prompt, in which `content` is the question,
             as in training; None: the question alone.
+        skip_broken: decode every image before the first answer, and leave broken rows out.
         attack_steps: of pool "adversarial"; None: 3.
         console: where to print.
 
@@ -166,14 +168,17 @@ def run_eval(
     if folder.exists() and not folder.is_dir():
         fail("out", "a folder", f"the file {folder}", "name another", error=FileExistsError)
     reward = Reward.of(score)
-    rows = load_dataset_rows(data, format_prompt=format_prompt)
+    rows = load_dataset_rows(data, format_prompt=format_prompt, skip_broken=skip_broken)
     count = min(len(rows), limit or len(rows))
     examples = fingerprint.of_examples(rows[i] for i in range(count))
     settings = options.settings(questions=count, examples=examples, reward=reward)
+    settings |= {"skip_broken": True} if skip_broken else {}  # of use to whoever reads the data
     if overwrite:
         _remove_results(folder)
     record = Record(folder, settings, overwrite=overwrite)
     console = console or Console()
+    for _, why in rows.skipped:
+        console.print(f"left out: {why}", markup=False, highlight=False, soft_wrap=True)
     total = count * options.recorded
     if len(record):
         console.print(f"{len(record)} of {total} answers were there already", highlight=False)
@@ -186,9 +191,9 @@ def run_eval(
     result = EvalResult(found.ids, {cell: found.cells[cell] for cell in options.cells})
     asked = {name: value for name, value in settings.items() if name != "cells"}
     summary = asked | {"unscored": record.unscored} | summarise(result)
+    wrote = _write_results(folder, summary)
     console.print(summary_table(summary))
-    wrote = f"wrote {_write_results(folder, summary)}"
-    console.print(wrote, highlight=False, soft_wrap=True)  # paths stay whole, to be copied
+    console.print(f"wrote {wrote}", highlight=False, soft_wrap=True)  # paths whole, to be copied
     return summary
 
 

@@ -277,14 +277,18 @@ def load_levels(path: str | Path) -> dict[str, Corruption]:
     try:
         rows = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        fail(str(path), "YAML", f"an error: {error}", "mend the file")
+        fail(str(path), "YAML", f"an error: {' '.join(str(error).split())}", "mend the file")
     if not isinstance(rows, dict) or not rows:
         expected, got = "a mapping from corruption to its levels", type(rows).__name__
         fail(str(path), expected, got, "write for example `jpeg: {levels: [30, 20, 10]}`")
     table = dict(CORRUPTIONS)
     for name, row in rows.items():
         known = find(name, CORRUPTIONS, argument=f"{path}: corruption")
-        table[name] = replace(known, **_changes(row, where=f"{path}: {name}"))
+        changes = _changes(row, where=f"{path}: {name}")
+        try:
+            table[name] = replace(known, **changes)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{path}: {error}") from error
     return table
 
 

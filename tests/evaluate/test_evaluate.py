@@ -225,6 +225,25 @@ def test_roma_eval_prints_a_table_and_keeps_answers_tables_and_a_plot(small_mode
     assert settings["cells"][2] == where | {"parameter": 0.18, "reference_size": None}
 
 
+def test_a_bad_image_is_left_out_before_the_first_answer(small_model, tmp_path):
+    rows = []
+    for name in ("good", "bad", "last"):
+        path = tmp_path / f"{name}.png"
+        Image.new("RGB", (32, 32), "gray").save(path)
+        rows.append({"images": [path.name], "problem": "<image>How many?", "answer": "1"})
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    said = io.StringIO()
+    asked = {"pools": ["clean"], "max_new_tokens": 2, "out": tmp_path / "out"}
+    with pytest.raises(ValueError, match=r"row 1: .*--skip-broken"):
+        run_eval(small_model / "model", data, **asked | {"out": tmp_path / "whole"})
+    asked["console"] = Console(file=said)
+    summary = run_eval(small_model / "model", data, skip_broken=True, **asked)
+    assert summary["images"] == 2 and read_result(tmp_path / "out/answers.jsonl").ids == ["0", "2"]
+    assert "rows.jsonl, row 1: images[0]: expected an image" in said.getvalue()
+
+
 def test_greedy_answers_do_not_depend_on_the_batch(small_model):
     from roma.data import load_dataset_rows
     from roma.models.qwen_vl import Policy

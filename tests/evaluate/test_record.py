@@ -1,6 +1,8 @@
 """The record of answers: what is on disk, what is found again, and what is refused."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,9 @@ from roma.evaluate.conditions import Cell
 from roma.evaluate.record import Record, Row, read_result
 
 CLEAN, BLUR = Cell(), Cell("seen", "gaussian_blur", 3)
-ASKED = {"model": "m", "seed": 0, "cells": [["clean", 0], ["seen", 3]]}
+AT_CLEAN = {"pool": "clean", "corruption": None, "level": 0}
+AT_BLUR = {"pool": "seen", "corruption": "gaussian_blur", "level": 3, "parameter": 3.0}
+ASKED = {"model": "m", "seed": 0, "cells": [AT_CLEAN, AT_BLUR]}
 
 
 def row(id: str, cell: Cell = CLEAN, correct: int = 1, text: str = "Größe \n é") -> Row:
@@ -65,8 +69,9 @@ def test_a_torn_line_may_be_long(tmp_path: Path) -> None:
     ("other", "said"),
     [
         ({"seed": 1}, "got seed = 0 there and 1 here; name another"),
-        ({"cells": [["clean", 0]]}, r"got cells = \[\['seen', 3\]\] there and \[\] here"),
-        ({"cells": [["seen", 3], ["clean", 0]]}, "got cells = .* there and .* here"),
+        ({"cells": [AT_CLEAN]}, "got gaussian_blur L3 there alone; name another, or overwrite"),
+        ({"cells": [AT_CLEAN, AT_BLUR | {"parameter": 2.0}]}, "L3 = 3.0 there and 2.0 here"),
+        ({"cells": [AT_BLUR, AT_CLEAN]}, "got the conditions in another order"),
         ({"reward": "math"}, "got reward = None there and 'math' here"),
     ],
 )
@@ -78,6 +83,37 @@ def test_other_settings_are_refused(tmp_path: Path, other: dict, said: str) -> N
     anew = Record(tmp_path, ASKED | other, overwrite=True)
     assert len(anew) == 0 and not anew.path.exists()
     assert len(Record(tmp_path, ASKED | other)) == 0
+
+
+def test_the_same_files_by_another_path_are_the_same(tmp_path: Path) -> None:
+    asked = {"model": "m", "model_fingerprint": "f", "data": "d", "data_fingerprint": None}
+    Record(tmp_path, asked).add([row("a")])
+    assert len(Record(tmp_path, asked | {"model": "elsewhere/m"})) == 1
+    other_model = {"model": "n", "model_fingerprint": "g"}
+    for other in ({"model_fingerprint": "g"}, {"data": "elsewhere/d"}, other_model):
+        with pytest.raises(ValueError, match=f"{next(iter(other))} = .* there and .* here"):
+            Record(tmp_path, asked | other)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_another_process_in_the_folder_is_refused(tmp_path: Path, overwrite: bool) -> None:
+    record = Record(tmp_path, ASKED)
+    record.add([row("a")])
+    said = f"from roma.evaluate.record import Record\nRecord({str(tmp_path)!r}, {ASKED!r}"
+    code = f"{said}, overwrite={overwrite})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    expected = "ValueError: out: expected a folder of one run at a time, got another that writes to"
+    assert done.stderr.splitlines()[-1].startswith(expected)
+    record.add([row("b")])
+    assert len(Record(tmp_path, ASKED)) == 2
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    record = Record(tmp_path, ASKED)
+    record.path.mkdir()
+    record._left = record._state()
+    with pytest.raises(OSError, match=f"Is a directory: '{record.path}'"):
+        record.add([row("a")])
 
 
 def test_files_that_are_not_its_own_are_refused(tmp_path: Path) -> None:

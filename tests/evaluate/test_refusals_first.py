@@ -13,7 +13,7 @@ from roma.views import load_levels
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"max_new_tokens": 0}, "^max_new_tokens: expected at least 1, got 0"),
+        ({"max_new_tokens": 0}, r"^max_new_tokens \(--max-tokens\): expected at least 1, got 0"),
         ({"batch_size": 0}, "^batch_size: expected at least 1, got 0"),
         ({"answers": 0}, "^answers: expected at least 1, got 0"),
         ({"temperature": 0.0}, "^temperature: expected a number above 0, got 0.0; leave it out"),

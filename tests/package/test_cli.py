@@ -315,6 +315,9 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     raising(monkeypatch, interrupt)
     assert cli.main(["train"]) == 130
     assert capsys.readouterr().err == "roma: interrupted\n"
+    monkeypatch.setattr("roma.cli.evaluation._eval", interrupt)
+    assert cli.main(["eval", "model", "data"]) == 130
+    assert capsys.readouterr().err == "roma: interrupted; the same command goes on\n"
 
 
 def test_a_reader_that_stops_early_is_no_error() -> None:
