@@ -14,9 +14,10 @@ examples:
   roma bench-vlm model --suite paper --judge http://localhost:8000/v1 \\
       --judge-model Qwen/Qwen2.5-72B-Instruct
 
-Needs lmms-eval: pip install 'roma-vlm[lmms]'. Every question of every benchmark is answered at
-every condition: clean, and each corruption of the pools at each level. The same command goes on
-where it was cut. Keeps answers, tables and a page in --out: docs/LMMS_EVAL.md.
+Needs lmms-eval: pip install '.[train,views,math,lmms]' in a clone. Every question of every
+benchmark is answered at every condition: clean, and each corruption of the pools at each level.
+The same command goes on where it was cut. Keeps answers, tables and a page in --out:
+docs/LMMS_EVAL.md.
 """
 _POOLS = "of clean, seen, unseen, extra, masking (clean,seen,unseen)"
 _JUDGE = (
@@ -46,6 +47,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--judge": {"default": "none", "metavar": "none|rules|ADDRESS", "help": _JUDGE},
     "--judge-model": {"metavar": "NAME", "help": "the judge's name at that address"},
     "--out": {"help": "folder for all results (runs/bench/MODEL)"},
+    "--overwrite": {"action": "store_true", "help": "begin anew in --out"},
     "--limit": {"type": int, "metavar": "N", "help": "the first N questions of each benchmark"},
     "--max-tokens": {"type": int, "default": 4096, "help": "budget of every answer (4096)"},
     "--batch-size": {"type": int, "help": "questions at a time (16; vllm: 256)"},
@@ -74,7 +76,7 @@ def _bench(options: argparse.Namespace) -> None:
         "metrics": _pairs("--metric", options.metric),
     }
     model = kept.pop("model")
-    run_bench(Asked(model, **kept), options.out)
+    run_bench(Asked(model, **kept), options.out, overwrite=options.overwrite)
 
 
 def _pairs(flag: str, words: list[str]) -> dict[str, str]:

@@ -97,10 +97,26 @@ def suite_table(suite: Mapping[str, Any]) -> Group:
             table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
         for name, entries in found.items():
             cells = [_cell(_SHORT, entries.get(column)) for column in some]
-            table.add_row(name, *cells, style="bold" if name == "average" else None)
+            words = _in_lines(name, width)
+            table.add_row(words, *cells, style="bold" if name == "average" else None)
         shown.append(table)
     below = next(reversed(rows.values())) if "average" in rows or len(rows) == 1 else {"pools": {}}
     return Group(*shown, *robustness_tables(below))
+
+
+def _in_lines(name: str, width: int) -> str:
+    """A name in lines of a width, broken behind a "_" where there is one.
+
+    Example:
+        >>> _in_lines("mathvista_testmini_cot_reasoning", 22).split()
+        ['mathvista_testmini_', 'cot_reasoning']
+    """
+    lines = [""]
+    for word in name.replace("_", "_\0").split("\0"):
+        if lines[-1] and len(lines[-1] + word) > width:
+            lines.append("")
+        lines[-1] += word
+    return "\n".join(lines)
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> Group:

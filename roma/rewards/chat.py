@@ -12,6 +12,7 @@ from roma.rewards.marked import Failed
 
 _AGAIN = {408, 409, 425, 429}  # and 5xx: the same request may succeed later
 _REFUSED = {400, 413, 422}  # this request, as too long
+_SHOWN = 120  # characters of a server's own words
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,13 @@ class Unanswered(Failed):
 
     Attributes:
         lasting: other questions would fare no better: nobody there, overloaded, no access, no such
-            model; not where this one question was refused, or its reply had another form.
+            model, no such server; not where this one question was refused, or its reply had no
+            text.
+        code: the status of HTTP; None: nobody was reached.
     """
 
     lasting: bool = True
+    code: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,15 +58,18 @@ class ChatServer:
             try:
                 return self._post(question)
             except urllib.error.HTTPError as error:
-                reason = f"the judge answered {error.code} {error.reason}"
+                reason, code = f"the judge answered {error.code} {error.reason}", error.code
+                said = _read_error(error)
+                if key := os.environ.get(self.key_env):
+                    said = said.replace(key, "…")  # one that repeats it
+                reason += _in_brackets(said)
                 if error.code < 500 and error.code not in _AGAIN:
-                    return Unanswered(reason, lasting=error.code not in _REFUSED)
+                    return Unanswered(reason, lasting=error.code not in _REFUSED, code=code)
             except (OSError, http.client.HTTPException) as error:
-                reason = f"the judge was not reached ({type(error).__name__}: {error})"
-            except (ValueError, LookupError, TypeError) as error:
-                form = f"the judge's reply has another form ({type(error).__name__})"
-                return Unanswered(form, lasting=False)
-        return Unanswered(f"{reason}, {self.retries + 1} times")
+                reason, code = f"the judge was not reached ({type(error).__name__}: {error})", None
+            except _OtherForm as error:
+                return Unanswered(str(error), lasting=error.lasting, code=200)
+        return Unanswered(f"{reason}, {self.retries + 1} times", code=code)
 
     def _post(self, question: str) -> str:
         body = {
@@ -82,10 +89,52 @@ class ChatServer:
                 parts.append(part)
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"no whole reply within {self.timeout_s:g} s")
-        text = json.loads(b"".join(parts))["choices"][0]["message"]["content"]
-        if not isinstance(text, str):
-            raise TypeError(type(text).__name__)
-        return text
+        return _content(b"".join(parts))
+
+
+class _OtherForm(Exception):
+    """A reply that is none of a chat; lasting: it is no chat completion at all."""
+
+    def __init__(self, error: Exception, said: str, *, lasting: bool) -> None:
+        form = f"the judge's reply has another form ({type(error).__name__})"
+        super().__init__(form + _in_brackets(said))
+        self.lasting = lasting
+
+
+def _content(body: bytes) -> str:
+    """The text of a chat completion."""
+    try:
+        content = json.loads(body)["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise _OtherForm(error, _first_line(body), lasting=True) from None
+    if not isinstance(content, str):
+        raise _OtherForm(TypeError(), "", lasting=False)
+    return content
+
+
+def _read_error(error: urllib.error.HTTPError) -> str:
+    try:
+        return _first_line(error.read1(4096))  # what is there: it may drip
+    except (OSError, http.client.HTTPException):
+        return ""
+
+
+def _first_line(body: bytes) -> str:
+    """What a server says of an error: its message, else its first line."""
+    text = body.decode(errors="replace")
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = text
+    while isinstance(found, dict):
+        found = next((found[key] for key in ("error", "message", "detail") if found.get(key)), "")
+    lines = str(found).strip().splitlines()
+    words = " ".join(lines[0].split()) if lines else ""
+    return "".join(filter(str.isprintable, words))[:_SHOWN]
+
+
+def _in_brackets(said: str) -> str:
+    return f" ({said})" if said else ""
 
 
 def _endpoint(url: str) -> str:

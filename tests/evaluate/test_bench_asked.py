@@ -60,7 +60,7 @@ def test_without_lmms_eval_it_says_what_to_install(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["bench-vlm", "OWNER/NAME", "--suite", "paper", "--out", str(tmp_path / "x")]) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "pip install 'roma-vlm[lmms]'" in said
+    assert said.count("\n") == 1 and "pip install '.[train,views,math,lmms]' in a clone" in said
     assert not (tmp_path / "x").exists()
 
 

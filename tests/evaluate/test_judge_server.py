@@ -34,6 +34,12 @@ def by_city(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
     says(f"So.\nVERDICT: {'yes' if right else 'no'}")(handler, body)
 
 
+def vague_on_cities(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+    """Judges nothing but sums."""
+    plain = "city" not in body["messages"][0]["content"]
+    says("VERDICT: yes" if plain else "It may be.")(handler, body)
+
+
 def test_each_answer_is_asked_once_and_kept(tmp_path: Path) -> None:
     every = answered("seven hills", "Oslo", "<think> Rome </think> Oslo", "<think> Rome </think>")
     with server(by_city) as (url, seen):
@@ -58,23 +64,72 @@ def test_a_reply_without_a_verdict_is_asked_for_again_then_unjudged(tmp_path: Pa
     with server(vague, vague, says("VERDICT: yes")) as (url, seen):
         assert judge(url, tmp_path).right(answered("seven hills")) == [True]
     assert "VERDICT" in seen[1][1]["messages"][0]["content"].splitlines()[-1]
-    with server(vague) as (url, seen):
+    with server(vague_on_cities) as (url, seen):
         found = judge(url, tmp_path)
         assert found.right(answered("Oslo", "Lima")) == [None, None]
-        assert (found.asked, found.unjudged, len(seen)) == (3, 2, 6)
+        assert (found.asked, found.unjudged, len(seen)) == (3, 2, 7)  # one is the plain question
+        assert found.right(answered("Oslo")) == [None] and len(seen) == 7  # once in a run
+        lines = (tmp_path / "v.jsonl").read_text()
         assert judge(url, tmp_path).right(answered("Oslo")) == [None]
-        assert len(seen) == 6  # it is known that it is not to be had
-
-
-@pytest.mark.parametrize("answer", [says("It may be."), says(None), says("", 400)])
-def test_what_never_gives_a_verdict_is_no_judge(answer: Answer, tmp_path: Path) -> None:
-    many = answered(*(f"city {i}" for i in range(8)))
-    with server(answer) as (url, _):
-        with pytest.raises(ConnectionError, match="8 replies without a verdict"):
-            judge(url, tmp_path).right(many)
+        assert len(seen) == 11 and (tmp_path / "v.jsonl").read_text() == lines
     with server(by_city) as (url, seen):
-        assert judge(url, tmp_path).right(many) == [False] * 8
-        assert len(seen) == 8  # none was written off
+        found = judge(url, tmp_path)
+        assert found.right(answered("Oslo", "Lima")) == [False, False]
+        assert (found.asked, found.unjudged, len(seen)) == (3, 0, 2)
+    assert judge(url, tmp_path).unjudged == 0
+
+
+def page(handler: BaseHTTPRequestHandler, _: dict[str, Any], code: int = 200) -> None:
+    """What is no judge's server at all."""
+    body = b"<html>\n<p>Welcome</p>"
+    handler.send_response(code)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def complains(code: int) -> Answer:
+    def answer(handler: BaseHTTPRequestHandler, _: dict[str, Any]) -> None:
+        body = json.dumps({"error": {"message": "model not found\nfor sure"}}).encode()
+        handler.send_response(code)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (says("It may be."), r"got no verdict, nor on whether 4 is 2 \+ 2: …It may be.; correct"),
+        (says(None), r"nor on whether .*another form \(TypeError\); correct the address, or"),
+        (complains(400), r"nor on whether .*400 Bad Request \(model not found\); correct"),
+        (
+            complains(404),
+            r"404 Not Found \(model not found\); correct the address or --judge-model",
+        ),
+        (complains(200), r"another form \(KeyError\) \(model not found\); correct the address"),
+        (page, r"another form \(JSONDecodeError\) \(<html>\); correct the address"),
+    ],
+)
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("count", [1, 9])
+def test_what_never_gives_a_verdict_is_no_judge(
+    answer: Answer, said: str, known: bool, count: int, tmp_path: Path
+) -> None:
+    """However few are left to ask, and whatever was judged before."""
+    if known:
+        with server(by_city) as (url, _):
+            assert judge(url, tmp_path).right(answered("seven hills")) == [True]
+    many = answered(*(f"city {i}" for i in range(count)))
+    with server(answer) as (url, _):
+        with pytest.raises(ConnectionError, match=said) as error:
+            judge(url, tmp_path).right(many)
+    assert "\n" not in str(error.value) and "start the judge" not in str(error.value)
+    with server(by_city) as (url, seen):
+        assert judge(url, tmp_path).right(many) == [False] * count
+        assert len(seen) == count  # none was written off
 
 
 def test_one_that_falls_silent_loses_nothing(tmp_path: Path) -> None:
@@ -85,7 +140,8 @@ def test_one_that_falls_silent_loses_nothing(tmp_path: Path) -> None:
             judge(url, tmp_path, in_flight=1).right(many, scored=40)
     said = str(error.value)
     assert url in said and "the judge answered 500" in said and "3 times" in said
-    assert f"40 scored answers and 5 verdicts are safe in {tmp_path}" in said
+    assert f"all texts, 40 scored answers and 5 verdicts are safe in {tmp_path}" in said
+    assert "start the judge" in said
     assert "\n" not in said
     kept = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text().splitlines()]
     assert [row["correct"] for row in kept] == [[0]] * 5
@@ -113,7 +169,7 @@ def test_one_that_is_slow_or_dead_is_named(alive: bool, tmp_path: Path) -> None:
 
 def test_a_refused_key_stops_at_once(tmp_path: Path) -> None:
     with server(says("", 401)) as (url, seen):
-        with pytest.raises(ConnectionError, match="401 Unauthorized; 0 scored"):
+        with pytest.raises(ConnectionError, match="401 Unauthorized; set its key, NO_KEY: the"):
             judge(url, tmp_path, in_flight=1).right(answered("Oslo", "Lima"))
     assert len(seen) == 1
 
@@ -129,7 +185,7 @@ def test_the_key_is_sent_and_written_nowhere(
             record = Record(tmp_path, SETTINGS, file="v.jsonl")
             assert ModelJudge(asked, record).right(answered("seven hills")) == [True]
     assert [key for _, _, key in seen] == ["Bearer first", "Bearer second"]
-    written = [path.read_text() for path in tmp_path.iterdir()]
+    written = [path.read_text() for path in tmp_path.iterdir() if path.name[0] != "."]
     assert len(written) == 2 and not any("Bearer" in t or "second" in t for t in written)
 
 

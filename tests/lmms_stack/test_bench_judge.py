@@ -121,7 +121,7 @@ def test_a_judge_that_dies_and_moves(
     out = tmp_path / "cut" / "run"
     dying: list[Answer] = [right] * 5
     with server(*dying, says("", 503)) as (url, _):
-        with pytest.raises(ConnectionError, match=r"answered 503 .*5 verdicts are safe in .*run; "):
+        with pytest.raises(ConnectionError, match=r"answered 503 .*5 verdicts are safe in .*run$"):
             run(with_judge(asked, url, monkeypatch), out)
     assert not (out / "bench.json").exists()
     kept = sum(len(list(read_rows(out / name / "answers.jsonl"))) for name in TASKS)
@@ -145,8 +145,36 @@ def test_what_is_not_judged_is_counted(
         found, said = run(with_judge(asked, url, monkeypatch), tmp_path)
     assert found["judged"]["unjudged"] == 6  # JPEG, two questions of three benchmarks
     note = "6 answers could not be judged and count as wrong"
-    assert note in found["notes"] and note in said
+    assert note in found["notes"] and note in said.partition("Accuracy")[2]
     assert accuracies(found) == dict.fromkeys(TASKS, 100.0)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with server(vague) as (url, seen):
+        run(with_judge(asked, url, monkeypatch), tmp_path)
+    assert seen and before == {path: path.read_bytes() for path in before}
+    with server(says("Welcome")) as (url, _):
+        with pytest.raises(
+            ConnectionError, match=r"got no verdict, .*all texts, 30 scored answers"
+        ):
+            run(with_judge(asked, url, monkeypatch), tmp_path)
+    assert before == {path: path.read_bytes() for path in before}
+    with server(right) as (url, seen):
+        found, said = run(with_judge(asked, url, monkeypatch), tmp_path)
+        whole, _ = run(with_judge(asked, url, monkeypatch), tmp_path / "whole" / tmp_path.name)
+    assert found == whole and found["judged"]["unjudged"] == 0 and "30/30" in said
+
+
+def test_begun_anew(asked: Asked, tmp_path: Path) -> None:
+    """With other settings, which a folder is refused for otherwise; a neighbour's rows stay."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "answers.jsonl").write_text("a neighbour's\n")
+    run(asked, tmp_path)
+    other = replace(asked, max_tokens=9)
+    with pytest.raises(ValueError, match=r"^out: "):
+        run(other, tmp_path)
+    found = run_bench(other, tmp_path, overwrite=True, console=Console(file=io.StringIO()))
+    assert found["max_tokens"] == 9
+    rows = [*read_rows(tmp_path / TASKS[0] / "answers.jsonl")]
+    assert len(rows) == 10 and (tmp_path / "other" / "answers.jsonl").exists()
 
 
 def test_our_rules_ask_nobody(asked: Asked, tmp_path: Path) -> None:

@@ -93,6 +93,33 @@ def test_from_the_command_line(
     assert said.startswith("roma: --tasks: ") and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("model", "more", "said"),
+    [
+        (None, ["--base", "nope"], "roma: base: expected a chat model of lmms-eval, got 'nope'; "),
+        (None, ["--base", "async_openai", "--model-args", "levle=3"], "roma: model_args: "),
+        (None, ["--model-args", "resize=mdel"], 'roma: resize: expected "model", got '),
+        ("suite/model", [], "roma: MODEL: expected a folder in Hugging Face form, or a name on "),
+        ("suite/model", ["--base", "internvl_hf"], "roma: MODEL: expected a folder in Hugging "),
+        ("suite/model", ["--engine", "vllm"], "roma: MODEL: expected a folder in Hugging Face "),
+    ],
+)
+def test_a_model_or_base_that_is_not_there_leaves_no_file(
+    model: str | None,
+    more: list[str],
+    said: str,
+    suite: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["bench-vlm", model or str(suite / "model"), "--tasks", "mmstar_reasoning", *more]
+    words += ["--include-path", str(suite / "tasks"), "--out", str(tmp_path / "out")]
+    assert main(words) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(said) and (model or "") in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_first_metric_that_is_a_share(tasks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not one that is there for some questions alone, is no number, or is better when lower."""
     from roma.evaluate.lmms_eval import suite as module

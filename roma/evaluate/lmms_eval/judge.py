@@ -23,7 +23,8 @@ from roma_kernels.errors import fail
 
 _KEYS = ("ROMA_JUDGE_API_KEY", "OPENAI_API_KEY")
 _ONCE_MORE = '\n\nEnd with one line, "VERDICT: yes" or "VERDICT: no".'
-_ENOUGH = 8  # questions without a single verdict: this is no judge
+_PLAIN = Answered("What is 2 + 2?", ("4",), "4")
+"""Who gives no verdict on this is no judge."""
 
 PROTOCOL = hashlib.sha256((PROMPT + _ONCE_MORE).encode()).hexdigest()[:16]
 """Names the wording of the questions; another wording, other verdicts."""
@@ -63,12 +64,15 @@ class ModelJudge:
     """Asks a model if answers are right; keeps each verdict at once.
 
     A reply without a verdict is asked for again with a reminder, twice at the most; then the answer
-    is unjudged, and is not asked about again.
+    is unjudged, and is asked about again in the next run alone. Before any answer is, a server that
+    has not given one verdict in this run is asked a plain question; without a verdict on that, too,
+    it is no judge, and nothing that it said is kept. This holds from the first reply to the last,
+    so a run that was cut leaves as many unjudged as one that was not.
 
     Args:
         server: whom to ask.
         verdicts: where they are kept: id a digest of the question, correct (1,) or (0,), or () for
-            an answer that stays unjudged.
+            an answer that was left unjudged; what comes later counts.
         in_flight: questions at a time.
     """
 
@@ -76,17 +80,19 @@ class ModelJudge:
         """Reads the verdicts that are there."""
         self._server, self._verdicts, self._in_flight = server, verdicts, in_flight
         self._prompt = read_template(PROMPT)
-        self._known = {row.id: _said(row) for row in verdicts.rows()}
+        self._known = {row.id: bool(row.correct[0]) for row in verdicts.rows() if row.correct}
+        self._given_up: set[str] = set()  # in this run
+        self._is_judge = False  # has given a verdict in this run
 
     @property
     def asked(self) -> int:
         """Different questions that were answered or given up, in this run and before."""
-        return len(self._known)
+        return len(self._verdicts)
 
     @property
     def unjudged(self) -> int:
         """Those that were given up."""
-        return sum(said is None for said in self._known.values())
+        return self.asked - len(self._known)
 
     def right(self, answers: Sequence[Answered], *, scored: int = 0) -> list[bool | None]:
         """Of each answer whether it is right; None: unjudged. One that says nothing is wrong.
@@ -102,11 +108,12 @@ class ModelJudge:
         missing = {
             _digest(question, self._server.model): question for question in asked if question
         }
-        missing = {key: question for key, question in missing.items() if key not in self._known}
-        if missing and (reason := self._ask_all(missing)):
-            self._stop(reason, scored)
+        done = self._known.keys() | self._given_up
+        missing = {key: question for key, question in missing.items() if key not in done}
+        if missing and (failure := self._ask_all(missing)):
+            self._stop(failure, scored)
         return [
-            self._known[_digest(question, self._server.model)] if question else False
+            self._known.get(_digest(question, self._server.model)) if question else False
             for question in asked
         ]
 
@@ -119,45 +126,69 @@ class ModelJudge:
         )
         return text
 
-    def _ask_all(self, missing: dict[str, str]) -> str | None:
+    def _ask_all(self, missing: dict[str, str]) -> Unanswered | None:
         """Asks and keeps; returns why it had to stop."""
         stop = threading.Event()
-        reason: str | None = None
-        open_rows: list[Row] = []  # without a verdict, until there is one
-        told = False
+        failure: Unanswered | None = None
         with ThreadPoolExecutor(self._in_flight, "roma-judge") as threads:
             ask = _asker(self._server, stop)
             running = {threads.submit(ask, question): key for key, question in missing.items()}
             for done in as_completed(running):
                 reply = done.result()
-                if reply is None:
-                    continue
                 if isinstance(reply, Unanswered):
-                    reason = reason or reply.reason
-                    continue
-                said = verdict(reply)
-                right = () if said is None else (int(said),)
-                open_rows.append(Row(running[done], Cell(), (reply,), right))
-                told = told or said is not None
-                if told:
-                    self._keep(open_rows)
-                    open_rows = []
-        if len(open_rows) >= _ENOUGH and not reason:
-            end = " ".join(open_rows[-1].texts[0].split())[-60:]
-            return f"{len(open_rows)} replies without a verdict, as …{end}"
-        self._keep(open_rows)
-        return reason
+                    failure = failure or reply
+                elif reply is not None and (verdict(reply) is not None or self._is_judge):
+                    self._keep(running[done], reply)
+                elif reply is not None and not failure:
+                    failure = self._doubt(reply)
+                    if failure:
+                        stop.set()
+                    else:
+                        self._keep(running[done], reply)
+        return failure
 
-    def _keep(self, rows: Sequence[Row]) -> None:
-        if rows:
-            self._verdicts.add(rows)
-            self._known.update((row.id, _said(row)) for row in rows)
+    def _doubt(self, reply: str) -> Unanswered | None:
+        """Asks the plain question, since there was no verdict yet; returns why this is no judge."""
+        question = self._question(_PLAIN)
+        assert question is not None
+        said = _asker(self._server, threading.Event())(question)
+        if isinstance(said, Unanswered):
+            return said
+        if said is not None and verdict(said) is not None:
+            self._is_judge = True
+            return None
+        end = " ".join(reply.split())[-160:]
+        return Unanswered(f"no verdict, nor on whether 4 is 2 + 2: …{end}", code=200)
 
-    def _stop(self, reason: str, scored: int) -> NoReturn:
-        safe = f"{scored} scored answers and {self.asked} verdicts are safe"
-        remedy = f"{safe} in {self._verdicts.folder}; start the judge: the same command goes on"
+    def _keep(self, key: str, reply: str) -> None:
+        said = verdict(reply)
+        if said is None:
+            self._given_up.add(key)
+        else:
+            self._known[key] = said
+            self._is_judge = True
+        if said is not None or not self._verdicts.has(Cell(), key):
+            right = () if said is None else (int(said),)
+            self._verdicts.add([Row(key, Cell(), (reply,), right)])
+
+    def _stop(self, failure: Unanswered, scored: int) -> NoReturn:
+        kept = f"all texts, {scored} scored answers and {len(self._known)} verdicts"
+        safe = f"{kept} are safe in {self._verdicts.folder}"
+        remedy = f"{_remedy(failure.code, self._server)}: the same command goes on; {safe}"
         name = f"--judge {_shown(self._server.url)}"
-        fail(name, f"verdicts of {self._server.model}", reason, remedy, error=ConnectionError)
+        got = failure.reason
+        fail(name, f"verdicts of {self._server.model}", got, remedy, error=ConnectionError)
+
+
+def _remedy(code: int | None, server: ChatServer) -> str:
+    """What helps where a server answers so; None: nobody was reached."""
+    if code is None or code in (408, 425, 429) or code >= 500:
+        return "start the judge, or wait until it is free"
+    if code in (401, 403):
+        return f"set its key, {server.key_env}"
+    if code == 404:
+        return "correct the address or --judge-model; ADDRESS/models lists the names"
+    return "correct the address, or name a model that judges"
 
 
 def _asker(server: ChatServer, stop: threading.Event) -> Callable[[str], str | Unanswered | None]:
@@ -184,10 +215,6 @@ def _asker(server: ChatServer, stop: threading.Event) -> Callable[[str], str | U
         return last
 
     return ask
-
-
-def _said(row: Row) -> bool | None:
-    return bool(row.correct[0]) if row.correct else None
 
 
 def _digest(question: str, model: str) -> str:

@@ -31,6 +31,7 @@ from roma.evaluate.lmms_eval.images import (
     require_images,
 )
 from roma.evaluate.lmms_eval.resize import Resizer, check_resize
+from roma.evaluate.lmms_eval.suite import INSTALL
 from roma_kernels.errors import fail
 
 ENGINES = ("hf", "vllm")
@@ -272,12 +273,41 @@ def base_of(pretrained: str | Path | None, engine: str, base: str | None) -> str
         fail("pretrained", "a checkpoint", "none", "give pretrained=, a folder or a hub's name")
     if engine == "vllm":
         return "vllm"
-    from transformers import PreTrainedConfig
-
-    config, _ = PreTrainedConfig.get_config_dict(str(pretrained))
-    kind = str(config.get("model_type", ""))
+    kind = str(_config_of(pretrained, "pretrained").get("model_type", ""))
     name = _FAMILIES.get(kind, kind)
     return name if name in _chat_names() else _GENERIC
+
+
+def check_model(
+    pretrained: str | Path, engine: str, base: str | None, options: Mapping[str, Any]
+) -> None:
+    """What `RomaModel` would refuse for its checkpoint and base; no weights are read or fetched.
+
+    Raises:
+        ValueError: no such checkpoint, base or option of it. ImportError: the base lacks a package.
+    """
+    config = None if base else _config_of(pretrained, "MODEL")
+    name = base_of(pretrained, engine, base)
+    model_class = _chat_class(name)
+    own = dict(options)
+    check_resize(own.pop("resize", None), name)
+    _arguments(model_class, name, pretrained, own)
+    if config is None and "pretrained" in inspect.signature(model_class.__init__).parameters:
+        _config_of(pretrained, "MODEL")  # others take the name that a model has at an address
+
+
+def _config_of(pretrained: str | Path, argument: str) -> dict[str, Any]:
+    from transformers import PreTrainedConfig
+
+    try:
+        config: dict[str, Any] = PreTrainedConfig.get_config_dict(str(pretrained))[0]
+        why = "" if config else "there is no config.json"
+    except OSError as error:
+        config, why = {}, str(error).strip().partition("\n")[0].rstrip(".")
+    if why:
+        expected = "a folder in Hugging Face form, or a name on the hub"
+        fail(argument, expected, f"{str(pretrained)!r}: {why}", "check the name or the path")
+    return config
 
 
 def _chat_names() -> list[str]:
@@ -293,7 +323,7 @@ def _chat_class(name: str) -> type[lmms]:
     try:
         found: type[lmms] = MODEL_REGISTRY_V2.get_model_class(name)
     except ModuleNotFoundError as error:
-        got, remedy = f"no module {error.name}", "pip install it, or 'roma-vlm[lmms]'"
+        got, remedy = f"no module {error.name}", f"pip install it, or {INSTALL}"
         fail(f"lmms-eval's {name}", "what it imports", got, remedy, error=ImportError)
     return found
 

@@ -26,7 +26,7 @@ from roma.evaluate.lmms_eval.judge import ModelJudge, is_there
 from roma.evaluate.lmms_eval.rules import Rules
 from roma.evaluate.lmms_eval.scoring import scores
 from roma.evaluate.lmms_eval.suite import load_benchmarks, require_lmms_eval
-from roma.evaluate.record import Record, Row
+from roma.evaluate.record import ANSWERS, SETTINGS, Record, Row
 from roma.evaluate.summary import summarise_suite
 from roma.evaluate.tables import suite_table
 
@@ -38,20 +38,26 @@ Score = Callable[[Benchmark, Sequence[int], Sequence[str]], list[float | None]]
 
 
 def run_bench(
-    asked: Asked, out: str | Path | None = None, *, console: Console | None = None
+    asked: Asked,
+    out: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Measures, prints a table, and keeps all of it in a folder; the same call again goes on.
 
     Args:
         asked: what is measured, and how.
         out: the folder; None: runs/bench/MODEL.
+        overwrite: begin anew, also where `out` holds the answers to something else.
         console: where to print.
 
     Returns:
         What bench.json holds: the settings, "notes", "judged" and `summarise_suite`'s keys.
 
     Raises:
-        ValueError: what `load_benchmarks` refuses, or a folder that was begun with other settings.
+        ValueError: what `load_benchmarks` and `check_model` refuse, or a folder that was begun with
+            other settings.
         ConnectionError: the judge does not answer; what is scored is kept.
         ImportError: lmms-eval is not installed.
     """
@@ -67,10 +73,13 @@ def run_bench(
         own_rules=asked.judge != "rules",
     )
     settings = asked.settings(benchmarks)
+    if overwrite or not (folder / SETTINGS).exists():  # before anything is written or removed
+        _check_model(asked)
+    if overwrite:
+        _remove_results(folder, benchmarks)
     verdicts = Record(folder, settings, file=VERDICTS)
     notes = _notes(asked, benchmarks)
-    for note in notes:
-        console.print(f"note: {note}", highlight=False)
+    console.print(f"{len(notes)} notes: {folder / 'bench.md'}", highlight=False, soft_wrap=True)
     if asked.server and not is_there(asked.server):
         said = "note: nobody listens at the judge's address now; answers are generated first"
         console.print(said, highlight=False)
@@ -79,7 +88,7 @@ def run_bench(
     answers = {each.name: Record(folder / each.name, settings) for each in benchmarks}
     with _scorer(asked, verdicts, answers) as score:
         _score(benchmarks, texts, answers, score, console)
-    judged = {"unjudged": sum(each.unscored for each in answers.values())}
+    judged = {"unjudged": sum(len(_unscored(each)) for each in answers.values())}
     if asked.server:
         judged |= {"asked": len(verdicts)}
     return _write(folder, settings, [*notes, *_unjudged(judged)], judged, console)
@@ -118,28 +127,46 @@ def _open_batches(benchmark: Benchmark, cell: Cell, record: Record, size: int) -
 
 
 def _load_model(asked: Asked, benchmarks: Sequence[Benchmark]) -> Any:
-    from lmms_eval.utils import handle_arg_string
-
     from roma.evaluate.lmms_eval.model import RomaModel
 
-    options = {name: handle_arg_string(value) for name, value in asked.model_args.items()}
-    if asked.device is not None:
-        options["device"] = asked.device
-    if asked.base is not None:
-        options["base"] = asked.base
-    if asked.engine == "vllm":  # lmms-eval takes the larger of this and the request's
-        options["max_new_tokens"] = asked.max_tokens
     model = RomaModel(
         pretrained=str(asked.model),
         engine=asked.engine,
+        base=asked.base,
         seed=asked.seed,
         level_table=Path(asked.level_table) if asked.level_table else None,
-        batch_size=asked.batch,
-        **options,
+        **_model_options(asked),
     )
     for benchmark in benchmarks:
         model.task_dict[benchmark.name] = benchmark.task.dataset
     return model
+
+
+def _model_options(asked: Asked) -> dict[str, Any]:
+    """Those of lmms-eval's own model, and how an image is resized."""
+    from lmms_eval.utils import handle_arg_string
+
+    options = {name: handle_arg_string(value) for name, value in asked.model_args.items()}
+    if asked.device is not None:
+        options["device"] = asked.device
+    if asked.engine == "vllm":  # lmms-eval takes the larger of this and the request's
+        options["max_new_tokens"] = asked.max_tokens
+    return options | {"batch_size": asked.batch}
+
+
+def _check_model(asked: Asked) -> None:
+    from roma.evaluate.lmms_eval.model import check_model
+
+    check_model(asked.model, asked.engine, asked.base, _model_options(asked))
+
+
+def _remove_results(folder: Path, benchmarks: Sequence[Benchmark]) -> None:
+    """What an earlier run left: bench.json first, which says that it is finished."""
+    written = [folder / f"bench.{kind}" for kind in ("json", "md", "html")]
+    written += [*folder.glob("bench-*.png"), folder / VERDICTS]
+    written += [folder / b.name / name for b in benchmarks for name in (TEXTS, ANSWERS, SETTINGS)]
+    for path in (*written, folder / SETTINGS):
+        path.unlink(missing_ok=True)
 
 
 def _answer(
@@ -165,20 +192,36 @@ def _score(
     score: Score,
     console: Console,
 ) -> None:
-    """Scores what is missing, in the order in which it was answered."""
+    """Scores what is missing or was left unjudged, in the order in which it was answered."""
+    again = {name: _unscored(record) for name, record in answers.items()}
     with _bar(console) as bar:
         total = sum(map(len, texts.values()))
-        shown = bar.add_task("scoring", total=total, completed=sum(map(len, answers.values())))
+        completed = sum(map(len, answers.values())) - sum(map(len, again.values()))
+        shown = bar.add_task("scoring", total=total, completed=completed)
         for benchmark in benchmarks:
-            record = answers[benchmark.name]
+            record, open_ones = answers[benchmark.name], again[benchmark.name]
             numbers = {benchmark.id(index): index for index in range(benchmark.size)}
             for rows in _chunks(texts[benchmark.name].rows()):
-                new = [row for row in rows if not record.has(row.cell, row.id)]
+                new = [
+                    row
+                    for row in rows
+                    if not record.has(row.cell, row.id) or (row.cell, row.id) in open_ones
+                ]
                 if not new:
                     continue
                 found = score(benchmark, [numbers[r.id] for r in new], [r.texts[0] for r in new])
-                record.add([_scored(row, one) for row, one in zip(new, found, strict=True)])
+                made = [_scored(row, one) for row, one in zip(new, found, strict=True)]
+                # The newest row of an answer counts; one that is unjudged again is there.
+                record.add([r for r in made if not r.unscored or (r.cell, r.id) not in open_ones])
                 bar.advance(shown, len(new))
+
+
+def _unscored(record: Record) -> set[tuple[Cell, str]]:
+    """The answers that no verdict was found for."""
+    found: set[tuple[Cell, str]] = set()
+    for row in record.rows() if record.unscored else ():
+        (found.add if row.unscored else found.discard)((row.cell, row.id))
+    return found
 
 
 def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
@@ -280,7 +323,7 @@ def _write(
     unfinished.write_text(text + "\n", encoding="utf-8")
     unfinished.replace(folder / BENCH)  # all of it or nothing
     console.print(suite_table(found))
-    for note in _unjudged(judged):
+    for note in notes:
         console.print(f"note: {note}", highlight=False)
     paths = ", ".join(map(str, [folder / BENCH, *written]))
     console.print(f"wrote {paths}", highlight=False, soft_wrap=True)

@@ -21,6 +21,7 @@ from roma.evaluate.lmms_eval.scoring import as_share, metrics_of
 from roma_kernels.errors import fail
 
 SUITES = {"paper": tuple(PAPER)}
+INSTALL = "pip install '.[train,views,math,lmms]' in a clone"
 _PROBES = 32
 
 
@@ -31,7 +32,7 @@ def require_lmms_eval() -> str:
         ImportError: it is not installed.
     """
     if importlib.util.find_spec("lmms_eval") is None:
-        remedy = "in an environment of its own: pip install 'roma-vlm[lmms]'"
+        remedy = f"in an environment of its own: {INSTALL}"
         fail("roma bench-vlm", "lmms-eval", "that it is not installed", remedy, error=ImportError)
     os.environ.setdefault("LOGURU_LEVEL", "WARNING")  # read at its first import; else DEBUG
     return importlib.metadata.version("lmms_eval")
