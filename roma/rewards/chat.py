@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.request
@@ -12,6 +13,8 @@ from roma.rewards.marked import Failed
 
 _AGAIN = {408, 409, 425, 429}  # and 5xx: the same request may succeed later
 _REFUSED = {400, 413, 422}  # this request, as too long
+_NO_POST = 501  # of a server of pages
+_TAG = re.compile(r"<[^>]*>")
 _SHOWN = 120  # characters of a server's own words
 
 
@@ -23,7 +26,7 @@ class Unanswered(Failed):
         lasting: other questions would fare no better: nobody there, overloaded, no access, no such
             model, no such server; not where this one question was refused, or its reply had no
             text.
-        code: the status of HTTP; None: nobody was reached.
+        code: the status of HTTP; 0: nothing could be sent; None: nobody was reached.
     """
 
     lasting: bool = True
@@ -63,12 +66,16 @@ class ChatServer:
                 if key := os.environ.get(self.key_env):
                     said = said.replace(key, "…")  # one that repeats it
                 reason += _in_brackets(said)
-                if error.code < 500 and error.code not in _AGAIN:
+                passes = error.code >= 500 and error.code != _NO_POST
+                if not passes and error.code not in _AGAIN:
                     return Unanswered(reason, lasting=error.code not in _REFUSED, code=code)
             except (OSError, http.client.HTTPException) as error:
                 reason, code = f"the judge was not reached ({type(error).__name__}: {error})", None
             except _OtherForm as error:
                 return Unanswered(str(error), lasting=error.lasting, code=200)
+            except ValueError as error:  # its words may show the key
+                kind = type(error).__name__
+                return Unanswered(f"the judge's address or key cannot be sent ({kind})", code=0)
         return Unanswered(f"{reason}, {self.retries + 1} times", code=code)
 
     def _post(self, question: str) -> str:
@@ -120,21 +127,21 @@ def _read_error(error: urllib.error.HTTPError) -> str:
 
 
 def _first_line(body: bytes) -> str:
-    """What a server says of an error: its message, else its first line."""
+    """What a server says of an error: its message, else its first line, without HTML's tags."""
     text = body.decode(errors="replace")
     try:
         found = json.loads(text)
     except ValueError:
-        found = text
+        found = _TAG.sub(" ", text)
     while isinstance(found, dict):
         found = next((found[key] for key in ("error", "message", "detail") if found.get(key)), "")
     lines = str(found).strip().splitlines()
     words = " ".join(lines[0].split()) if lines else ""
-    return "".join(filter(str.isprintable, words))[:_SHOWN]
+    return "".join(filter(str.isprintable, words))
 
 
 def _in_brackets(said: str) -> str:
-    return f" ({said})" if said else ""
+    return f" ({said[:_SHOWN]})" if said else ""
 
 
 def _endpoint(url: str) -> str:

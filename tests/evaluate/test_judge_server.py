@@ -2,6 +2,7 @@
 
 import json
 import time
+from functools import partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,8 @@ def complains(code: int) -> Answer:
             r"404 Not Found \(model not found\); correct the address or --judge-model",
         ),
         (complains(200), r"another form \(KeyError\) \(model not found\); correct the address"),
-        (page, r"another form \(JSONDecodeError\) \(<html>\); correct the address"),
+        (partial(page, code=501), r"answered 501 .* \(Welcome\); correct the address or --judge-m"),
+        (page, r"another form \(JSONDecodeError\) \(Welcome\); correct the address"),
     ],
 )
 @pytest.mark.parametrize("known", [False, True])
@@ -169,9 +171,19 @@ def test_one_that_is_slow_or_dead_is_named(alive: bool, tmp_path: Path) -> None:
 
 def test_a_refused_key_stops_at_once(tmp_path: Path) -> None:
     with server(says("", 401)) as (url, seen):
-        with pytest.raises(ConnectionError, match="401 Unauthorized; set its key, NO_KEY: the"):
+        with pytest.raises(ConnectionError, match="401 Unauthorized; correct its key, NO_KEY: the"):
             judge(url, tmp_path, in_flight=1).right(answered("Oslo", "Lima"))
     assert len(seen) == 1
+
+
+def test_a_key_that_cannot_be_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_KEY", "secret\n")
+    with server(by_city) as (url, seen):
+        with pytest.raises(
+            ConnectionError, match=r"cannot be sent \(ValueError\); correct its"
+        ) as e:
+            judge(url, tmp_path).right(answered("Oslo"))
+    assert not seen and "secret" not in str(e.value)
 
 
 def test_the_key_is_sent_and_written_nowhere(

@@ -134,13 +134,34 @@ def test_a_judge_that_dies_and_moves(
         assert (out / name).read_bytes() == (tmp_path / "whole" / "run" / name).read_bytes()
 
 
+def vague(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+    """Gives no verdict on JPEG at level 3."""
+    blind = "I see nothing" in body["messages"][0]["content"]
+    (says("Who knows") if blind else right)(handler, body)
+
+
+@pytest.mark.parametrize("cuts", [(4,), (9, 2, 13)])
+def test_cut_with_some_unjudged_it_writes_the_same(
+    cuts: tuple[int, ...], asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with server(vague) as (url, _):
+        run(with_judge(asked, url, monkeypatch), tmp_path / "whole" / "run")
+    for cut in cuts:
+        dying: list[Answer] = [vague] * cut
+        with server(*dying, says("", 503)) as (url, _):
+            with pytest.raises(ConnectionError, match="answered 503"):
+                run(with_judge(asked, url, monkeypatch), tmp_path / "cut" / "run")
+    with server(vague) as (url, _):
+        found, _ = run(with_judge(asked, url, monkeypatch), tmp_path / "cut" / "run")
+    assert found["judged"]["unjudged"] == 6
+    for name in ("bench.json", "bench.md", *(f"{task}/answers.jsonl" for task in TASKS)):
+        cut_, whole = ((tmp_path / each / "run" / name).read_bytes() for each in ("cut", "whole"))
+        assert cut_ == whole, name
+
+
 def test_what_is_not_judged_is_counted(
     asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def vague(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
-        blind = "I see nothing" in body["messages"][0]["content"]
-        (says("Who knows") if blind else right)(handler, body)
-
     with server(vague) as (url, _):
         found, said = run(with_judge(asked, url, monkeypatch), tmp_path)
     assert found["judged"]["unjudged"] == 6  # JPEG, two questions of three benchmarks

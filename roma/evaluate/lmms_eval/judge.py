@@ -182,12 +182,12 @@ class ModelJudge:
 
 def _remedy(code: int | None, server: ChatServer) -> str:
     """What helps where a server answers so; None: nobody was reached."""
-    if code is None or code in (408, 425, 429) or code >= 500:
-        return "start the judge, or wait until it is free"
-    if code in (401, 403):
-        return f"set its key, {server.key_env}"
-    if code == 404:
+    if code == 0 or code in (401, 403):
+        return f"correct its key, {server.key_env}"
+    if code in (404, 405, 501):
         return "correct the address or --judge-model; ADDRESS/models lists the names"
+    if code is None or code in (408, 409, 425, 429) or code >= 500:
+        return "start the judge, or wait until it is free"
     return "correct the address, or name a model that judges"
 
 

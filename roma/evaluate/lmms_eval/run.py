@@ -79,7 +79,8 @@ def run_bench(
         _remove_results(folder, benchmarks)
     verdicts = Record(folder, settings, file=VERDICTS)
     notes = _notes(asked, benchmarks)
-    console.print(f"{len(notes)} notes: {folder / 'bench.md'}", highlight=False, soft_wrap=True)
+    count = f"{len(notes)} note{'s' * (len(notes) != 1)}"
+    console.print(f"{count}: {folder / 'bench.md'}", highlight=False, soft_wrap=True)
     if asked.server and not is_there(asked.server):
         said = "note: nobody listens at the judge's address now; answers are generated first"
         console.print(said, highlight=False)
