@@ -60,6 +60,7 @@ def add_commands(
 ) -> None:
     """Adds the command of this module."""
     bench = command("bench-vlm", _bench, "measure a model on public benchmarks, degraded", _BENCH)
+    bench.set_defaults(goes_on=True)
     bench.add_argument("model", metavar="MODEL", help="a folder in Hugging Face form, or a name")
     for name, option in _OPTIONS.items():
         bench.add_argument(name, **option)
