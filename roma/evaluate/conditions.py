@@ -8,6 +8,7 @@ which is what makes differences between arms paired.
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,15 @@ class Cell:
     def __str__(self) -> str:
         """As shown in plots: "clean" or "gaussian_noise L3"."""
         return f"{self.corruption} L{self.level}" if self.corruption else "clean"
+
+
+def described(cell: Cell, corruptions: Mapping[str, Corruption]) -> dict[str, Any]:
+    """A cell with what it does to an image, in whatever table that stood; JSON-able."""
+    where = {"pool": cell.pool, "corruption": cell.corruption, "level": cell.level}
+    if cell.corruption is None:
+        return where
+    own = corruptions[cell.corruption]
+    return where | {"parameter": own.parameter(cell.level), "reference_size": own.reference_size}
 
 
 def cells_of(

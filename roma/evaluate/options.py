@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from roma.evaluate import fingerprint
-from roma.evaluate.conditions import Cell, cells_of
+from roma.evaluate.conditions import Cell, cells_of, described
 from roma.models.device import resolve_device
 from roma.rewards import MarkedReward, load_reward, make_reward
 from roma.train.config.sections import RewardConfig
@@ -155,17 +155,8 @@ class Options:
             "reward": reward.name,
             "reward_fingerprint": reward.fingerprint,
             "versions": {"roma": __version__} | self._versions(),
-            "cells": [self._described(cell) for cell in self.cells],
+            "cells": [described(cell, self.corruptions) for cell in self.cells],
         }
-
-    def _described(self, cell: Cell) -> dict[str, Any]:
-        """A cell with what it does to an image, in whatever table that stood."""
-        where = {"pool": cell.pool, "corruption": cell.corruption, "level": cell.level}
-        if cell.corruption is None:
-            return where
-        own = self.corruptions[cell.corruption]
-        does = {"parameter": own.parameter(cell.level), "reference_size": own.reference_size}
-        return where | does
 
     def _versions(self) -> dict[str, str | None]:
         """Of the packages that run the model."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from roma.evaluate import fingerprint
-from roma.evaluate.conditions import Cell, cells_of
+from roma.evaluate.conditions import Cell, cells_of, described
 from roma.evaluate.lmms_eval.benchmark import Benchmark
 from roma.evaluate.lmms_eval.judge import PROTOCOL, judge_server
 from roma.evaluate.lmms_eval.suite import SUITES
@@ -172,17 +172,8 @@ class Asked:
             "batch_size": self.batch,
             "judge": {"by": "model" if self.server else self.judge} | judged,
             "versions": {"roma": __version__} | _versions(),
-            "cells": [self._condition(cell) for cell in self.cells],
+            "cells": [described(cell, self.corruptions) for cell in self.cells],
         }
-
-    def _condition(self, cell: Cell) -> dict[str, Any]:
-        """A cell with what it does to an image, in whatever table that stood."""
-        where = {"pool": cell.pool, "corruption": cell.corruption, "level": cell.level}
-        if cell.corruption is None:
-            return where
-        own = self.corruptions[cell.corruption]
-        does = {"parameter": own.parameter(cell.level), "reference_size": own.reference_size}
-        return where | does
 
 
 def _described(benchmark: Benchmark) -> dict[str, Any]:
