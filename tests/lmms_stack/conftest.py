@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-
 # They import it where they stand: without it there is nothing to collect. make test-lmms
 if importlib.util.find_spec("lmms_eval") is None:
     collect_ignore_glob = ["test_*.py"]
