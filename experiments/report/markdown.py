@@ -8,9 +8,9 @@ from typing import Any
 
 from experiments.report.costs import cpu_seconds_of, steps_of
 from experiments.report.plots import arm_style
-from roma.evaluate.report.columns import columns_of, hardest_columns
+from roma.evaluate.columns import columns_of, hardest_columns
 from roma.evaluate.report.markdown import table
-from roma.evaluate.report.wording import signed
+from roma.evaluate.wording import signed
 
 
 def tables(report: Mapping[str, Any]) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from roma.evaluate.columns import columns_of, hardest_columns
 from roma.evaluate.figures import LineStyle, styled
 from roma.evaluate.report import plots
-from roma.evaluate.report.columns import columns_of, hardest_columns
 
 ARMS = {
     "base": LineStyle("warm start", "#7a7a7a", "s", ":"),

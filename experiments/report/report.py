@@ -22,9 +22,9 @@ from roma.evaluate.figures import save
 from roma.evaluate.intervals import Bootstrap
 from roma.evaluate.report.cards import GalleryItem, short_answer
 from roma.evaluate.report.plots import gallery as draw_gallery
-from roma.evaluate.report.wording import finding
 from roma.evaluate.result import EvalResult
 from roma.evaluate.summary import tree_of
+from roma.evaluate.wording import finding
 from roma_kernels.errors import fail
 
 Results = Mapping[str, Mapping[int, EvalResult]]

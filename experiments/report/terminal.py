@@ -11,8 +11,8 @@ from rich.text import Text
 from experiments.report.costs import cpu_seconds_of, steps_of
 from experiments.report.plots import arm_style
 from experiments.report.report import summary
-from roma.evaluate.report.columns import columns_of, hardest_columns
-from roma.evaluate.report.wording import signed
+from roma.evaluate.columns import columns_of, hardest_columns
+from roma.evaluate.wording import signed
 
 _ABREAST = 5  # arms of one table: what 80 columns hold
 

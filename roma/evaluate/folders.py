@@ -91,6 +91,17 @@ def _settings(path: Path) -> dict[str, Any]:
     return found
 
 
+def model_name(model: str | Path) -> str:
+    """A model's, for a folder; a checkpoint's "actor" folder goes by its run and step.
+
+    Example:
+        >>> model_name("runs/mine/global_step_300/actor"), model_name("Qwen/Qwen3-VL-4B-Instruct")
+        ('mine-global_step_300', 'Qwen3-VL-4B-Instruct')
+    """
+    parts = Path(model).resolve().parts
+    return "-".join(parts[-3:-1] if parts[-1] == "actor" else parts[-1:])
+
+
 def data_name(data: str | Path) -> str:
     """The benchmark of a `roma eval`: its data's name and split.
 

@@ -172,20 +172,6 @@ class Bootstrap:
             start += len(rows)
         return found
 
-    def means(self, scores: ArrayLike) -> Floats:
-        """The weighted mean of each draw, for M statistics at once.
-
-        Args:
-            scores: [M, n] in 0..1.
-
-        Returns:
-            [R, M].
-
-        Raises:
-            ValueError: `scores` is not [M, n] with this bootstrap's n, or leaves 0..1.
-        """
-        return self.estimate(self.seen(scores)).draws
-
     def intervals(self, scores: ArrayLike) -> list[Interval]:
         """Mean accuracies in percent with their intervals, one for each of M rows.
 

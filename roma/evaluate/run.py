@@ -19,7 +19,7 @@ from roma.evaluate.answers import (
     several_answerer,
 )
 from roma.evaluate.conditions import Cell, DegradedImages, Image
-from roma.evaluate.folders import data_name, split_of
+from roma.evaluate.folders import data_name, model_name, split_of
 from roma.evaluate.options import Options, Reward
 from roma.evaluate.record import ANSWERS, Record, read_result
 from roma.evaluate.result import CellResult, EvalResult
@@ -142,7 +142,8 @@ def run_eval(
         ValueError: an unknown pool, level, engine or reward, a limit, batch size, budget or number
             of answers or attack steps below 1, a temperature that is not above 0, attack steps
             without an attack, vLLM or several answers with one, a device that is not here or
-            beside vLLM, no model's folder, a bad dataset, or a folder with other settings.
+            beside vLLM, no model's folder, a bad dataset, or a folder with other settings or of
+            another run.
         ImportError: vLLM is not installed.
         FileNotFoundError: there is no such level table.
         FileExistsError: `out` is a file.
@@ -274,12 +275,11 @@ def _attack(policy: "Policy", options: Options) -> Unit:
 
 
 def _name(model: str | Path, data: str | Path) -> str:
-    """MODEL-DATA, for a folder; a checkpoint's "actor" folder goes by its run and step."""
-    folder = Path(model).resolve()
-    parts = folder.parts[-3:-1] if folder.name == "actor" else (folder.name,)
+    """MODEL-DATA, for a folder."""
     path, split = split_of(data)
     place = path.resolve()
-    return "-".join([*parts, place.name if place.is_dir() else place.stem, *filter(None, [split])])
+    name = place.name if place.is_dir() else place.stem
+    return "-".join([model_name(model), name, *filter(None, [split])])
 
 
 def _load_policy(options: Options) -> "Policy":

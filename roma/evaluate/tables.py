@@ -1,6 +1,6 @@
 """Tables of an evaluation for a terminal of 80 columns."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -8,15 +8,17 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from roma.evaluate.columns import columns_of
 from roma.evaluate.summary import ROBUSTNESS, SEVERAL
-
-# One cell of the table: in a line where the terminal is wide enough for it, else in two.
-_BESIDE, _BELOW = "{mean:.1f} [{low:.1f}, {high:.1f}]", "{mean:.1f}\n{low:.1f}–{high:.1f}"
-_SHORT = "{mean:.1f}\n{low:.0f}–{high:.0f}"  # where seven stand in a row
-_SIGNED, _SIGNED_BELOW = (
-    "{mean:+.1f} [{low:+.1f}, {high:+.1f}]",
-    "{mean:+.1f}\n{low:+.1f} {high:+.1f}",
+from roma.evaluate.wording import (
+    Entry,
+    direction,
+    number,
+    signed,
+    signed_number,
+    with_interval,
 )
+
 _COLUMNS = 80
 _NAME = 22  # columns for a benchmark's name; a longer one goes on in the next line
 
@@ -32,19 +34,21 @@ def summary_table(summary: Mapping[str, Any]) -> Group:
     # Not the table's title, which would wrap at the table's own width.
     title = f"Accuracy, % [95 % interval], {summary['images']} images"
     if clean := summary["pools"].get("clean"):
-        title += "\nclean: " + _BESIDE.format(**clean)
+        title += "\nclean: " + with_interval(clean)
     shown: list[RenderableType] = [Text(title)]
     rows = list(_by_corruption(summary))
     if rows:
         levels = list(dict.fromkeys(level for _, entries in rows for level in entries))
-        widest = max(len(_BESIDE.format(**e)) for _, entries in rows for e in entries.values())
+        widest = max(len(with_interval(e)) for _, entries in rows for e in entries.values())
         first = max(len(name) for name, _ in rows)
         # 2: between columns, at the edges
         fits = 2 + first + len(levels) * (widest + 2) <= _COLUMNS
         table = _table("corruption", levels)
         for name, entries in rows:
             mean = name.endswith(": mean")
-            cells = [_cell(_BESIDE if fits else _BELOW, entries.get(level)) for level in levels]
+            cells = [
+                _cell(with_interval if fits else _below, entries.get(level)) for level in levels
+            ]
             table.add_row(name, *cells, style="bold" if mean else None, end_section=mean)
         shown.append(table)
     return Group(*shown, *robustness_tables(summary))
@@ -56,8 +60,8 @@ def robustness_tables(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
     Args:
         summary: of `summarise`, or a part of `summarise_suite`'s.
     """
-    accuracy, several = flat(summary["pools"]), flat(summary.get("several", {}))
-    robust = flat(summary.get("robustness", {}))
+    accuracy, several = columns_of(summary["pools"]), columns_of(summary.get("several", {}))
+    robust = columns_of(summary.get("robustness", {}))
     if robust:
         yield Text(
             "Against clean images: drop, points; relative = 100 · degraded / clean, %;\n"
@@ -82,7 +86,7 @@ def suite_table(suite: Mapping[str, Any]) -> Group:
     rows = dict(suite["benchmarks"])
     if "average" in suite:
         rows["average"] = suite["average"]
-    found = {name: flat(row["pools"]) for name, row in rows.items()}
+    found = {name: columns_of(row["pools"]) for name, row in rows.items()}
     columns = list(dict.fromkeys(column for entries in found.values() for column in entries))
     images = sum(row["images"] for row in suite["benchmarks"].values())
     title = f"Accuracy, % (95 % interval), {images} images"
@@ -96,7 +100,7 @@ def suite_table(suite: Mapping[str, Any]) -> Group:
         for column in some:
             table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
         for name, entries in found.items():
-            cells = [_cell(_SHORT, entries.get(column)) for column in some]
+            cells = [_cell(_short, entries.get(column)) for column in some]
             words = _in_lines(name, width)
             table.add_row(words, *cells, style="bold" if name == "average" else None)
         shown.append(table)
@@ -133,33 +137,17 @@ def comparison_table(comparison: Mapping[str, Any]) -> Group:
     if "average" in comparison:
         rows["average"] = comparison["average"]
     for name, row in rows.items():
-        robust, several = flat(row.get("robustness", {})), flat(row.get("several", {}))
+        robust, several = columns_of(row.get("robustness", {})), columns_of(row.get("several", {}))
         columns = ["accuracy", *(["drop"] if robust else []), *(SEVERAL if several else ())]
         table = _table("", columns)
-        form = _SIGNED if len(columns) <= 2 else _SIGNED_BELOW
-        for key, entry in flat(row["pools"]).items():
+        form = signed if len(columns) <= 2 else _signed_below
+        for key, entry in columns_of(row["pools"]).items():
             entries = {"accuracy": entry} | robust.get(key, {}) | several.get(key, {})
-            table.add_row(key, *(_signed(form, entries.get(column)) for column in columns))
+            table.add_row(key, *(_marked(form, entries.get(column)) for column in columns))
         shown += [Text(f"{name}, {row['images']} images"), table]
     for word, said in (("left out", "left_out"), ("asked differently", "differing")):
         shown += [Text(f"{word}: {each}") for each in comparison[said]]
     return Group(*shown)
-
-
-def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree of pools and levels as "clean", "seen L1", … → what stands there.
-
-    Example:
-        >>> flat({"clean": {"mean": 90.0}, "seen": {"L1": {"mean": 80.0}}})
-        {'clean': {'mean': 90.0}, 'seen L1': {'mean': 80.0}}
-    """
-    found = {}
-    for pool, below in tree.items():
-        if pool == "clean":
-            found[pool] = below
-        else:
-            found |= {f"{pool} {level}": each for level, each in below.items()}
-    return found
 
 
 def _by_corruption(summary: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -179,7 +167,7 @@ def _rows(columns: Sequence[str], rows: Mapping[str, Mapping[str, Any]]) -> Tabl
     """A table of entries in two lines each."""
     table = _table("", columns)
     for name, entries in rows.items():
-        table.add_row(name, *(_cell(_BELOW, entries.get(column)) for column in columns))
+        table.add_row(name, *(_cell(_below, entries.get(column)) for column in columns))
     return table
 
 
@@ -191,12 +179,25 @@ def _table(first: str, columns: Sequence[str]) -> Table:
     return table
 
 
-def _cell(form: str, entry: Mapping[str, float] | None) -> Text:
-    return Text(form.format(**entry).replace("-", "−") if entry else "–")
+def _cell(form: Callable[[Entry], str], entry: Entry | None) -> Text:
+    return Text(form(entry) if entry else "–")
 
 
-def _signed(form: str, entry: Mapping[str, float] | None) -> Text:
-    if not entry:
-        return Text("–")
-    mark = "*" if entry["low"] > 0 or entry["high"] < 0 else " "
-    return Text(form.format(**entry).replace("-", "−") + mark)
+def _marked(form: Callable[[Entry], str], entry: Entry | None) -> Text:
+    return Text(form(entry) + ("*" if direction(entry) else " ") if entry else "–")
+
+
+def _below(entry: Entry) -> str:
+    """A mean over its interval."""
+    low, high = number(entry["low"]), number(entry["high"])
+    return f"{number(entry['mean'])}\n{low}{' to ' if entry['low'] < 0 else '–'}{high}"
+
+
+def _short(entry: Entry) -> str:
+    """The same where seven stand in a row."""
+    return f"{number(entry['mean'])}\n{entry['low']:.0f}–{entry['high']:.0f}"
+
+
+def _signed_below(entry: Entry) -> str:
+    low, high = signed_number(entry["low"]), signed_number(entry["high"])
+    return f"{signed_number(entry['mean'])}\n{low}, {high}"

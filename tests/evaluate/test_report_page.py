@@ -1,97 +1,26 @@
-"""The report of any evaluation: its numbers, its sentences, and pages of odd shapes."""
+"""The report of any evaluation: its numbers, its tables, and pages of odd shapes."""
 
 import re
-from collections.abc import Mapping, Sequence
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from support.report_models import CELLS, RIGHT, Tables, both, named, noisy, page_with, result_of
 
-from roma.evaluate.conditions import Cell, cells_of
+from roma.evaluate.conditions import Cell
 from roma.evaluate.folders import Results
 from roma.evaluate.report import markdown, write_report
-from roma.evaluate.report.content import Content, column
+from roma.evaluate.report.content import column
 from roma.evaluate.report.findings import findings, opening
 from roma.evaluate.report.markdown import whole
 from roma.evaluate.report.plots import beside, styles_of
-from roma.evaluate.report.sections import page_of
-from roma.evaluate.report.tables import difference_form, share_form
-from roma.evaluate.report.wording import signed, with_interval
 from roma.evaluate.report.write import content_of, draw
 from roma.evaluate.result import CellResult, EvalResult
 from roma.evaluate.summary import summarise
-
-CELLS = [Cell(), Cell("seen", "jpeg", 1), Cell("seen", "jpeg", 3), Cell("seen", "downscale", 3)]
-RIGHT = {
-    "first": ["11111111", "11111110", "11110000", "11000000"],
-    "second": ["11110000", "11110000", "11110000", "11110000"],
-}
-"""Model → for each of CELLS, which of eight questions it answers right."""
-
-
-def _result(cells: Mapping[Cell, Sequence[int]]) -> EvalResult:
-    found = {cell: CellResult(np.array(row, np.uint8), []) for cell, row in cells.items()}
-    return EvalResult([f"q{i}" for i in range(len(next(iter(cells.values()))))], found)
-
-
-def _named(name: str, *rows: str, cells: Sequence[Cell] = CELLS) -> Results:
-    every = {cell: [int(sign) for sign in row] for cell, row in zip(cells, rows, strict=True)}
-    return Results(name, {"seed": 0, "engine": "hf"}, {"digits": _result(every)})
-
-
-def _both() -> list[Results]:
-    return [_named(name, *rows) for name, rows in RIGHT.items()]
-
-
-def _noisy(name: str, cells: Sequence[Cell], count: int, benchmarks: Sequence[str]) -> Results:
-    rng = np.random.default_rng(len(name))
-    made = {each: {c: rng.integers(0, 2, count) for c in cells} for each in benchmarks}
-    return Results(name, {"seed": 0}, {each: _result(found) for each, found in made.items()})
-
-
-class _Tables(HTMLParser):
-    """Tables of a page: the cells of each row as (text, columns that it spans, CSS classes)."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tables: list[list[list[tuple[str, int, str]]]] = []
-        self._cell: list[str] | None = None
-        self.open: list[str] = []
-        self.seen: set[str] = set()  # tags and attributes
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        given = dict(attrs)
-        self.seen |= {tag, *given}
-        if tag not in ("meta", "img", "link", "br"):
-            self.open.append(tag)
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self._cell = []
-            span = int(given.get("colspan") or 1)
-            self.tables[-1][-1].append(("", span, given.get("class") or ""))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, tag
-        if tag in ("td", "th") and self._cell is not None:
-            _, span, kind = self.tables[-1][-1][-1]
-            self.tables[-1][-1][-1] = ("".join(self._cell), span, kind)
-            self._cell = None
-
-    def handle_data(self, data):
-        if self._cell is not None:
-            self._cell.append(data if not self._cell else f" {data}")
-
-
-def _page(content: Content) -> str:
-    return page_of(content, {}, styles_of(list(content.models)))
+from roma.evaluate.wording import signed
 
 
 def test_every_accuracy_stands_in_its_row_and_column():
-    page = _Tables(_page(content_of(_both())))
+    page = Tables(page_with(content_of(both())))
     top, below, *rows = page.tables[0]
     assert [cell[0] for cell in top] == ["model", "clean", "seen"]
     assert [cell[0] for cell in below] == ["L1", "L3"]
@@ -103,7 +32,7 @@ def test_every_accuracy_stands_in_its_row_and_column():
 
 
 def test_drop_and_flips_are_those_counted_by_hand():
-    tables = {table[2][0][0]: table for table in _Tables(_page(content_of(_both()))).tables}
+    tables = {table[2][0][0]: table for table in Tables(page_with(content_of(both()))).tables}
     rows = tables["drop: clean minus degraded accuracy, points"]
     found, heading = {}, ""
     for row in rows[2:]:
@@ -119,9 +48,10 @@ def test_drop_and_flips_are_those_counted_by_hand():
 
 
 def test_a_difference_is_coloured_and_said_only_where_its_interval_excludes_0():
-    content = content_of(_both())
-    section = _page(content).partition('<section id="differences">')[2].partition("</section>")[0]
-    differences = _Tables(section).tables[0]
+    content = content_of(both())
+    _, _, after = page_with(content).partition('<section id="differences">')
+    section = after.partition("</section>")[0]
+    differences = Tables(section).tables[0]
     _, clean, mild, hard = differences[2]
     assert clean[0].startswith("−50.0") and "down" in clean[2]
     assert mild[0].startswith("−37.5") and hard[0].startswith("+12.5")
@@ -136,12 +66,12 @@ def test_a_difference_is_coloured_and_said_only_where_its_interval_excludes_0():
 
 
 def test_against_turns_the_differences_round():
-    text = whole(content_of(_both(), against="second"))
+    text = whole(content_of(both(), against="second"))
     assert re.search(r"\| digits \| first \| \*\*\+50\.0 \[", text)
 
 
 def test_one_model_is_told_what_degradation_takes():
-    content = content_of(_both()[:1])
+    content = content_of(both()[:1])
     assert opening(content) == (
         "1 model, 1 benchmark, 8 questions; clean images and 2 corruptions at levels 1, 3."
     )
@@ -155,12 +85,12 @@ def test_one_model_is_told_what_degradation_takes():
 def test_the_hardest_level_is_the_highest_not_the_last_that_was_measured():
     order = [0, 2, 1, 3]  # L3 before L1
     rows = [RIGHT["first"][turn] for turn in order]
-    content = content_of([_named("m", *rows, cells=[CELLS[turn] for turn in order])])
+    content = content_of([named("m", *rows, cells=[CELLS[turn] for turn in order])])
     assert "seen\u00a0L3\u00a0−62.5" in findings(content)[0]
 
 
 def test_markdown_of_a_suite_has_the_average_first_then_a_row_per_benchmark():
-    results = _noisy("m", CELLS, 6, ["one", "two"])
+    results = noisy("m", CELLS, 6, ["one", "two"])
     text = whole(content_of([results]))
     table = text[text.index("| benchmark |") :].split("\n\n")[0].splitlines()
     assert table[0] == "| benchmark | clean | seen L1 | seen L3 |"
@@ -174,7 +104,7 @@ def test_markdown_of_a_suite_has_the_average_first_then_a_row_per_benchmark():
 
 
 def test_markdown_of_one_benchmark_is_its_tables():
-    summary = summarise(_both()[0].benchmarks["digits"])
+    summary = summarise(both()[0].benchmarks["digits"])
     text = markdown({"first": {"benchmarks": {"digits": summary}}})
     assert text.startswith("## Accuracy, % [95 % interval]\n\n| benchmark | clean | seen L1 |")
     assert "| seen | downscale | – | 25.0 |" in text
@@ -185,10 +115,10 @@ HOSTILE = ["<script>alert(1)</script>", 'a & b" onload="x', "$x_1$ | *y* " + "lo
 
 def test_hostile_and_long_names_are_shown_as_they_are():
     named = Cell("<script>", "<script>", 1)
-    models = [_noisy(name, [*CELLS, named], 6, HOSTILE[:2]) for name in HOSTILE]
+    models = [noisy(name, [*CELLS, named], 6, HOSTILE[:2]) for name in HOSTILE]
     content = content_of(models, title="<i>", notes=["<b>bold"])
-    page = _page(content)
-    read = _Tables(page)
+    page = page_with(content)
+    read = Tables(page)
     assert not read.seen & {"script", "i", "b", "onload"}
     shown = {row[0][0].strip() for table in read.tables for row in table}
     assert {" ".join(name.split()) for name in HOSTILE} <= {" ".join(s.split()) for s in shown}
@@ -217,9 +147,9 @@ SHAPES = {
 def test_pages_of_any_shape_have_whole_tables(shape):
     count, cells, models, benchmarks = SHAPES[shape]
     names = [f"b{turn}" for turn in range(benchmarks)]
-    content = content_of([_noisy(f"m{turn}", cells, count, names) for turn in range(models)])
-    page = _page(content)
-    read = _Tables(page)
+    content = content_of([noisy(f"m{turn}", cells, count, names) for turn in range(models)])
+    page = page_with(content)
+    read = Tables(page)
     assert read.open == [] and read.tables
     for top, below, *rows in read.tables:
         width = sum(cell[1] for cell in top)
@@ -244,7 +174,7 @@ def test_pass_and_majority_stand_under_robustness_with_clean_first():
     result = EvalResult([str(i) for i in range(5)], cells)
     (table,) = (
         each
-        for each in _Tables(_page(content_of([Results("m", {}, {"d": result})]))).tables
+        for each in Tables(page_with(content_of([Results("m", {}, {"d": result})]))).tables
         if each[2][0][0].startswith("drop")
     )
     assert [cell[0] for cell in table[0]] == ["", "clean", "seen"]
@@ -257,13 +187,13 @@ def test_pass_and_majority_stand_under_robustness_with_clean_first():
 
 def test_a_column_that_could_not_be_taken_is_a_dash():
     never = {cell: [0, 0] for cell in CELLS}
-    content = content_of([Results("m", {}, {"d": _result(never)})])
+    content = content_of([Results("m", {}, {"d": result_of(never)})])
     assert column(content.parts["d"]["m"], "relative") == {"seen": {"L1": None, "L3": None}}
     assert re.search(r"\| d \| – \| – \|", whole(content))
 
 
 def test_the_report_is_written_with_its_figures_and_loads_nothing(tmp_path):
-    written = write_report(tmp_path, _both(), stem="bench", notes=["judge none"])
+    written = write_report(tmp_path, both(), stem="bench", notes=["judge none"])
     assert [path.name for path in written] == [
         "bench.html",
         "bench.md",
@@ -281,7 +211,7 @@ def test_the_report_is_written_with_its_figures_and_loads_nothing(tmp_path):
 
 
 def test_what_cannot_be_reported_together_is_named(tmp_path):
-    first, second = _both()
+    first, second = both()
     with pytest.raises(ValueError, match="results: expected at least one, got none"):
         content_of([])
     with pytest.raises(ValueError, match=r"got 'first' twice; give names: NAME=RUN"):
@@ -294,125 +224,3 @@ def test_what_cannot_be_reported_together_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="out: expected a folder"):
         write_report(tmp_path / "file", [first])
-
-
-def test_a_figure_has_one_place_for_a_level_whichever_models_were_asked_it(tmp_path):
-    """Of three one was asked clean images alone, one L1 and L3, one L3 and another pool."""
-    rows = RIGHT["first"]
-    blur = Cell("unseen", "motion_blur", 3)
-    results = [
-        _named("three", rows[0], cells=CELLS[:1]),
-        _named("one", *rows[:3], cells=CELLS[:3]),
-        _named("two", rows[0], rows[2], rows[3], cells=[CELLS[0], CELLS[2], blur]),
-    ]
-    content = content_of(results)
-    assert opening(content).endswith("clean images and 2 corruptions at levels 1, 3.")
-    drawn = draw(content, styles_of(list(content.models)))
-    seen, unseen = drawn["severity"]().axes
-    assert [label.get_text() for label in seen.get_xticklabels()] == ["clean", "L1", "L3"]
-    places = [line.get_xdata().round().tolist() for line in seen.lines[::3]]  # with two caps each
-    assert places == [[0], [0, 1, 2], [0, 2]]
-    assert unseen.get_title(loc="left") == "unseen corruptions"
-    jpeg, motion = drawn["corruptions"]().axes[:2]
-    assert [line.get_xdata().tolist() for line in jpeg.lines] == [[0], [0, 1, 2], [0, 2]]
-    assert [line.get_xdata().tolist() for line in motion.lines] == [[0], [0], [0, 2]]
-
-
-def test_a_model_without_an_average_stays_in_the_tables():
-    """The average over benchmarks is of one model alone, and the first table's first block."""
-    one = _noisy("one", CELLS, 6, ["a", "b"])
-    apart = {"a": _result({CELLS[0]: [1] * 6}), "b": _result({CELLS[1]: [0] * 6})}
-    content = content_of([one, Results("two", {"seed": 0}, apart)])
-    accuracy = _Tables(_page(content)).tables[0]
-    assert [row[0][0].strip() for row in accuracy].count("two") == 2
-
-
-def test_what_only_one_model_has_is_left_out_of_differences_and_said():
-    first = _both()[0]
-    second = _named("second", "11110000", "11110000", cells=CELLS[:2])
-    content = content_of([first, second])
-    assert any(note.startswith("Not compared:") and "L3" in note for note in content.notes)
-    assert "L3" not in content.differing["digits"]["second"]["pools"]["seen"]
-
-
-def test_benchmarks_without_a_condition_in_common_have_no_average():
-    apart = {"one": _result({Cell(): [1, 0]}), "two": _result({CELLS[1]: [1, 0]})}
-    content = content_of([Results(name, {}, apart) for name in ("m", "n")])
-    assert list(content.parts) == ["one", "two"]
-    assert opening(content).endswith(
-        "Findings are of one alone: the benchmarks have no condition in common."
-    )
-    assert not any("by benchmark" in said for said in findings(content))
-    assert _Tables(_page(content)).open == []
-
-
-def test_what_was_asked_differently_is_said():
-    one, two = _both()
-    two = Results(two.name, two.settings | {"engine": "vllm"}, two.benchmarks)
-    content = content_of([one, two])
-    said = findings(content)
-    assert said[0] == (
-        "second and first were not asked alike, and their difference is of this too:"
-        " engine vllm in second, hf in first."
-    )
-    assert said[1].startswith("second minus first")
-    assert not content.notes and whole(content).count("not asked alike") == 1
-    assert "Engine: hf (first), vllm (second)." in content.asked
-
-
-def test_cells_of_the_package_give_the_papers_columns():
-    results = _noisy("m", cells_of(["clean", "seen", "unseen"], [1, 2, 3]), 3, ["one", "two"])
-    names = "clean | seen L1 | seen L2 | seen L3 | unseen L1 | unseen L2 | unseen L3"
-    assert f"| benchmark | {names} |" in whole(content_of([results]))
-
-
-def test_judges_that_differ_are_named_before_the_differences_and_in_words():
-    one, two = _both()
-    two.settings["judge"] = {"by": "model", "model": "Qwen3", "protocol": "92d2"}
-    two.settings["versions"] = {"roma": "1", "torch": "2"}
-    one.settings.update(judge={"by": "none"}, versions={"roma": "1", "torch": "3"})
-    first, second, *_ = findings(content_of([one, two]))
-    assert first.endswith(
-        "this too: judged by the model Qwen3 in second, by the tasks' own rules in first;"
-        " versions torch 2 in second, torch 3 in first."
-    )
-    assert second.startswith("second minus first") and "{" not in first
-
-
-def test_differences_are_said_before_what_degradation_takes_from_each_model():
-    said = findings(content_of([_noisy(name, CELLS, 6, "ab") for name in ("m", "nn")]))
-    assert [each.split(",")[0].split(":")[0] for each in said if "by benchmark" not in each] == [
-        *("nn minus m", "m", "m", "nn", "nn"),
-    ]
-
-
-def test_there_is_no_minus_nought_and_intervals_have_one_form():
-    entry = {"mean": -0.04, "low": -0.2, "high": 5.84}
-    assert signed(entry) == "+0.0 [−0.2, +5.8]"
-    assert with_interval(entry) == "0.0 [−0.2, 5.8]"
-    assert difference_form(entry) == ("", "+0.0<small>[−0.2, +5.8]</small>")
-    assert share_form(entry) == ("", "0.0<small>[−0.2, 5.8]</small>")
-    assert signed(entry | {"mean": -10.04}).startswith("−10.0 ")
-
-
-def test_the_lowest_condition_is_named_only_where_there_is_one():
-    def last(*rows):
-        return findings(content_of([_named("m", *rows)]))[-1]
-
-    assert last(*["11111111"] * 4) == "m: all 3 degraded conditions alike, 100.0 % right."
-    two = last("11111111", "11110000", "11111110", "11110000")
-    assert two == "m: lowest under jpeg at L1 and downscale at L3, 50.0 % right."
-
-
-def test_panels_side_by_side_have_one_scale():
-    content = content_of(_both())
-    left, middle = draw(content, styles_of(list(content.models)))["differences"]().axes[:2]
-    assert left.get_xlim() == middle.get_xlim()
-
-
-def test_the_last_panel_of_each_column_names_its_severities():
-    cells = [Cell("wide", f"kind_{turn}", 1) for turn in range(7)]  # five and two
-    content = content_of([_noisy(name, [Cell(), *cells], 4, ["d"]) for name in ("m", "nn")])
-    panels = draw(content, styles_of(list(content.models)))["corruptions"]().axes
-    shown = [panel.xaxis.get_tick_params()["labelbottom"] for panel in panels[:7]]
-    assert shown == [False, False, True, True, True, True, True]

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from roma.evaluate.columns import columns_of
 from roma.evaluate.conditions import Cell, cells_of
 from roma.evaluate.result import CellResult, EvalResult
 from roma.evaluate.summary import summarise, summarise_suite
-from roma.evaluate.tables import flat, suite_table, summary_table
+from roma.evaluate.tables import suite_table, summary_table
 
 
 def shown(table) -> str:
@@ -38,7 +39,7 @@ def test_the_summary_compares_every_pool_and_level_with_clean_images(right, leve
     text = shown(summary_table(summary))
     head, _, below = text.partition("Against clean images")
     assert "clean: " in head and "unseen: mean" in head
-    for name, entries in flat(summary["robustness"]).items():
+    for name, entries in columns_of(summary["robustness"]).items():
         line = next(line for line in below.splitlines() if line.strip().startswith(name + " "))
         numbers = re.findall(r"−?\d+\.\d|–", line)
         means = [f"{e['mean']:.1f}".replace("-", "−") if e else "–" for e in entries.values()]
@@ -76,7 +77,7 @@ def test_a_suite_has_a_row_for_each_benchmark_and_the_average(levels):
     for name, part in (*suite["benchmarks"].items(), ("average", suite["average"])):
         rows = [line for line in head.splitlines() if line.strip().startswith(name[:19])]
         numbers = [number for row in rows for number in re.findall(r"\d+\.\d", row)]
-        assert numbers == [f"{entry['mean']:.1f}" for entry in flat(part["pools"]).values()]
+        assert numbers == [f"{entry['mean']:.1f}" for entry in columns_of(part["pools"]).values()]
     assert "mathvista_testmini_ " in head and "\n cot_reasoning " in head  # no word is broken
     drop = suite["average"]["robustness"]["unseen"]["L3"]["drop"]["mean"]
     assert f"{drop:.1f}".replace("-", "−") in below

@@ -22,9 +22,9 @@ from experiments.report.report import (
 from experiments.report.terminal import print_report
 from roma.data import Example
 from roma.evaluate import figures
+from roma.evaluate.columns import columns_of
 from roma.evaluate.conditions import Cell, DegradedImages, cells_of
 from roma.evaluate.report.cards import GalleryItem
-from roma.evaluate.report.columns import columns_of
 from roma.evaluate.result import CellResult, EvalResult
 from roma.evaluate.summary import summarise
 from roma.views import CORRUPTIONS

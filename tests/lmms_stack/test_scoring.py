@@ -108,7 +108,7 @@ def test_rules_that_call_a_server_are_refused(benchmarks: dict[str, Benchmark]) 
     def calls(doc: Any, results: Any) -> dict[str, float]:
         try:
             urllib.request.urlopen("http://judge.invalid/v1", timeout=1)
-        except Exception:
+        except Exception:  # as theirs do
             return {"score": 0.0}
         return {"score": 1.0}
 

@@ -108,12 +108,6 @@ class Asked:
             remedy = "give it as an option of its own"
             fail("--model-args", "arguments of the wrapped model", clash[0], remedy)
 
-    @property
-    def name(self) -> str:
-        """The model's, for a folder; a checkpoint's "actor" folder goes by its run and step."""
-        parts = Path(self.model).resolve().parts
-        return "-".join(parts[-3:-1] if parts[-1] == "actor" else parts[-1:])
-
     @cached_property
     def names(self) -> list[str]:
         """The tasks that are asked for."""

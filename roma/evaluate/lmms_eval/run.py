@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from roma.evaluate.conditions import Cell
-from roma.evaluate.folders import load_results
+from roma.evaluate.folders import load_results, model_name
 from roma.evaluate.lmms_eval.asked import Asked
 from roma.evaluate.lmms_eval.benchmark import Benchmark
 from roma.evaluate.lmms_eval.judge import ModelJudge, is_there
@@ -63,7 +63,7 @@ def run_bench(
     """
     require_lmms_eval()
     console = console or Console()
-    folder = Path(out) if out else Path("runs", "bench", asked.name)
+    folder = Path(out) if out else Path("runs", "bench", model_name(asked.model))
     benchmarks = load_benchmarks(
         asked.names,
         include_path=asked.include_path,

@@ -11,7 +11,7 @@ from PIL import Image
 
 from roma.evaluate.figures import LineStyle
 from roma.evaluate.report.page import data_uri, named
-from roma.evaluate.report.wording import short
+from roma.evaluate.wording import short
 from roma.rewards import last_box
 
 _WIDEST = 320  # px: larger images are reduced, so that a report of photographs stays small

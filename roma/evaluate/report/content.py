@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from roma.evaluate.report.wording import Entry
+from roma.evaluate.wording import Entry
 
 MEASURES = {
     "drop": "drop: clean minus degraded accuracy, points",

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from roma.evaluate.report.columns import columns_of, hardest_columns
+from roma.evaluate.columns import columns_of, hardest_columns
 from roma.evaluate.report.content import Content, Summary, column, corruptions
-from roma.evaluate.report.wording import direction, finding, number, with_interval
+from roma.evaluate.wording import direction, finding, number, with_interval
 
 _NAMED = 3  # conditions that tie, of which more are counted
 

@@ -5,7 +5,7 @@ very pixels that the model saw are made anew. Those of an attack cannot be: they
 model's gradients.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,12 +114,18 @@ def _examples(ids: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Exam
     """The questions of these ids, after checking that the data is what it was."""
     skip, form = settings.get("skip_broken", False), settings.get("format_prompt")
     rows = load_dataset_rows(settings["data"], format_prompt=form, skip_broken=skip)
-    count = min(settings["questions"], len(rows))
-    asked = [rows[place] for place in range(count)]
-    if fingerprint.of_examples(asked) != settings["data_fingerprint"]:
+    wanted, found = set(ids), {}
+
+    def asked() -> Iterator[Example]:  # their images are not all held at once
+        for place in range(min(settings["questions"], len(rows))):
+            example = rows[place]
+            if example.id in wanted:
+                found[example.id] = example
+            yield example
+
+    if fingerprint.of_examples(asked()) != settings["data_fingerprint"]:
         raise OtherData(f"{settings['data']} has other questions now than the models were asked")
-    wanted = set(ids)
-    return {example.id: example for example in asked if example.id in wanted}
+    return found
 
 
 def _degraded(clean: Image, id: str, cell: Cell, settings: Mapping[str, Any]) -> Image:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from roma.evaluate.report.columns import columns_of, groups_of
+from roma.evaluate.columns import columns_of, groups_of
 from roma.evaluate.report.content import (
     MEASURES,
     Content,
@@ -13,7 +13,7 @@ from roma.evaluate.report.content import (
     corruptions,
 )
 from roma.evaluate.report.findings import CAVEAT, findings, opening
-from roma.evaluate.report.wording import Entry, direction, number, signed, with_interval
+from roma.evaluate.wording import Entry, direction, number, signed, with_interval
 
 Lines = list[str]
 

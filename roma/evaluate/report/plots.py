@@ -23,7 +23,7 @@ from roma.evaluate.figures import (
     styled,
 )
 from roma.evaluate.report.cards import GalleryItem
-from roma.evaluate.report.wording import short
+from roma.evaluate.wording import short
 
 _MODELS = (
     ("#0072B2", "o"),

@@ -23,7 +23,7 @@ from roma.evaluate.report.page import (
 )
 from roma.evaluate.report.plots import ABREAST
 from roma.evaluate.report.tables import Block, Form, Row, difference_form, share_form, table
-from roma.evaluate.report.wording import Entry, direction, number
+from roma.evaluate.wording import Entry, direction, number
 
 _ACCURACY = (
     "Share of right answers; 95 % interval below. A pool at a level is the macro average over its"

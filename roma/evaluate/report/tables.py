@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from roma.evaluate.report.columns import groups_of
-from roma.evaluate.report.wording import Entry, direction, number, signed_number
+from roma.evaluate.columns import groups_of
+from roma.evaluate.wording import Entry, direction, number, signed_number
 
 Form = Callable[[Entry], tuple[str, str]]
 """How an entry is shown: its CSS class and its HTML."""

@@ -7,12 +7,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from roma.evaluate import figures
+from roma.evaluate.columns import columns_of, hardest_columns
 from roma.evaluate.compare import compare
 from roma.evaluate.figures import LineStyle
 from roma.evaluate.folders import Results
 from roma.evaluate.report import plots
 from roma.evaluate.report.cards import GalleryItem
-from roma.evaluate.report.columns import columns_of, hardest_columns
 from roma.evaluate.report.content import Content, Summary, column, corruptions
 from roma.evaluate.report.markdown import whole
 from roma.evaluate.report.sections import page_of

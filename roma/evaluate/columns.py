@@ -1,11 +1,11 @@
-"""The columns of a report: clean, and each pool at each level."""
+"""The columns of an evaluation: clean, and each pool at each level."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 
 def columns_of(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree of the report, flat: "clean", "seen L1", … → entry.
+    """A tree of pools and levels, flat: "clean", "seen L1", … → what stands there.
 
     Example:
         >>> list(columns_of({"clean": {"mean": 90.0}, "seen": {"L3": {"mean": 80.0}}}))
@@ -13,8 +13,10 @@ def columns_of(tree: Mapping[str, Any]) -> dict[str, Any]:
     """
     flat: dict[str, Any] = {}
     for pool, found in tree.items():
-        named = {f"{pool} {level}": entry for level, entry in found.items()}
-        flat.update({pool: found} if "mean" in found else named)
+        if pool == "clean" or "mean" in found:
+            flat[pool] = found
+        else:
+            flat |= {f"{pool} {level}": entry for level, entry in found.items()}
     return flat
 
 

@@ -1,9 +1,9 @@
-"""How numbers, names and findings are worded, on the page, in Markdown and on a terminal."""
+"""How numbers, names and findings are worded: on a terminal, on a page, in Markdown."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from roma.evaluate.report.columns import columns_of, hardest_columns
+from roma.evaluate.columns import columns_of, hardest_columns
 
 Entry = Mapping[str, float]
 """{"mean", "low", "high", "n"}, in percent or, for a difference, in points."""
