@@ -3,10 +3,11 @@
     chunk of questions ─► images decoded and resized ─► cell by cell: degraded ─► batch by batch:
     answered, scored, recorded
 
-A chunk is some batches, at least 64 questions: a pipeline of degradations wants that many images.
-What a record holds already is neither degraded nor answered. Batches are the same whatever it
-holds, since sampling and the last bits of a float model's logits depend on them: a batch of which
-a part was recorded is answered whole again, and the rest is added.
+A chunk is as many batches as have 67 million pixels, or 512 questions: starting a pipeline of
+degradations takes as long as a hundred small images do, and large ones want the memory. What a
+record holds already is neither degraded nor answered. Batches are the same whatever it holds, since
+sampling and the last bits of a float model's logits depend on them: a batch of which a part was
+recorded is answered whole again, and the rest is added.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,10 +17,11 @@ from roma.data import Example
 from roma.evaluate.answers import Answer, SeveralAnswerer, judged
 from roma.evaluate.conditions import Cell, DegradedImages, Image
 from roma.evaluate.record import Record, Row
+from roma.models.images import count_pixels
 from roma.rewards import MarkedReward
 from roma.views import seed_for
 
-_CHUNK = 64
+_PIXELS, _MOST = 2**26, 512  # of a chunk: 200 MB of RGB, questions
 
 Answers = Mapping[Cell, Sequence[Sequence[Answer]]]
 """Of each cell, for each question its k answers."""
@@ -74,9 +76,7 @@ def answer_all(
         score: the reward function; only its "accuracy" is read.
         progress: called with the number of rows just added.
     """
-    chunk = batch_size * -(-_CHUNK // batch_size)
-    for start in range(0, count, chunk):
-        asked = examples[start : min(start + chunk, count)]
+    for asked in _chunks(examples, count, batch_size):
         open_units = [(unit, list(_open(record, unit, asked, batch_size))) for unit in units]
         if not any(batches for _, batches in open_units):
             continue
@@ -89,6 +89,21 @@ def answer_all(
                 new = [row for row in rows if not record.has(row.cell, row.id)]
                 record.add(new)
                 progress(len(new))
+
+
+def _chunks(examples: Sequence[Example], count: int, batch_size: int) -> Iterator[list[Example]]:
+    """Whole batches, as many as are decoded at once."""
+    asked: list[Example] = []
+    pixels = 0
+    for start in range(0, count, batch_size):
+        batch = examples[start : min(start + batch_size, count)]
+        asked += batch
+        pixels += sum(count_pixels(image) for example in batch for image in example.images)
+        if pixels >= _PIXELS or len(asked) >= _MOST:
+            yield asked
+            asked, pixels = [], 0
+    if asked:
+        yield asked
 
 
 def _open(record: Record, unit: Unit, asked: Sequence[Example], batch_size: int) -> Iterator[slice]:

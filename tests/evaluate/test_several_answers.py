@@ -14,7 +14,7 @@ from rich.console import Console
 from support import small_model
 
 from roma.data import Example
-from roma.evaluate import figures
+from roma.evaluate import figures, stream
 from roma.evaluate.answers import Answer, judged, vote
 from roma.evaluate.conditions import Cell, DegradedImages
 from roma.evaluate.record import Record, read_rows
@@ -119,7 +119,11 @@ class Counted(Sequence[Any]):
         return made
 
 
-def test_few_questions_are_held_however_many_are_asked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", ["_PIXELS", "_MOST"])
+def test_few_questions_are_held_however_many_are_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr(stream, limit, 90 * (64 if limit == "_PIXELS" else 1))  # 90 images of 8 × 8
     asked, seen, batches = Counted(700), [], []
 
     def say(problems: Any, images: Any, *, seed: int) -> list[list[Answer]]:
