@@ -46,10 +46,10 @@ class Hierarchy:
         ValueError: no images, or no draws.
 
     Example:
-        >>> scores = np.array([[[1.0, 0.0]], [[1.0, 0.0]]])  # two seeds agree on both images
-        >>> found = Hierarchy(2).intervals(scores)[0]
-        >>> found == Bootstrap(2).intervals(scores[0])[0]
-        True
+        >>> seeds = np.array([[[1.0, 0, 1, 1]], [[1, 0, 1, 0]]])  # two seeds, one column, 4 images
+        >>> one, two = Hierarchy(4).intervals(seeds[:1])[0], Hierarchy(4).intervals(seeds)[0]
+        >>> one == Bootstrap(4).intervals(seeds[0])[0], two.high - two.low > one.high - one.low
+        (True, True)
     """
 
     def __init__(self, images: int, *, resamples: int = 10_000, seed: int = 0) -> None:
@@ -106,7 +106,7 @@ class Hierarchy:
 
 
 def _images_share(rows: Floats) -> Floats:
-    """f of each column: what of the spread over images is there with any number of seeds."""
+    """The f of each column: what of the spread over images is there with any number of seeds."""
     seeds, _, images = rows.shape
     over_seeds = rows.mean(0)  # [M, n]
     spread = over_seeds.var(1, ddof=1) if images > 1 else np.zeros(len(over_seeds))
