@@ -197,22 +197,29 @@ def _penalty(config: Config) -> _Watched:
     # What a gate leaves out is in the mean alone, and says how far the views go.
     name = "actor/roma_penalty_mean" if gated else "actor/roma_penalty_worst"
 
+    every = algorithm.penalised == "every"
+    share, whose = "reward/accuracy", "right answers"
+    if every:
+        share, whose = "(1 - reward/failed)", "answers"
+
     def read(metrics: Mapping[str, float]) -> float | None:
-        penalty, right = metrics.get(name), metrics.get("reward/accuracy")
-        return penalty / right if penalty is not None and right else None  # none right: none has it
+        penalty, counted = metrics.get(name), metrics.get("reward/accuracy")
+        if every:
+            counted = 1 - metrics.get("reward/failed", 0.0)
+        return penalty / counted if penalty is not None and counted else None  # none: none has it
 
     gone = _Alarm(
-        "views no longer change right answers; are they degraded at all (algorithm.views), do the "
+        f"views no longer change {whose}; are they degraded at all (algorithm.views), do the "
         "answers still depend on the image?",
         bad=lambda value, usual: value < max(1e-6, (usual or 0) / 100),
         good=lambda value, usual: value > max(1e-5, (usual or 0) / 10),
         patience=3,
     )
     jump = _jump(
-        "views change right answers far more than they used to; lower the levels "
+        f"views change {whose} far more than they used to; lower the levels "
         "(algorithm.views.max_level) or worker.actor.lr"
     )
-    return _Watched(f"{name} / reward/accuracy", gone, jump, read=read)
+    return _Watched(f"{name} / {share}", gone, jump, read=read)
 
 
 def _masked() -> _Watched:

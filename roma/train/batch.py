@@ -16,7 +16,7 @@ class Totals(NamedTuple):
 
     sequences: int
     tokens: int
-    correct: int
+    correct: int  # rollouts under the penalty, as `UpdateBatch.correct`
 
     def arguments(self) -> dict[str, int]:
         """As `roma.roma_loss` takes them."""
@@ -36,7 +36,7 @@ class UpdateBatch:
     tokens: Tensor  # [B, T] int64
     mask: Tensor  # [B, T] bool, from the left
     advantages: Tensor  # [B] or [B, T]
-    correct: Tensor  # [B] bool
+    correct: Tensor  # [B] bool, as the loss calls them: rollouts under its penalty
     aux_view: Tensor | None  # [B] int64
     old_logp: Tensor | None  # [B, T]; None: the policy as it is now sampled the tokens
     clean_features: ImageFeatures | None = None  # of the clean images, as they were sampled on

@@ -40,6 +40,7 @@ class Experience:
     advantages: Tensor  # [B] or [B, T]
     views: "Future[Views]"  # a thread may still be making them
     noisy: Tensor | None = None  # [B] bool: sampled on the first view; None: all on one image
+    every_penalised: bool = False  # whatever the answer: the ablation without the correctness mask
 
     @property
     def correct(self) -> Tensor:
@@ -51,6 +52,11 @@ class Experience:
         """[B] bool: the rollout has no reward. It is not right, and its advantage is 0."""
         return self.rewards["failed"] > 0
 
+    @property
+    def penalised(self) -> Tensor:
+        """[B] bool: the penalty is on it, by `algorithm.penalised`; nothing else asks who is."""
+        return ~self.failed if self.every_penalised else self.correct
+
     def batch(self, views: Views, *, aux_view: Tensor | None = None) -> UpdateBatch:
         """All of it as one batch, with views of its prompts."""
         return UpdateBatch(
@@ -60,7 +66,7 @@ class Experience:
             tokens=self.rollouts.tokens,
             mask=self.rollouts.mask,
             advantages=self.advantages,
-            correct=self.correct,
+            correct=self.penalised,
             aux_view=aux_view,
             old_logp=None,
             clean_features=self.rollouts.features,
@@ -139,7 +145,17 @@ class Collector:
             # Megabytes an image, through the whole update, and soon those of older weights.
             rollouts = replace(rollouts, features=None)
         noisy = self._mix.is_noisy(group) if self._mix else None
-        found = Experience(examples, prompts, rollouts, group, rewards, advantages, views, noisy)
+        found = Experience(
+            examples=examples,
+            prompts=prompts,
+            rollouts=rollouts,
+            group=group,
+            rewards=rewards,
+            advantages=advantages,
+            views=views,
+            noisy=noisy,
+            every_penalised=self.config.algorithm.penalised == "every",
+        )
         return found, _metrics(found) | metrics
 
     def _sample(self, prompts: PromptBatch, views: "Future[Views]", step: int) -> Rollouts:

@@ -53,7 +53,7 @@ class LateViews:
         return Probe(
             engine.policy_loss,
             experience.batch(Views.none()),
-            experience.correct.view(len(experience.examples), -1),
+            experience.penalised.view(len(experience.examples), -1),
             views=views,
             call=engine.call,
             limit=self.learner.config.worker.actor.micro_batch_tokens,

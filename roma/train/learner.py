@@ -52,8 +52,8 @@ class Learner:
         """The K candidates of each prompt on which the policy diverges most."""
         batch = experience.batch(candidates)
         divergence = self.engine.call(self._policy_loss.divergence, batch, limit=self._limit)
-        right = experience.correct.view(len(experience.examples), -1)
-        kept = hardest(divergence, right, self.config.algorithm.views.k)
+        counted = experience.penalised.view(len(experience.examples), -1)
+        kept = hardest(divergence, counted, self.config.algorithm.views.k)
         return candidates.keep(experience.prompts, kept)
 
     def update(self, experience: Experience, views: Views, step: int) -> dict[str, float]:

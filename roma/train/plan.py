@@ -5,6 +5,7 @@
     view k    right rollouts, if λ_inv > 0; rollouts with a gain that drew k, if λ_aux > 0
 
 No other pair has a gradient, takes part in a maximum or changes a metric (docs/MATH.md section 6).
+Right rollouts are those of `UpdateBatch.correct`: all, if `algorithm.penalised` is "every".
 Without a penalty (λ_inv = 0) its metrics are not logged: the right rollouts have no views then.
 """
 

@@ -195,3 +195,19 @@ def test_a_penalty_counts_by_right_answers() -> None:
         right = 0.05 if step <= 25 else 0.9
         values = {"actor/roma_penalty_worst": 0.02 * right, "reward/accuracy": right}
         assert not [line for line in found.check(step, values) if "penalty" in line]
+
+
+def test_a_penalty_on_every_rollout_does_not_count_by_right_answers() -> None:
+    """More right ones are no fall; without a right one it is missing all the same."""
+    found, name = alarms("algorithm.penalised=every"), "actor/roma_penalty_worst"
+    for step in range(1, 41):
+        values = {name: 0.02, "reward/accuracy": 1e-3 if step <= 25 else 0.9}
+        assert not [line for line in found.check(step, values) if "penalty" in line]
+    gone = [found.check(step, {name: 0.0, "reward/accuracy": 0.0}) for step in range(41, 44)]
+    assert [len(lines) for lines in gone] == [0, 0, 1]
+    assert f"{name} / (1 - reward/failed) is 0" in gone[2][0]
+    assert "no longer change answers" in gone[2][0]
+    failed = {name: 0.0, "reward/failed": 1.0}  # there is nothing to penalise
+    found = alarms("algorithm.penalised=every")
+    lines = [line for step in range(20) for line in found.check(step, failed)]
+    assert not [line for line in lines if "penalty" in line]

@@ -9,6 +9,8 @@ from roma_kernels.errors import fail
 CONTRASTS = ("papo", "dvrp")
 """View modes whose views have no gradient."""
 
+_NO_PENALTY = "without a penalty (algorithm.view_mode=roma and lambda_inv > 0)"
+
 
 def check_loss(config: Config) -> None:
     """Refuses what cannot be, by the dotted key.
@@ -21,6 +23,7 @@ def check_loss(config: Config) -> None:
         _check_contrast,
         _check_control,
         _check_gate,
+        _check_penalised,
         _check_objective,
         _check_sampler,
     )
@@ -71,7 +74,7 @@ def _check_control(config: Config) -> None:
 def _check_gate(config: Config) -> None:
     algorithm, roma = config.algorithm, config.algorithm.roma
     quantile = algorithm.views.gate_quantile
-    used = algorithm.view_mode == "roma" and roma.penalises
+    used = _penalises(algorithm)
     options = {
         "algorithm.views.gate_quantile": quantile,
         "algorithm.roma.gate_bound": roma.gate_bound,
@@ -79,8 +82,8 @@ def _check_gate(config: Config) -> None:
     }
     for key, value in options.items():
         if value is not None and not used:
-            expected = "null without a penalty (algorithm.view_mode=roma and lambda_inv > 0)"
-            fail(key, expected, f"{value:g}", "there is nothing to leave out: leave it out")
+            remedy = "there is nothing to leave out: leave it out"
+            fail(key, f"null {_NO_PENALTY}", f"{value:g}", remedy)
     if quantile is not None and roma.gate_bound is not None:
         remedy = "the quantile is its bound: give one of the two"
         fail("algorithm.roma.gate_bound", "null with views.gate_quantile", "both", remedy)
@@ -88,6 +91,12 @@ def _check_gate(config: Config) -> None:
         expected = "sequence with algorithm.views.gate_quantile"
         remedy = "the others have no view of a rollout to leave out"
         fail("algorithm.roma.worst_over", expected, roma.worst_over, remedy)
+
+
+def _check_penalised(config: Config) -> None:
+    if not _penalises(config.algorithm):
+        remedy = "there is none to put on a rollout: leave it out"
+        check_unused(config.algorithm, "algorithm", _NO_PENALTY, remedy, options=("penalised",))
 
 
 def _check_objective(config: Config) -> None:
@@ -128,6 +137,10 @@ def _check_sampler(config: Config) -> None:
         expected = "null with algorithm.view_mode=noisy_rollout"
         remedy = "the sampler's log-probs of noisy rollouts are of another image: leave it out"
         fail("worker.rollout.off_policy", expected, f"{rollout.off_policy:g}", remedy)
+
+
+def _penalises(algorithm: AlgorithmConfig) -> bool:
+    return algorithm.view_mode == "roma" and algorithm.roma.penalises
 
 
 def _check_off(algorithm: AlgorithmConfig, name: str, switch: str) -> None:

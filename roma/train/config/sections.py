@@ -131,6 +131,11 @@ class AlgorithmConfig:
     aux_view: Literal["rollout", "prompt"] = "rollout"
     """Who draws the view of the auxiliary loss: each rollout, or each prompt for all its rollouts,
     which is cheaper."""
+    penalised: Literal["right", "every"] = "right"
+    """Rollouts that the penalty is on. "right": those with a right answer, the paper's mask.
+    "every": all that have a reward, the ablation without the mask; views.candidates, searches,
+    attacks, gate_quantile, control and the metrics of the penalty then go by them, too. (Its
+    denominator is roma.penalty_over: of "all" rollouts, or of those that it is on.)"""
     roma: RomaConfig = field(default_factory=RomaConfig)
     """Options of the loss. `temperature` defaults to the rollout's, `max_length` of "dr_grpo" to
     data.max_response_length."""

@@ -143,14 +143,14 @@ def work(config: Config, parameters: Parameters, sizes: Sizes, *, right: float) 
         config: of the run.
         parameters: of its model.
         sizes: of questions and answers.
-        right: share of right answers.
+        right: share of right answers; of no account if algorithm.penalised is "every".
     """
     text, tower = parameters.text, parameters.tower
     actor, algorithm, group = config.worker.actor, config.algorithm, config.worker.rollout.n
     views = algorithm.views.k if algorithm.view_mode == "roma" else 0
     count, answer = config.data.rollout_batch_size, max(round(sizes.response), 1)
     frames = [round(sizes.images * tower.merge**2)] if sizes.images else []
-    true = round(right * group)
+    true = group if algorithm.penalised == "every" else round(right * group)
     prompt = flops.Prompt(
         round(sizes.prompt), frames, [answer] * group, [True] * true + [False] * (group - true)
     )
@@ -188,7 +188,7 @@ def work(config: Config, parameters: Parameters, sizes: Sizes, *, right: float) 
         scored += actor.ppo_epochs * len(contrast.terms)
     if views and algorithm.views.candidates and algorithm.views.candidates > views:
         scored += 1 + algorithm.views.candidates
-    # Searches and attacks score a question's right rollouts, or all if none is right.
+    # Searches and attacks score a question's penalised rollouts, or all if it has none.
     probed = probes(algorithm)
     scored += probed > 0
     late = probed * scoring(true or group)
