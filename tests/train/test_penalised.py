@@ -15,9 +15,8 @@ from roma.testing.oracle import view_loss
 from roma.train import learner as learner_module
 from roma.train.batch import UpdateBatch
 from roma.train.collect import Experience
-from roma.train.estimate.run import Sizes
 from roma.train.estimate.states import Parameters
-from roma.train.estimate.work import work
+from roma.train.estimate.work import Sizes, work
 from roma.train.scoring import Scorer
 from roma.train.trainer import Trainer
 from roma.train.update import PolicyLoss
