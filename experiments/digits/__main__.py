@@ -20,7 +20,7 @@ def main() -> None:
         "--methods",
         default="",
         metavar="NAMES",
-        help=f"methods beside the four arms, which are not run again: {', '.join(METHODS)}",
+        help=f"methods beside the five arms, which are not run again: {', '.join(METHODS)}",
     )
     options = parser.parse_args()
     try:

@@ -14,11 +14,15 @@ class Arm:
     file: str = "demo.yaml"
 
 
+MILD = "algorithm.views.max_level=2"
+"""Views milder than the demo's: below its evaluation's third level."""
+
 ARMS = {
     "grpo": Arm(("algorithm.view_mode=none",)),
     "roma": Arm(("algorithm.view_mode=roma",)),
     "grpo_equal_time": Arm(("algorithm.view_mode=none",)),
     "naive": Arm(("algorithm.view_mode=rollout",)),
+    "naive_mild": Arm(("algorithm.view_mode=rollout", MILD)),
 }
 """The arms that every demo has."""
 

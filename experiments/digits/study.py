@@ -1,8 +1,10 @@
 """`python -m experiments.digits.study NAME`: what docs/METHODS.md shows of an option, on the demo.
 
 A study is a set of arms, all from the warm start of a demo and with its steps, which `make demo`
-must have made. They are compared on validation questions while settings are looked for, and once
-on the test questions. Runs that are finished are not run again.
+must have made. Views go up to level 2, the demo's former setting, with which the published figures
+were made; an arm that is the demo's own is taken from it. They are compared on validation questions
+while settings are looked for, and once on the test questions. Runs that are finished are not run
+again.
 
     attack    views against the policy in training, measured clean, degraded and under attack
     gate      views on which digits are erased, with and without a legibility gate
@@ -19,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments.digits.arms import ARMS, Arm
+from experiments.digits.arms import ARMS, MILD, Arm
 from experiments.digits.runs import Job, Runs, by_run
 from roma.train.config import Config, load_config
 from roma_kernels.errors import fail
@@ -41,8 +43,8 @@ class Study:
     """Levels of pool "adversarial" at which they are measured too."""
 
 
-def _roma(*overrides: str) -> Arm:
-    return Arm(("algorithm.view_mode=roma", *(f"algorithm.{o}" for o in overrides)))
+def _roma(*overrides: str, views: str = MILD) -> Arm:
+    return Arm(("algorithm.view_mode=roma", views, *(f"algorithm.{o}" for o in overrides)))
 
 
 _ERASED = f"views.level_table={CONFIGS}/demo_levels_erasing.yaml"
@@ -50,8 +52,8 @@ STUDIES = {
     "attack": Study(
         {
             "grpo": ARMS["grpo"],
-            "roma": ARMS["roma"],
-            "pgd": _roma("views.pool=adversarial", "views.max_level=3"),
+            "roma": _roma(),
+            "pgd": _roma("views.pool=adversarial", views="algorithm.views.max_level=3"),
             "seen_pgd": _roma(
                 "views.attack.count=1", f"views.level_table={CONFIGS}/demo_levels_attack.yaml"
             ),
@@ -62,7 +64,7 @@ STUDIES = {
     "gate": Study(
         {
             "grpo": ARMS["grpo"],
-            "roma": ARMS["roma"],
+            "roma": _roma(),
             "erased": _roma(_ERASED),
             "erased_quantile90": _roma(_ERASED, "views.gate_quantile=0.9"),
             "erased_quantile50": _roma(_ERASED, "views.gate_quantile=0.5"),
@@ -73,7 +75,7 @@ STUDIES = {
     ),
     "control": Study(
         {
-            "roma": ARMS["roma"],
+            "roma": _roma(),
             "control_penalty": _roma("control.target=penalty", "control.value=0.01"),
             "control_share": _roma(
                 "control.target=gradient_share", "control.value=0.3", "control.every=5"
@@ -97,7 +99,7 @@ class _Run:
 
     def config(self, arm: str, seed: int) -> Config:
         """As the demo's, in a folder of its own; of an arm that the demo has, the demo's."""
-        place = self.out if arm in ARMS else self.folder
+        place = self.out if self._of_demo(arm) else self.folder
         table = f"algorithm.views.level_table={CONFIGS}/demo_levels.yaml"
         overrides = [
             f"data.train_files={self.out}/data@train",
@@ -116,44 +118,51 @@ class _Run:
     def _has_table(self, arm: str) -> bool:
         return any("level_table" in override for override in self.arms[arm].overrides)
 
+    def _of_demo(self, arm: str) -> bool:
+        return self.arms[arm] == ARMS.get(arm)
+
     def run(self, split: str) -> dict[str, Any]:
         """Trains what is not yet trained, measures, and returns the report."""
         self.folder.mkdir(exist_ok=True)
+        runs_of = [(arm, seed) for seed in self.seeds for arm in self.arms]
         with Runs(self.console, reuse=True) as runs:
-            for seed in self.seeds:
-                for arm in self.arms:
-                    runs.start(self._measured(arm, seed, "val"))
+            for arm, seed in runs_of:
+                if not self._of_demo(arm):
+                    runs.start(self._trained(arm, seed))
             took = runs.everything()
-        if split != "val":
-            with Runs(self.console, reuse=True) as runs:
-                for seed in self.seeds:
-                    for arm in self.arms:
-                        runs.start(self._measured(arm, seed, split))
-                runs.everything()
-        return self._report(split, by_run(self._training(took)))
-
-    def _training(self, took: Mapping[tuple[str, int], Any]) -> dict[tuple[str, int], Any]:
-        """What training took; the demo's own arms wrote it down there."""
-        found = dict(took)
-        for arm, seed in took:
-            if arm in ARMS:
+        with Runs(self.console, reuse=True) as runs:
+            for arm, seed in runs_of:
+                job = self._measured(arm, seed, split)
+                if job.config is None:
+                    runs.start(job)
+            runs.everything()
+        for arm, seed in runs_of:
+            if self._of_demo(arm):
                 written = self.out / f"{arm}-seed{seed}" / "took.json"
-                found[arm, seed] = json.loads(written.read_text(encoding="utf-8"))
-        return found
+                took[arm, seed] = json.loads(written.read_text(encoding="utf-8"))
+        return self._report(split, by_run(took))
+
+    def _trained(self, arm: str, seed: int) -> Job:
+        """Trains an arm and measures it on validation questions, without attacks.
+
+        Two studies that have an arm in common share its run.
+        """
+        config = self.config(arm, seed)
+        folder = Path(config.trainer.out)
+        return Job(arm=arm, seed=seed, folder=folder, images=self._images("val"), config=config)
 
     def _measured(self, arm: str, seed: int, split: str) -> Job:
-        """Trains and measures on validation questions; else measures what is trained."""
+        """Measures what is trained; the training run itself where that has measured it."""
+        if split == "val" and not (self.study.attacks or self._of_demo(arm)):
+            return self._trained(arm, seed)
         config = self.config(arm, seed)
-        own, trains = Path(config.trainer.out), arm not in ARMS and split == "val"
-        model = own / f"global_step_{config.trainer.total_steps}" / "actor"
-        attacked = "-attacked" if self.study.attacks else ""
+        own, attacked = Path(config.trainer.out), "-attacked" if self.study.attacks else ""
         return Job(
             arm=arm,
             seed=seed,
-            folder=own if trains else self.folder / f"{split}{attacked}" / own.name,
+            folder=self.folder / f"{split}{attacked}" / own.name,
             images=self._images(split),
-            config=config if trains else None,
-            model=None if trains else model,
+            model=own / f"global_step_{config.trainer.total_steps}" / "actor",
             attacks=self.study.attacks,
         )
 

@@ -6,15 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.report.columns import compared_in
 from experiments.report.costs import cpu_seconds_of, steps_of
 from experiments.report.plots import arm_style
-from roma.evaluate.columns import columns_of, hardest_columns
+from roma.evaluate.columns import columns_of
 from roma.evaluate.report.markdown import table
 from roma.evaluate.wording import signed
 
 
 def tables(report: Mapping[str, Any]) -> str:
-    """Accuracies with steps and CPU seconds, then paired differences, mean over seeds."""
+    """Accuracies with steps and CPU seconds, then paired differences, mean over seeds.
+
+    Differences stand clean, inside the range of training, beyond it, and under every attack.
+    """
     parts = [_accuracies(report)]
     if report["differences"]:
         parts.append(_differences(report))
@@ -30,8 +34,10 @@ def _accuracies(report: Mapping[str, Any]) -> list[str]:
 
 
 def _differences(report: Mapping[str, Any]) -> list[str]:
-    first = next(iter(report["arms"].values()))
-    columns = [c for c in columns_of(first) if c in hardest_columns(first) or "adv" in c]
+    inside, beyond = compared_in(report)
+    every = columns_of(next(iter(report["arms"].values())))
+    columns = [c for c in every if c in inside or "adv" in c]
+    columns += [c for c in beyond if c not in columns]
     rows = []
     for name, by_seed in report["differences"].items():
         label = " − ".join(arm_style(arm).label for arm in name.split("-"))

@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from experiments.report.columns import range_of_training
 from experiments.report.costs import cpu_seconds_of, steps_of
 from experiments.report.plots import METHODS, arm_style
 from roma.evaluate.report.cards import GalleryItem, cards
@@ -18,15 +19,15 @@ _ACCURACY = (
 )
 _DIFFERENCES = (
     "First arm minus second, on the same images. Coloured where the interval excludes 0: blue if"
-    " the first is better, red if the second is."
+    " the first is better, red if the second is. Intervals cover {covers}."
 )
 _ROBUSTNESS = (
-    "Macro averages. Bars: 95 % interval over test images. Small dots: single seeds. Overlapping"
-    " bars do not compare two arms, which share the images: see the paired differences."
+    "Macro averages. Bars: 95 % intervals; they cover {covers}. Small dots: single seeds."
+    " Overlapping bars do not compare two arms, which share the images: see the paired differences."
 )
 _METHODS = (
-    "Paired differences to GRPO, points. Lines: 95 % interval over test images; strokes: single"
-    " seeds. Equal steps and rollouts, not equal time: see CPU s."
+    "Paired differences to GRPO, points. Lines: 95 % intervals; they cover {covers}. Strokes:"
+    " single seeds. Equal steps and rollouts, not equal time: see CPU s."
 )
 _TRAINING = "Mean over seeds, smoothed over 1/30 of the steps. Bands: range over seeds."
 _GALLERY = (
@@ -51,14 +52,16 @@ def render_page(
     """
     seeds = ", ".join(map(str, report["seeds"]))
     said = _ACCURACY.format(seeds=seeds, images=report["images"])
+    covers, reach = report["intervals"]["covers"], range_of_training(report)
     body = [Section("accuracy", "Accuracy, %", note(said) + _accuracy_table(report))]
     if report["differences"]:
-        content = note(_DIFFERENCES) + _difference_table(report)
+        content = note(_DIFFERENCES.format(covers=covers)) + _difference_table(report)
         body.append(Section("differences", "Paired differences, percentage points", content))
-    content = note(_ROBUSTNESS) + picture(figures["robustness"], "robustness")
+    said = " ".join(filter(None, (_ROBUSTNESS.format(covers=covers), reach)))
+    content = note(said) + picture(figures["robustness"], "robustness")
     body.append(Section("robustness", "Robustness over severity", content))
     if any(arm in METHODS for arm in report["arms"]):
-        content = note(_METHODS) + picture(figures["methods"], "methods")
+        content = note(_METHODS.format(covers=covers)) + picture(figures["methods"], "methods")
         body.append(Section("methods", "Every arm beside GRPO", content))
     content = picture(figures["corruptions"], "corruptions")
     body.append(Section("corruptions", "Each corruption", content))
@@ -76,7 +79,7 @@ def render_page(
         findings=findings,
         caveat=caveat,
         sections=body,
-        footer="The same numbers stand in report.json.",
+        footer="The same numbers stand in report.json and report.csv.",
     )
 
 

@@ -1,7 +1,8 @@
 """report.json, report.html and the tables of a comparison: arms on clean, seen and unseen images.
 
-Accuracies are in percent. Every interval of one report comes from one `Bootstrap`, so all arms,
-corruptions and seeds are resampled on the same draws of test images, and differences are paired.
+Accuracies are in percent. All arms, corruptions and seeds of one report are resampled on the same
+draws of test images, and differences are paired. The interval of a mean over seeds covers test
+images and training seeds (`Hierarchy`), that of one seed test images alone (`Bootstrap`).
 """
 
 import json
@@ -13,13 +14,15 @@ from typing import Any
 import numpy as np
 
 from experiments.report import plots
+from experiments.report.columns import only, range_of_training
 from experiments.report.costs import costs_of
 from experiments.report.curves import learning_curves
+from experiments.report.hierarchy import Hierarchy
 from experiments.report.page import render_page
 from experiments.report.plots import METHODS, arm_order, arm_style
+from experiments.report.rows import csv_of
 from roma.evaluate.conditions import Cell, DegradedImages
 from roma.evaluate.figures import save
-from roma.evaluate.intervals import Bootstrap
 from roma.evaluate.report.cards import GalleryItem, short_answer
 from roma.evaluate.report.plots import gallery as draw_gallery
 from roma.evaluate.result import EvalResult
@@ -31,13 +34,14 @@ Results = Mapping[str, Mapping[int, EvalResult]]
 """Arm → training seed → what that model answered; the warm start is one model under one seed."""
 
 COMPARISONS = (
-    *(("roma", "grpo"), ("roma", "naive"), ("roma", "grpo_equal_time"), ("naive", "grpo")),
+    *(("roma", "grpo"), ("roma", "naive"), ("roma", "naive_mild"), ("roma", "grpo_equal_time")),
+    *(("naive", "grpo"), ("naive_mild", "grpo"), ("naive", "naive_mild")),
     *((method, "grpo") for method in METHODS),
     *((method, "roma") for method in METHODS if method.endswith("_roma")),
 )
 """The paired differences of the demo's report."""
 
-RESAMPLES = 10_000
+RESAMPLES, COVERAGE = 10_000, 0.95
 
 
 def build_report(
@@ -47,6 +51,7 @@ def build_report(
     versions: Mapping[str, str],
     timings: Mapping[str, Any],
     tuned_on: str = "validation split",
+    trained_to: float | None = None,
     comparisons: Sequence[tuple[str, str]] = COMPARISONS,
     bootstrap_seed: int = 0,
 ) -> dict[str, Any]:
@@ -59,6 +64,8 @@ def build_report(
         versions: package → version.
         timings: stage → seconds; may be nested. "runs": "<arm>-seed<k>" → "steps", "train_cpu_s".
         tuned_on: what the settings were chosen on.
+        trained_to: the strongest level of training views; the levels that stand for a comparison
+            are then the highest up to it and the highest beyond. None: the highest alone.
         comparisons: pairs of arms whose difference is taken, first minus second; a pair with an
             absent arm is left out.
         bootstrap_seed: of the resamples that all intervals share.
@@ -67,26 +74,27 @@ def build_report(
         "seeds"; "images"; "costs": arm → "steps" and "cpu_s", seed by seed; "arms": arm → pool →
         level → {"mean", "low", "high", "n"}, mean over seeds, "clean" without a level; "per_seed":
         arm → seed → the same tree; "differences": "roma-grpo" → "mean" or a seed → the same tree,
-        in points; "detail": one row per arm, cell and seed or "mean"; "tuned_on"; "intervals": how
-        they were made; "config"; "versions"; "timings".
+        in points; "detail": one row per arm, cell and seed or "mean"; "tuned_on"; "trained_to";
+        "intervals": how they were made; "config"; "versions"; "timings".
 
     Raises:
         ValueError: no results, or an arm that was measured on other images or cells than the first.
     """
     first = _check(results)
     arms = arm_order(results)
-    bootstrap = Bootstrap(len(first.ids), resamples=RESAMPLES, seed=bootstrap_seed)
+    draws = Hierarchy(len(first.ids), resamples=RESAMPLES, seed=bootstrap_seed)
 
     def macros(arm: str, seeds: Sequence[int]) -> np.ndarray:
-        """[columns, n], mean over seeds."""
-        by_seed = [[results[arm][s].scores(*column) for column in first.columns] for s in seeds]
-        return np.mean(by_seed, axis=0)
+        """[seeds, columns, n]."""
+        return np.array(
+            [[results[arm][s].scores(*column) for column in first.columns] for s in seeds]
+        )
 
     def accuracy(arm: str, seeds: Sequence[int]) -> dict[str, Any]:
-        return tree_of(first.columns, bootstrap.intervals(macros(arm, seeds)))
+        return tree_of(first.columns, draws.intervals(macros(arm, seeds)))
 
     def difference(one: str, other: str, seeds: Sequence[int]) -> dict[str, Any]:
-        found = bootstrap.differences(macros(one, seeds), macros(other, seeds))
+        found = draws.differences(macros(one, seeds), macros(other, seeds))
         return tree_of(first.columns, found)
 
     differences = {}
@@ -96,8 +104,9 @@ def build_report(
             by_seed = {str(seed): difference(one, other, [seed]) for seed in shared}
             differences[f"{one}-{other}"] = {"mean": difference(one, other, shared)} | by_seed
     trained = [arm for arm in arms if arm != "base"] or arms
+    seeds = sorted({seed for arm in trained for seed in results[arm]})
     return {
-        "seeds": sorted({seed for arm in trained for seed in results[arm]}),
+        "seeds": seeds,
         "images": len(first.ids),
         "costs": costs_of(arms, timings.get("runs", {})),
         "arms": {arm: accuracy(arm, sorted(results[arm])) for arm in arms},
@@ -105,13 +114,17 @@ def build_report(
             arm: {str(seed): accuracy(arm, [seed]) for seed in sorted(results[arm])} for arm in arms
         },
         "differences": differences,
-        "detail": list(_detail(results, arms, bootstrap)),
+        "detail": list(_detail(results, arms, draws)),
         "tuned_on": tuned_on,
+        "trained_to": trained_to,
         "intervals": {
             "kind": "Bayesian bootstrap over test images, paired between arms and corruptions;"
-            " four imagined images keep room for scores that were not seen",
-            "covers": "the choice of test images, not the choice of training seeds",
-            "coverage": bootstrap.coverage,
+            " four imagined images keep room for scores that were not seen; of a mean over seeds"
+            " with Student's t over their means",
+            "covers": "the choice of test images and, in a mean over seeds, of training seeds"
+            if len(seeds) > 1
+            else "the choice of test images, not the choice of training seeds",
+            "coverage": COVERAGE,
             "resamples": RESAMPLES,
             "seed": bootstrap_seed,
         },
@@ -136,9 +149,7 @@ def _check(results: Results) -> EvalResult:
     return first
 
 
-def _detail(
-    results: Results, arms: Sequence[str], bootstrap: Bootstrap
-) -> Iterator[dict[str, Any]]:
+def _detail(results: Results, arms: Sequence[str], draws: Hierarchy) -> Iterator[dict[str, Any]]:
     """One row per arm, seed or "mean", and cell."""
     for arm in arms:
         seeds = sorted(results[arm])
@@ -146,7 +157,7 @@ def _detail(
         cells = results[arm][seeds[0]].cells
         for name, group in groups.items():
             by_seed = [[results[arm][s].cells[cell].correct for cell in cells] for s in group]
-            intervals = bootstrap.intervals(np.mean(by_seed, axis=0))
+            intervals = draws.intervals(by_seed)
             for cell, interval in zip(cells, intervals, strict=True):
                 yield {"arm": arm, "seed": name} | asdict(cell) | interval.as_dict()
 
@@ -159,13 +170,20 @@ def summary(report: Mapping[str, Any]) -> list[str]:
     count = len(report["seeds"])
     averaged = f"mean over {count} training seeds" if count > 1 else "one training seed"
     tuned = f"settings tuned on: {report['tuned_on']}"
-    text = [f"{report['images']} held-out test images per condition; {averaged}; {tuned}."]
+    opening = f"{report['images']} held-out test images per condition; {averaged}; {tuned}."
+    text = [" ".join(filter(None, (opening, range_of_training(report))))]
     for name, by_seed in report["differences"].items():
         one, other = (arm_style(arm).label for arm in name.split("-"))
-        text.append(finding(f"{one} minus {other}", by_seed["mean"]))
+        shown = only(by_seed["mean"], report.get("trained_to"))
+        text.append(finding(f"{one} minus {other}", shown))
+    over = "test images and training seeds" if count > 1 else "test images"
+    more = (
+        "those of a single seed cover test images alone"
+        if count > 1
+        else "they do not cover the choice of the training seed"
+    )
     text.append(
-        "Brackets are 95 % bootstrap intervals over test images, paired between the arms; they do"
-        " not cover the choice of training seeds, which the tables list one by one."
+        f"Brackets are 95 % bootstrap intervals over {over}, paired between the arms; {more}."
     )
     return text
 
@@ -234,7 +252,7 @@ def write_report(
     metrics: Sequence[Mapping[str, Any]] = (),
     gallery: Sequence[GalleryItem] = (),
 ) -> Path:
-    """Writes report.json, report.html and the figures as PNG files.
+    """Writes report.json, report.csv (`rows_of`), report.html and the figures as PNG files.
 
     Args:
         out: the folder; made if absent.
@@ -249,6 +267,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=1, ensure_ascii=False)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "report.csv").write_text(csv_of(report), encoding="utf-8")
     figures = {
         "robustness": plots.robustness(report),
         "methods": plots.methods(report),

@@ -3,28 +3,32 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from experiments.report.columns import compared_in
 from experiments.report.costs import cpu_seconds_of, steps_of
 from experiments.report.plots import arm_style
 from experiments.report.report import summary
-from roma.evaluate.columns import columns_of, hardest_columns
+from roma.evaluate.columns import columns_of
 from roma.evaluate.wording import signed
 
 _ABREAST = 5  # arms of one table: what 80 columns hold
 
 
 def print_report(report: Mapping[str, Any], console: Console | None = None) -> None:
-    """Prints the accuracies, the differences per seed at the highest level, and the summary."""
+    """Prints the accuracies, the differences per seed at the compared levels, and the summary."""
     console = console or Console()
     arms = list(report["arms"])
-    for start in range(0, len(arms), _ABREAST):
-        console.print(_accuracy_table(report, arms[start : start + _ABREAST]))
-    if report["differences"]:
-        console.print(_difference_table(report))
+    tables = -(-len(arms) // _ABREAST)
+    for part in np.array_split(arms, tables):
+        console.print(_accuracy_table(report, part.tolist()))
+    for columns, where in zip(compared_in(report), _titles(report), strict=True):
+        if report["differences"] and columns:
+            console.print(_difference_table(report, columns, where))
     console.print("\n".join(summary(report)), markup=False, highlight=False)
 
 
@@ -48,10 +52,18 @@ def _accuracy_table(report: Mapping[str, Any], arms: Sequence[str]) -> Table:
     return table
 
 
-def _difference_table(report: Mapping[str, Any]) -> Table:
-    columns = hardest_columns(next(iter(report["arms"].values())))
-    title = "Paired differences, percentage points"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, show_lines=True)
+def _titles(report: Mapping[str, Any]) -> tuple[str, str]:
+    """What is said of the columns inside the range of training, and of those beyond."""
+    trained_to = report.get("trained_to")
+    if trained_to is None:
+        return "", ""
+    return f": up to training's level {trained_to:g}", f": beyond training's level {trained_to:g}"
+
+
+def _difference_table(report: Mapping[str, Any], columns: Sequence[str], where: str) -> Table:
+    title = f"Paired differences, points{where}"
+    # No padding on the left: three intervals and a name of 14 letters then fit in 80 columns.
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_lines=True)
     table.add_column("", max_width=14, overflow="fold")
     table.add_column("seed")
     for column in columns:

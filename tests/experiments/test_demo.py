@@ -1,5 +1,6 @@
 """The demo from end to end, with data and steps too few to learn anything."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -7,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from experiments.digits.arms import ARMS
-from experiments.digits.demo import Sizes, run_demo
+from experiments.digits.demo import LEVELS, Sizes, run_demo
 from experiments.digits.runs import Job
 from roma.train.config import dump, load_config
+from roma.views import load_levels
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SIZES = Sizes(train=64, val=8, test=6, warm_steps=2, steps=2)
 
 
@@ -25,9 +28,13 @@ def test_demo_leaves_what_it_promises_and_runs_again(tmp_path: Path) -> None:
     for arm in report["arms"].values():
         assert set(arm["clean"]) == {"mean", "low", "high", "n"}
         for pool in ("seen", "unseen"):
-            assert set(arm[pool]) == {"L1", "L2", "L3"}
+            assert set(arm[pool]) == {"L1", "L2", "L3", "L4"}
             assert all(entry["n"] == SIZES.test for entry in arm[pool].values())
-    assert "roma-grpo" in report["differences"]
+    assert {"roma-grpo", "roma-naive_mild"} <= set(report["differences"])
+    demo = load_config(CONFIGS / "demo.yaml").algorithm.views.max_level
+    assert report["trained_to"] == demo
+    assert report["config"]["arms"]["naive"]["algorithm"]["views"]["max_level"] == demo
+    assert report["config"]["arms"]["naive_mild"]["algorithm"]["views"]["max_level"] == 2
     assert {"data", "warm_start", "train_and_evaluate", "runs"} <= set(report["timings"])
     assert not (tmp_path / "roma-seed9").exists()
     for arm in ARMS:
@@ -38,6 +45,9 @@ def test_demo_leaves_what_it_promises_and_runs_again(tmp_path: Path) -> None:
         # Per corruption only where an answer was right, which two steps do not promise.
         assert ("actor/roma_penalty_worst" in logged) == (arm == "roma")
     assert len(list(tmp_path.glob("*.png"))) >= 3
+    with (tmp_path / "report.csv").open(encoding="utf-8") as file:
+        costs = [row for row in csv.DictReader(file) if row["kind"] == "cost"]
+    assert {row["arm"] for row in costs} == set(ARMS)
 
     # A method beside them: what is finished with the same settings is not run again.
     own = {arm: (tmp_path / f"{arm}-seed0" / "answers.json").stat().st_mtime_ns for arm in ARMS}
@@ -49,6 +59,14 @@ def test_demo_leaves_what_it_promises_and_runs_again(tmp_path: Path) -> None:
     assert again == own
     assert more["costs"]["grpo"] == report["costs"]["grpo"]
     assert "vgpo-grpo" in more["differences"]
+
+
+def test_the_hardest_level_lies_beyond_training_and_the_one_before_it_inside() -> None:
+    table = load_levels(CONFIGS / "demo_levels.yaml")
+    assert all(max(LEVELS) <= len(corruption.levels) for corruption in table.values())
+    for path in CONFIGS.glob("demo*.yaml"):
+        if "levels" not in path.stem:
+            assert LEVELS[-2] <= load_config(path).algorithm.views.max_level < LEVELS[-1], path
 
 
 def test_a_job_with_other_settings_is_not_finished(tmp_path: Path) -> None:

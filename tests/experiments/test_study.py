@@ -11,7 +11,8 @@ from roma.train.config import to_dict
 from roma.train.config.schema import leaves
 
 ARMS = [(name, arm) for name, study in STUDIES.items() for arm in study.arms]
-DEMOS = {"grpo", "roma"}
+DEMOS = {"grpo"}
+"""Arms that a study takes from the demo as they are: without views, so that no severity differs."""
 
 
 def a_run(name: str, out: Path) -> _Run:
@@ -27,15 +28,36 @@ def test_an_arm_changes_its_option_alone(name: str, arm: str, tmp_path: Path) ->
     run = a_run(name, tmp_path)
     own, roma = (dict(leaves(to_dict(run.config(a, 0)))) for a in (arm, "roma"))
     changed = {key for key, value in own.items() if value != roma[key]} - {"trainer.out"}
-    asked = {x.partition("=")[0] for x in STUDIES[name].arms[arm].overrides}
-    assert changed == asked - ({"algorithm.view_mode"} if arm != "grpo" else set())
+    usual = (
+        {"algorithm.views.max_level"} if arm in DEMOS else set(STUDIES[name].arms["roma"].overrides)
+    )
+    asked = set(STUDIES[name].arms[arm].overrides) - usual
+    assert changed == {x.partition("=")[0] for x in asked} | (usual if arm in DEMOS else set())
+    # The published figures were made with views up to level 2, the attacks alone up to 3.
+    if own["algorithm.view_mode"] != "none":
+        assert own["algorithm.views.max_level"] == (3 if arm == "pgd" else 2)
     # The demo's own arms are those that it has trained.
     place = tmp_path if arm in DEMOS else tmp_path / "study"
     assert own["trainer.out"] == f"{place}/{arm}-seed0"
-    trained = run._measured(arm, 0, "val")
-    assert (trained.config is None) == (arm in DEMOS)
-    tested = run._measured(arm, 0, "test")
-    assert tested.config is None and tested.model == place / f"{arm}-seed0/global_step_220/actor"
+    attacked = bool(STUDIES[name].attacks)
+    for split in ("val", "test"):
+        job, model = run._measured(arm, 0, split), place / f"{arm}-seed0/global_step_220/actor"
+        if split == "val" and not attacked and arm not in DEMOS:
+            assert job == run._trained(arm, 0) and job.config is not None
+        else:
+            assert job.config is None and job.model == model
+            assert job.folder.parent.name == split + "-attacked" * attacked
+
+
+def test_studies_share_the_runs_of_an_arm_that_they_share(tmp_path: Path) -> None:
+    """One study measures it under attack, the other does not: the run itself is the same job."""
+    (tmp_path / "a").mkdir()
+    attack = a_run("attack", tmp_path / "a")
+    gate = _Run("gate", tmp_path / "a", [0], [])
+    assert attack._trained("roma", 0) == gate._trained("roma", 0)
+    assert not attack._trained("roma", 0).attacks
+    assert attack._measured("roma", 0, "val").attacks == (2, 3, 4)
+    assert attack._measured("roma", 0, "val").folder != gate._measured("roma", 0, "val").folder
 
 
 def test_slips(tmp_path: Path) -> None:
@@ -64,6 +86,23 @@ def test_tables_in_markdown() -> None:
         "|---|---|---|",
         "| ROMA − GRPO | −1.2 [−2.5, +0.0] | −1.2 [−2.5, +0.0] |",
     ]
+
+
+def test_tables_in_markdown_stand_inside_training_and_beyond_it() -> None:
+    entry = {"mean": 50.0, "low": 49.0, "high": 51.0, "n": 5}
+    levels = {f"L{level}": entry for level in (1, 2, 3, 4)}
+    tree = {"clean": entry, "seen": levels, "unseen": levels, "adversarial": levels}
+    report = {
+        "trained_to": 3.5,
+        "arms": {"roma": tree},
+        "costs": {},
+        "differences": {"roma-grpo": {"mean": tree}},
+    }
+    heading = tables(report).split("\n\n")[1].splitlines()[0]
+    assert heading == (
+        "| difference, points | clean | seen L3 | unseen L3 | adversarial L1 | adversarial L2 |"
+        " adversarial L3 | adversarial L4 | seen L4 | unseen L4 |"
+    )
 
 
 def test_the_figure_of_a_moving_lambda() -> None:

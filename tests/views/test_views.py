@@ -244,7 +244,8 @@ def test_level_0_is_the_image(name: str) -> None:
 def test_stronger_levels_change_more(table: dict) -> None:
     """The mean over seeds of the mean absolute change grows from level to level.
 
-    Posterize has the same parameter at L4 and L5.
+    Posterize has the same parameter at L4 and L5. JPEG's quality 1 is its quality 2 here: all
+    quantisers are at their bound.
     """
     image = smooth(112, 160) if table is CORRUPTIONS else smooth(32, 64)
     for corruption in table.values():
@@ -258,7 +259,9 @@ def test_stronger_levels_change_more(table: dict) -> None:
             views = degrade_batch([image] * 8, [spec] * 8, range(8), corruptions=table)
             changes.append(np.abs(np.stack(views) - image.astype(float)).mean())
         assert changes[0] == 0 and (np.diff(changes) >= 0).all(), (corruption.name, changes)
-        assert len(set(changes)) == 1 + len(set(corruption.levels)), (corruption.name, changes)
+        jpeg = corruption.name == "jpeg"
+        apart = {max(level, 2) if jpeg else level for level in corruption.levels}
+        assert len(set(changes)) == 1 + len(apart), (corruption.name, changes)
 
 
 def test_parameter_is_linear_between_levels() -> None:
