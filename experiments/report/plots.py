@@ -40,6 +40,7 @@ METHODS = {
 """The arms of methods → style, in that order, after those of every demo."""
 
 _KNOWN = ARMS | METHODS
+_WIDEST = 14.0  # inches: on a page the letters of a wider figure are too small
 
 
 def arm_style(arm: str) -> LineStyle:
@@ -123,7 +124,10 @@ def methods(report: Mapping[str, Any], *, minus: str = "grpo") -> Figure:
     }
     trained_to = report.get("trained_to")
     rows = {arm_style(arm).label: _marks(arm, found[arm], trained_to) for arm in arm_order(found)}
-    return plots.beside(rows, f"points over {arm_style(minus).label}", zero=True)
+    figure = plots.beside(rows, f"points over {arm_style(minus).label}", zero=True)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(min(width, _WIDEST), height)
+    return figure
 
 
 def _marks(

@@ -173,6 +173,7 @@ def test_every_number_stands_once_in_the_rows(report: dict, tmp_path: Path) -> N
     assert at["cost", "roma", "", "mean", "cpu_s"] == (8.25, 7.5, 9.0)
     for seed, took in TOOK.items():
         assert at["cost", "grpo", "", str(seed), "cpu_s"] == (took, took, took)
+    assert report["costs"]["grpo"] == {"steps": [103, 111], "cpu_s": [7.5, 9.0]}  # by seed
     assert not any(key[:2] == ("cost", "base") for key in keys)
     pairs, columns = len(report["differences"]), 1 + 2 * 4
     assert len(rows) == columns * (2 + 4 * 3 + pairs * 3) + 4 * 2 * 3
