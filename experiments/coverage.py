@@ -1,6 +1,7 @@
 """How often the 95 % intervals of `roma.evaluate.intervals` hold the truth, on made-up answers.
 
     python -m experiments.coverage          the table of docs/EVALUATION.md; 15 seconds
+    python -m experiments.coverage seeds    intervals over seeds and images; a minute
 
 An answer is right or wrong, so that no fixed rule covers every single accuracy equally: at n = 5
 and an accuracy of 0.9, any gives 92 or 99 %. Coverage here is therefore an average over truths: of
@@ -10,6 +11,7 @@ Dirichlet(a + x), so that coverage is the truth's probability to lie in the inte
 answers are drawn (`single`), or few (`paired`).
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Literal
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 from scipy.special import betainc
 from scipy.stats import binom
 
+from experiments.report.hierarchy import Hierarchy
 from roma.evaluate.intervals import Bootstrap, Interval, average, macro
 
 Rule = Callable[[NDArray[np.float64]], Sequence[Interval]]
@@ -175,6 +178,69 @@ def benchmarks(
     return float(_inside(truths.mean(0), average(parts).intervals()).mean())
 
 
+def over_seeds(
+    seeds: int, spread: float, *, images: int = 500, seed: int = 0, sets: int = 400
+) -> dict[str, float]:
+    """Coverage of the difference of two arms, each trained with several seeds.
+
+    An answer of seed s to image i is right with a chance of m + a_s + b_i + c_si: m is 0.70 or
+    0.66, a_s normal, b_i (±0.25) is the images' own and partly (±0.08) the arm's on them, c_si
+    (±0.1) what the two do together; the score is a mean over four corruptions.
+
+    Args:
+        seeds: of each arm.
+        spread: standard deviation of a_s.
+        images: of the test.
+        seed: of the simulation.
+        sets: simulated experiments.
+
+    Returns:
+        "hierarchy": of `experiments.report.hierarchy`; "two levels": percentiles of a bootstrap
+        that resamples seeds and weighs images; "images": of `Bootstrap` on the means over seeds.
+    """
+    generator = np.random.default_rng(seed)
+    ours, plain = Hierarchy(images, resamples=1000), Bootstrap(images, resamples=1000)
+    held = dict.fromkeys(("hierarchy", "two levels", "images"), 0)
+    for _ in range(sets):
+        shared = generator.uniform(-0.25, 0.25, images)
+        own = generator.uniform(-0.08, 0.08, images)
+        arms = []
+        for mean, also in ((0.70, own), (0.66, 0 * own)):
+            chance = mean + generator.normal(0, spread, (seeds, 1)) + shared + also
+            chance = chance + generator.uniform(-0.1, 0.1, (seeds, images))
+            arms.append((generator.random((4, seeds, images)) < chance).mean(0)[:, None])
+        found = {
+            "hierarchy": ours.differences(*arms)[0],
+            "two levels": _two_levels((arms[0] - arms[1])[:, 0], generator),
+            "images": plain.differences(*(arm.mean(0) for arm in arms))[0],
+        }
+        for name, each in found.items():
+            held[name] += each.low <= 4 <= each.high
+    return {name: count / sets for name, count in held.items()}
+
+
+def _two_levels(differences: NDArray[np.float64], generator: np.random.Generator) -> Interval:
+    """Seeds resampled with replacement, images weighed: percentiles, [S, n] in points."""
+    seeds, images = differences.shape
+    weights = generator.dirichlet(np.ones(images), 1000)
+    counts = generator.multinomial(seeds, np.full(seeds, 1 / seeds), 1000) / seeds
+    draws = 100 * np.einsum("rs,sr->r", counts, differences @ weights.T)
+    low, high = np.percentile(draws, (2.5, 97.5))
+    return Interval(100 * float(differences.mean()), float(low), float(high), images)
+
+
+def seeds_table() -> str:
+    """Coverage of intervals over seeds and images, in percent."""
+    names = ("hierarchy", "two levels", "images")
+    lines = [f"| seeds | spread of seeds, points | {' | '.join(names)} |", "|---|---|---|---|---|"]
+    for count in (3, 5):
+        for spread in (0.0, 0.005, 0.01, 0.02):
+            found = over_seeds(count, spread)
+            shown = " | ".join(_percent(found[name]) for name in names)
+            lines.append(f"| {count} | {100 * spread:g} | {shown} |")
+    return "\n".join(lines)
+
+
 def _inside(values: NDArray[np.float64], found: Sequence[Interval]) -> NDArray[np.bool_]:
     """[M, T]: whether each of T truths of M statistics lies in the statistic's interval."""
     low, high = (np.array([[getattr(e, end)] for e in found]) / 100 for end in ("low", "high"))
@@ -219,4 +285,6 @@ def _range(shares: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    if sys.argv[1:] not in ([], ["seeds"]):
+        sys.exit("python -m experiments.coverage [seeds]")
+    print(seeds_table() if sys.argv[1:] else table())

@@ -51,6 +51,8 @@ class Job:
     """Of the run; None: nothing is trained."""
     model: Path | None = None
     """Evaluated where nothing is trained; None: the one in `folder`."""
+    answer_tokens: int = ANSWER_TOKENS
+    """Budget of an answer in the evaluation, tokens."""
     attacks: tuple[int, ...] = ()
     """Levels of pool "adversarial" at which it is evaluated too, each against its own attacks."""
 
@@ -213,10 +215,10 @@ def _run(job: Job, events: "Queue[tuple[str, int, int]]") -> dict[str, float]:
     trained, cpu_s = time.perf_counter(), time.process_time() - cpu_start
     images = pickle.loads(job.images.read_bytes())
     policy = Policy.load(path)
-    answer = policy_answerer(policy, max_new_tokens=ANSWER_TOKENS)
+    answer = policy_answerer(policy, max_new_tokens=job.answer_tokens)
     found = evaluate(answer, images, batch_size=500)
     if job.attacks:
-        found = _with_attacks(found, policy, images.examples, job.attacks)
+        found = _with_attacks(found, policy, images.examples, job)
     job.folder.mkdir(parents=True, exist_ok=True)
     found.save(job.answers)
     took = {
@@ -230,14 +232,13 @@ def _run(job: Job, events: "Queue[tuple[str, int, int]]") -> dict[str, float]:
     return took
 
 
-def _with_attacks(found: Any, policy: Any, examples: Sequence[Any], levels: Sequence[int]) -> Any:
+def _with_attacks(found: Any, policy: Any, examples: Sequence[Any], job: Job) -> Any:
     """A result, and the model's answers to images that PGD made against it."""
     from roma.evaluate.attack import evaluate_attacked
     from roma.evaluate.conditions import cells_of
     from roma.evaluate.result import EvalResult
 
-    cells = cells_of(["adversarial"], levels)
-    own = evaluate_attacked(
-        policy, examples, cells, max_new_tokens=ANSWER_TOKENS, batch_size=len(examples)
-    )
+    cells = cells_of(["adversarial"], job.attacks)
+    tokens, batch = job.answer_tokens, len(examples)
+    own = evaluate_attacked(policy, examples, cells, max_new_tokens=tokens, batch_size=batch)
     return EvalResult(found.ids, found.cells | {cell: own.cells[cell] for cell in cells})
