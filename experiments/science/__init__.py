@@ -1,0 +1,1 @@
+"""What ROMA is worth, and why: runs, tables and figures of docs/SCIENCE.md."""
