@@ -15,12 +15,11 @@ answers at once, and is often wrong; reinforcement learning has it compute.
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from roma.data.synthetic.writer import Progress, Question, question_rng, write_splits
+from roma.data.synthetic.writer import Question, question_rng
 
 HEIGHT, WIDTH = 32, 64
 BARS = 4
@@ -45,7 +44,7 @@ _NAMED = re.compile(r"^\s*<think> bars ((?:\d+ )+)so ")
 def bar_questions(split: str, size: int, *, seed: int = 0) -> Iterator[Question]:
     """Yields `size` questions; question i depends on (seed, split, i) alone.
 
-    A third each asks for the sum of the marks, for the highest less the lowest, and for how many
+    Half ask for the sum of the marks, a quarter for the highest less the lowest, a quarter how many
     lie above a threshold of 2 to 7. A worked chain has 23 to 29 tokens, the end token included, a
     hasty one 14.
 
@@ -75,7 +74,7 @@ def bar_questions(split: str, size: int, *, seed: int = 0) -> Iterator[Question]
 
 def _ask(marks: tuple[int, ...], rng: np.random.Generator) -> tuple[str, str, int]:
     """A problem, the steps of its chain, and the answer."""
-    word = ("sum", "range", "above")[rng.integers(3)]
+    word = ("sum", "sum", "range", "above")[rng.integers(4)]
     if word == "sum":
         total, steps = marks[0], []
         for mark in marks[1:]:
@@ -132,30 +131,3 @@ def named_marks(text: str) -> tuple[int, ...] | None:
     """
     found = _NAMED.match(text + " ")
     return tuple(map(int, found[1].split())) if found else None
-
-
-def write_bars(
-    out: str | Path,
-    *,
-    train: int = 8000,
-    val: int = 1000,
-    test: int = 500,
-    seed: int = 0,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> dict[str, Path]:
-    """Writes train, val and test as parquet; a size of 0 leaves a split out. Returns their paths.
-
-    Raises:
-        ValueError: a negative size or seed, or no rows at all.
-        FileExistsError: `out` holds such a split and `overwrite` is false.
-    """
-    return write_splits(
-        out,
-        bar_questions,
-        sizes={"train": train, "val": val, "test": test},
-        seed=seed,
-        format="parquet",
-        overwrite=overwrite,
-        progress=progress,
-    )

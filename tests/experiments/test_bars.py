@@ -16,9 +16,7 @@ from experiments.science.bars import (
     UNIT,
     bar_questions,
     named_marks,
-    write_bars,
 )
-from roma.data import load_dataset_rows
 from roma.data.synthetic.writer import Question
 from roma.rewards import compute_score
 from roma.train.config import load_config, to_dict
@@ -133,16 +131,6 @@ def test_a_question_depends_on_seed_split_and_number_alone() -> None:
 )
 def test_marks_of_a_chain(text: str, marks: tuple[int, ...] | None) -> None:
     assert named_marks(text) == marks
-
-
-def test_written_data_hold_the_questions(tmp_path: Path) -> None:
-    assert list(write_bars(tmp_path, train=2, val=0, test=1)) == ["train", "test"]
-    row = load_dataset_rows(tmp_path, split="train")[1]
-    made = list(bar_questions("train", 2))[1]
-    assert (row.problem, row.solution) == (made.problem, made.solution)
-    assert np.array_equal(np.asarray(row.load_images()[0]), made.image)
-    with pytest.raises(FileExistsError, match="out"):
-        write_bars(tmp_path, train=2, val=0, test=0)
 
 
 def test_the_configuration() -> None:
