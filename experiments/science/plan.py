@@ -112,6 +112,33 @@ def _ablations() -> Study:
     return Study(name="ablations", task=DIGITS, arms=arms, pairs=pairs)
 
 
+CHECKED = (
+    "data.answer_key=solution",
+    "worker.reward.function=experiments/science/rewards.py:seen_and_right",
+)
+"""A reward for right answers whose chain names what is there."""
+
+
+def _poison() -> Study:
+    """Naive augmentation at the highest severity, rewarded as usual and without the poison."""
+    most = max(SEVERITIES)
+    naive = at("naive", most)
+    arms = {
+        "grpo": GRPO,
+        "grpo_checked": Arm((*GRPO.overrides, *CHECKED)),
+        naive: _with_views("naive", most),
+        f"{naive}_checked": Arm((*_with_views("naive", most).overrides, *CHECKED)),
+        at("roma", most): _with_views("roma", most),
+    }
+    pairs = [
+        (naive, "grpo"),
+        (f"{naive}_checked", "grpo_checked"),
+        ("grpo_checked", "grpo"),
+        (f"{naive}_checked", naive),
+    ]
+    return Study(name="poison", task=DIGITS, arms=arms, pairs=pairs)
+
+
 def _bars() -> Study:
     file = BARS.config
     arms = {
@@ -130,5 +157,5 @@ def _bars() -> Study:
     )
 
 
-STUDIES = {study.name: study for study in (_severity(), _time(), _ablations(), _bars())}
+STUDIES = {study.name: study for study in (_severity(), _time(), _poison(), _bars(), _ablations())}
 """In the order in which they are run: a later one takes runs of an earlier one as they are."""

@@ -151,6 +151,7 @@ def _pages(out: Path, console: Console) -> None:
 STAGES = {
     "severity": Stage(_study("severity"), "methods over the severity of training views"),
     "time": Stage(_study("time"), "GRPO and naive augmentation with ROMA's CPU time"),
+    "poison": Stage(_study("poison"), "naive augmentation with a reward that checks what is seen"),
     "bars": Stage(_study("bars"), "the second task: four marks of a chart, K = 4"),
     "ablations": Stage(_study("ablations"), "ROMA without each of its parts"),
     "perception": Stage(_perception, "what chains claim to see"),
