@@ -1,4 +1,4 @@
-# make setup | demo | test | check | bench | wheels | kernels. Each first installs what it needs into .venv, once; after
+# make setup | demo | science | test | check | bench | wheels | kernels. Each first installs what it needs into .venv, once; after
 # that wheels, kernels-all, example-trl and test-<package> alone use a network. Another interpreter: make PYTHON=python3.12 setup.
 
 PYTHON ?= python3
@@ -9,12 +9,14 @@ PEERS := $(VENV)/.peers-done
 NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-deepspeed test-vllm test-trl test-trl-suite test-swift test-verl test-easyr1 test-lmms example-trl check bench gpu wheels kernels kernels-all
+.PHONY: help setup demo science test test-deepspeed test-vllm test-trl test-trl-suite test-swift test-verl test-easyr1 test-lmms example-trl check bench gpu wheels kernels kernels-all
 
 help:
 	@echo "make setup   .venv with everything the tests and the demo need"
 	@echo "make demo    train GRPO and ROMA on real digits, evaluate on bad images: runs/demo;"
 	@echo "             METHOD=\"mssr vgpo\" adds methods to it: docs/METHODS.md"
+	@echo "make science every run, figure and table of docs/SCIENCE.md; hours, and what is finished is not run again;"
+	@echo "             STAGES=\"severity pages\" runs some of it"
 	@echo "make test    every test"
 	@echo "make test-deepspeed   the trainer under ZeRO-1, 2 and 3, with DeepSpeed in a folder of its own"
 	@echo "make test-vllm   rollouts by vLLM's CPU build, in an environment of its own"
@@ -45,6 +47,10 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 demo: $(STAMP)
 	@echo "demo: the whole method on two cores, about ten minutes; the report goes to runs/demo"
 	@$(BIN)/python -m experiments.digits --out runs/demo --methods "$(METHOD)"
+
+science: $(STAMP)
+	@echo "science: three hours on two cores the first time; stages resume; runs/science"
+	@$(BIN)/python -m experiments.science $(STAGES)
 
 # Two test processes on two cores: more threads in each would only wait for one another.
 test test-deepspeed test-vllm test-trl test-trl-suite test-swift test-verl test-easyr1 test-lmms example-trl check: export OMP_NUM_THREADS ?= 1
