@@ -14,11 +14,11 @@ from typing import Any
 import jinja2
 
 from experiments.report.plots import arm_style
-from experiments.science import figures
-from experiments.science.plan import SEEDS, SEVERITIES, at
+from experiments.science import figures, texts
+from experiments.science.plan import CHOSEN, METHODS, SEEDS, SEVERITIES, at
 from experiments.science.results import Table
 from roma.evaluate.figures import save
-from roma.evaluate.wording import number, signed, signed_number, with_interval
+from roma.evaluate.wording import number, signed, signed_number
 from roma_kernels.errors import fail
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,31 +78,9 @@ def write_pages() -> Iterator[Path]:
 def write_figures() -> Iterator[Path]:
     """Draws the figures of docs/SCIENCE.md, and yields their paths."""
     yield save(figures.severity(_table("severity-test")), ROOT / "docs/science_severity.png")
-    rows = [(arm, label) for arm, label in ABLATIONS.items() if arm != _ROMA]
-    drawn = figures.ablations(_table("ablations-test"), rows, _ROMA)
+    rows = list(texts.ABLATIONS.items())
+    drawn = figures.ablations(_table("ablations-test"), rows, texts.ROMA)
     yield save(drawn, ROOT / "docs/science_ablations.png")
-
-
-_ROMA = at("roma", 3.5)
-ABLATIONS = {
-    _ROMA: "ROMA",
-    "roma_no_penalty": "no penalty (λ_inv 0)",
-    "roma_no_aux": "no auxiliary loss (λ_aux 0)",
-    "roma_no_mask": "penalty on wrong answers too",
-    "roma_mean_view": "mean of the views, not the worst",
-    "roma_token_worst": "worst view of each token",
-    "roma_batch_worst": "worst view of the batch",
-    "roma_k1": "K = 1",
-    "roma_k4": "K = 4",
-    "roma_inv0.3": "λ_inv 0.3",
-    "roma_inv3": "λ_inv 3",
-    "roma_aux0.5": "λ_aux 0.5",
-    "roma_reverse": "penalty in the other direction",
-    "roma_over_correct": "penalty over right answers' number",
-    "roma_gate_tau": "gate, τ = 0.3",
-    "roma_gate_quantile": "gate, quantile 0.9",
-}
-"""Arms of the ablations → what they change, in the order of their table."""
 
 
 def _names() -> Mapping[str, Any]:
@@ -111,32 +89,35 @@ def _names() -> Mapping[str, Any]:
         "share": lambda name, arm, column, kind="accuracy": number(
             _table(name).entry(kind, arm, column)["mean"]
         ),
-        "share_in": lambda name, arm, column, kind="accuracy": with_interval(
-            _table(name).entry(kind, arm, column)
-        ),
-        "gain": lambda name, arm, against, column: signed(
-            _table(name).entry("difference", arm, column, against=against)
-        ),
+        "gain": lambda name, arm, against, column: signed(_difference(name, arm, against, column)),
         "gained": lambda name, arm, against, column: signed_number(
-            _table(name).entry("difference", arm, column, against=against)["mean"]
+            _difference(name, arm, against, column)["mean"]
         ),
-        "span": _span,
+        "lost": lambda name, arm, against, column: number(
+            -_difference(name, arm, against, column)["mean"]
+        ),
+        "poisoned": lambda name, arm, where: number(
+            _table(name).entry("rollouts", arm, f"poisoned, {where}")["mean"]
+        ),
         "cost": _cost,
         "ratio": _ratio,
         "rows": _rows,
         "gains": _gains,
+        "steps_of": lambda name: lambda arm: _cost(name, arm, "steps"),
+        "seconds_of": lambda name: lambda arm: _cost(name, arm),
+        "none": lambda _: "–",
+        "severity_rows": _severity_rows,
+        "ablation_rows": _ablation_rows,
+        "poison_rows": _poison_rows,
+        "reading_rows": _reading_rows,
+        "hopes": _hopes,
         "seeds": len(SEEDS),
-        "severities": [f"{severity:g}" for severity in SEVERITIES],
-        "ablations": ABLATIONS,
-        "label": lambda arm: arm_style(arm).label,
-    }
+        "chosen": f"{CHOSEN:g}",
+    } | texts.NAMES
 
 
-def _span(name: str, arm: str, column: str, kind: str) -> str:
-    """The least and greatest over seeds."""
-    found = _table(name).entry(kind, arm, column)
-    low, high = number(found["low"]), number(found["high"])
-    return low if low == high else f"{low}–{high}"
+def _difference(name: str, arm: str, against: str, column: str) -> dict[str, float]:
+    return _table(name).entry("difference", arm, column, against=against)
 
 
 def _cost(name: str, arm: str, column: str = "cpu_s") -> str:
@@ -176,4 +157,65 @@ def _gains(name: str, pairs: Sequence[tuple[str, str, str]], columns: Sequence[s
     for arm, against, label in pairs:
         found = [table.entry("difference", arm, column, against=against) for column in columns]
         lines.append(f"| {' | '.join([label, *map(signed, found)])} |")
+    return "\n".join(lines)
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _severity_rows(name: str, columns: Sequence[str]) -> str:
+    """Every method at every severity, with its cost and training reward."""
+    table, lines = _table(name), []
+    arms = [("–", "grpo", "GRPO")]
+    arms += [(f"{s:g}", at(m, s), arm_style(m).label) for s in SEVERITIES for m in METHODS]
+    for severity, arm, label in arms:
+        shares = [number(table.entry("accuracy", arm, column)["mean"]) for column in columns]
+        reward = number(table.entry("training", arm, "reward, last fifth")["mean"])
+        lines.append(_line(severity, label, _cost(name, arm), *shares, reward))
+    return "\n".join(lines)
+
+
+def _ablation_rows(name: str) -> str:
+    """Every change of ROMA: its cost by ROMA's, and differences with intervals."""
+    lines = []
+    for arm, label in texts.ABLATIONS.items():
+        found = [
+            signed(_difference(name, arm, texts.ROMA, column)) for column in texts.ABLATED_COLUMNS
+        ]
+        lines.append(_line(label, _ratio(name, arm, texts.ROMA), *found))
+    return "\n".join(lines)
+
+
+def _poison_rows(name: str) -> str:
+    """What rollouts are rewarded for: before training, and at its end."""
+    table, lines = _table(name), []
+    for arm, label, where in texts.ROLLOUTS:
+        shares = [
+            number(table.entry("rollouts", arm, f"{share}, {where}")["mean"])
+            for share in ("rewarded", "misread", "poisoned")
+        ]
+        lines.append(_line(label, where, *shares[:2], f"**{shares[2]}**"))
+    return "\n".join(lines)
+
+
+def _reading_rows(name: str) -> str:
+    """What greedy answers claim to see."""
+    table, lines = _table(name), []
+    wanted = ["misread, clean", "misread, seen L3", "misread, seen L5"]
+    wanted += ["unfaithful, clean", "unfaithful, seen L5", "stock, seen L5"]
+    for arm, label in texts.READERS.items():
+        shares = [number(table.entry("reading", arm, column)["mean"]) for column in wanted]
+        lines.append(_line(label, *shares))
+    return "\n".join(lines)
+
+
+def _hopes() -> str:
+    """What was hoped for beside what was found."""
+    lines = []
+    for name, arm, against, label, column, least in texts.HOPES:
+        found = _difference(name, arm, against, column)
+        met = "met" if found["mean"] >= least else "**missed**"
+        said = f"{label}, {column}: ≥ {signed_number(least)}"
+        lines.append(_line(said, signed(found), met))
     return "\n".join(lines)

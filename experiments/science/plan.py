@@ -63,25 +63,6 @@ def _severity() -> Study:
     return Study(name="severity", task=DIGITS, arms=arms, pairs=pairs)
 
 
-def _time() -> Study:
-    roma, naive = at("roma", CHOSEN), at("naive", CHOSEN)
-    longer, naive_longer = "grpo_equal_time", f"{naive}_equal_time"
-    arms = {
-        "grpo": GRPO,
-        naive: _with_views("naive", CHOSEN),
-        roma: _with_views("roma", CHOSEN),
-        longer: GRPO,
-        naive_longer: _with_views("naive", CHOSEN),
-    }
-    return Study(
-        name="time",
-        task=DIGITS,
-        arms=arms,
-        pairs=[(roma, longer), (roma, naive_longer), (longer, "grpo"), (naive_longer, naive)],
-        as_long_as={longer: ("grpo", roma), naive_longer: (naive, roma)},
-    )
-
-
 ABLATIONS = {
     "no_penalty": ("roma.lambda_inv=0",),
     "no_aux": ("roma.lambda_aux=0",),
@@ -100,6 +81,29 @@ ABLATIONS = {
     "gate_quantile": ("views.gate_quantile=0.9",),
 }
 """What is changed of ROMA at the chosen severity, below `algorithm`."""
+
+
+def _time() -> Study:
+    """GRPO and naive augmentation for as long as ROMA; and ROMA with one view, which is cheaper."""
+    arms, pairs, as_long_as = {"grpo": GRPO}, [], {}
+    roma, cheap = at("roma", CHOSEN), "roma_k1"
+    longer = "grpo_equal_time"
+    arms[roma], arms[longer] = _with_views("roma", CHOSEN), GRPO
+    as_long_as[longer] = ("grpo", roma)
+    pairs += [(roma, longer), (longer, "grpo")]
+    for severity in (CHOSEN, max(SEVERITIES)):
+        own, naive = at("roma", severity), at("naive", severity)
+        longer = f"{naive}_equal_time"
+        arms |= {own: _with_views("roma", severity), naive: _with_views("naive", severity)}
+        arms[longer] = arms[naive]
+        as_long_as[longer] = (naive, own)
+        pairs += [(own, longer), (longer, naive)]
+    arms[cheap] = _with_views("roma", CHOSEN, *ABLATIONS["k1"])
+    longer = f"{cheap}_equal_time"
+    arms[longer] = arms[cheap]
+    as_long_as[longer] = (cheap, roma)
+    pairs += [(longer, other) for other in ("grpo_equal_time", f"{at('naive', CHOSEN)}_equal_time")]
+    return Study(name="time", task=DIGITS, arms=arms, pairs=pairs, as_long_as=as_long_as)
 
 
 def _ablations() -> Study:
