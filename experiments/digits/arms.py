@@ -1,18 +1,9 @@
 """The arms of the demo: what each changes of configs/demo.yaml, and the methods beside them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from experiments.runs.jobs import Arm
 from roma_kernels.errors import fail
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A configuration: a file in configs/, and overrides of it."""
-
-    overrides: tuple[str, ...] = ()
-    file: str = "demo.yaml"
-
 
 MILD = "algorithm.views.max_level=2"
 """Views milder than the demo's: below its evaluation's third level."""

@@ -21,8 +21,8 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments.digits.arms import ARMS, MILD, Arm
-from experiments.digits.runs import Job, Runs, by_run
+from experiments.digits.arms import ARMS, MILD
+from experiments.runs.jobs import Arm, Job, Runs, by_run
 from roma.train.config import Config, load_config
 from roma_kernels.errors import fail
 

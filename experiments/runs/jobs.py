@@ -37,6 +37,14 @@ ANSWER_TOKENS = 16
 """Budget of an answer in an evaluation, tokens; a right one takes 12, with further marks 14."""
 
 
+@dataclass(frozen=True)
+class Arm:
+    """A configuration: a file in configs/, and overrides of it."""
+
+    overrides: tuple[str, ...] = ()
+    file: str = "demo.yaml"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """A model to train, or a trained one, and the images that it is evaluated on."""
