@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from experiments.runs.jobs import Arm
+from experiments.runner.jobs import Arm
 from roma_kernels.errors import fail
 
 MILD = "algorithm.views.max_level=2"

@@ -27,7 +27,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments.digits.arms import ARMS, METHODS, methods_of
-from experiments.runs.jobs import Arm, Job, Runs, bars, by_run
+from experiments.runner.jobs import Arm, Job, Runs, bars, by_run
 from roma.train.config import Config, load_config, to_dict
 from roma_kernels.errors import fail
 
@@ -181,7 +181,7 @@ class _Demo:
         write_digits(folder, train=sizes.train, val=sizes.val, test=sizes.test, overwrite=True)
 
     def _warm_start(self) -> None:
-        from experiments.runs.warm_start import warm_start
+        from experiments.runner.warm_start import warm_start
         from roma.data import DIGIT_WORDS, load_dataset_rows
         from roma.models.qwen_vl import Policy
         from roma.models.small import build_small_vlm

@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments.digits.arms import ARMS, MILD
-from experiments.runs.jobs import Arm, Job, Runs, by_run
+from experiments.runner.jobs import Arm, Job, Runs, by_run
 from roma.train.config import Config, load_config
 from roma_kernels.errors import fail
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from experiments.runs.jobs import Arm
+from experiments.runner.jobs import Arm
 from experiments.science.task import BARS, DIGITS, Task
 
 SEVERITIES = (2.0, 3.5, 5.0)

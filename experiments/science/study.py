@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.report.report import build_report
 from experiments.report.rows import rows_of
-from experiments.runs.jobs import Job, Runs, by_run
+from experiments.runner.jobs import Job, Runs, by_run
 from experiments.science.plan import Study
 from experiments.science.results import over_seeds, write
 from experiments.science.task import Place

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from experiments.runs.jobs import Arm, bars
-from experiments.runs.warm_start import warm_start
+from experiments.runner.jobs import Arm, bars
+from experiments.runner.warm_start import warm_start
 from experiments.science.bars import BAR_WORDS, bar_questions
 from roma.data import DIGIT_WORDS, Example, load_dataset_rows
 from roma.data.synthetic.digits import digit_questions

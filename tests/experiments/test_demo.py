@@ -9,7 +9,7 @@ import pytest
 
 from experiments.digits.arms import ARMS
 from experiments.digits.demo import LEVELS, Sizes, run_demo
-from experiments.runs.jobs import Job
+from experiments.runner.jobs import Job
 from roma.train.config import dump, load_config
 from roma.views import load_levels
 

@@ -13,7 +13,7 @@ from PIL import Image
 from support import small_model
 from support.small_run import config
 
-from experiments.runs.warm_start import warm_start
+from experiments.runner.warm_start import warm_start
 from roma.data import load_dataset_rows
 from roma.models.qwen_vl import Policy
 from roma.rollout.hf import HfSampler

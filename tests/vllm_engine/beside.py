@@ -23,7 +23,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 import torch  # noqa: E402 - the paths come first
 from vllm_engine.model import build  # noqa: E402
 
-from experiments.runs.warm_start import warm_start  # noqa: E402
+from experiments.runner.warm_start import warm_start  # noqa: E402
 from roma.data import load_dataset_rows, write_digits  # noqa: E402
 from roma.models.qwen_vl import Policy  # noqa: E402
 from roma.train.config import load_config  # noqa: E402
