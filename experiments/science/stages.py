@@ -118,8 +118,10 @@ def _readings(made: StudyRun) -> list[dict[str, Any]]:
     task, examples = place.task, place.examples("test")
     cells = {"clean": [Cell()]}
     for level in (*task.measured_levels, task.unreadable):
+        seen = [c for c in place.cells("test") if (c.pool, c.level) == ("seen", level)]
+        # Of the lowest quality a JPEG is still legible.
         cells[f"seen L{level}"] = [
-            c for c in place.cells("test") if (c.pool, c.level) == ("seen", level)
+            c for c in seen if level < task.unreadable or c.corruption != "jpeg"
         ]
     draws = Hierarchy(len(examples))
     for arm in ("base", "grpo", *(at(name, own) for name in METHODS for own in SEVERITIES)):

@@ -47,7 +47,8 @@ class Task:
     """Of pools seen and unseen. Views of the chosen severity reach the last but one in training,
     and not the last."""
     unreadable: int = 5
-    """At it nothing can be read; test images have it too, of pool seen."""
+    """At it nothing can be read (but for JPEG, whose quality ends at 1); test images have it too, of
+    pool seen."""
 
 
 DIGITS = Task(
@@ -65,8 +66,8 @@ BARS = Task(
     words=BAR_WORDS,
     config="bars.yaml",
     levels="bars_levels.yaml",
-    warm_steps=300,
-    answer_tokens=48,
+    warm_steps=700,
+    answer_tokens=32,
 )
 
 
