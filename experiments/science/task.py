@@ -47,7 +47,7 @@ class Task:
     """Of pools seen and unseen. Views of the chosen severity reach the last but one in training,
     and not the last."""
     unreadable: int = 5
-    """At it nothing can be read (but for JPEG, whose quality ends at 1); test images have it too, of
+    """At it nothing can be read, but for JPEG, whose quality ends at 1. Test images have it too, of
     pool seen."""
 
 
