@@ -18,9 +18,7 @@ ABLATIONS = {
     "roma_inv3": "λ_inv 3",
     "roma_aux0.5": "λ_aux 0.5",
     "roma_reverse": "penalty in the other direction",
-    "roma_over_correct": "penalty over the number of right answers",
-    "roma_gate_tau": "gate, τ 0.3",
-    "roma_gate_quantile": "gate, quantile 0.9",
+    "roma_gate": "legibility gate, τ 0.3",
 }
 """Arms of the ablations → what they change, in the order of their table."""
 
