@@ -77,7 +77,10 @@ def write_pages() -> Iterator[Path]:
 
 def write_figures() -> Iterator[Path]:
     """Draws the figures of docs/SCIENCE.md, and yields their paths."""
-    yield save(figures.severity(_table("severity-test")), ROOT / "docs/science_severity.png")
+    yield save(
+        figures.severity(_table("severity-test"), _table("perception")),
+        ROOT / "docs/science_severity.png",
+    )
     rows = list(texts.ABLATIONS.items())
     drawn = figures.ablations(_table("ablations-test"), rows, texts.ROMA)
     yield save(drawn, ROOT / "docs/science_ablations.png")
