@@ -22,7 +22,15 @@ from bench.supervise import Cut, Fault, Worker
 from bench.variants import Variant
 
 TESTS = Path(__file__).parents[1]
-LIMIT = 5.0  # seconds; what is right takes less than one
+LIMIT = 3.0  # seconds; what is right takes less than one
+# Ours may go at each of these points; what is said of it is the same code as of a peer.
+OURS_GOES = {
+    "wrong values": "before it is timed",
+    "wrong third": "when it warms up",
+    "raises in a round": "when it is timed",
+    "exits": "with its process, before it is timed",
+    "hangs in a round": "with its process, when it is timed",
+}
 SECONDS = f"1000.{os.getpid()}"
 GOOD = ("naive fp32", "naive")
 
@@ -71,12 +79,13 @@ def test_peers(tmp_path: Path) -> None:
 def test_ours(tmp_path: Path) -> None:
     """The same of ours; the peers have times, and no ratio to what is not there."""
     variants = [
-        Variant("linear_logprob", "both", 16, 1, 64, vocab=500 + i) for i in range(len(FAULTS))
+        Variant("linear_logprob", "both", 16, 1, 64, vocab=500 + list(FAULTS).index(name))
+        for name in OURS_GOES
     ]
     out = tmp_path / "run.csv"
     runner.run(variants, options("planted_ours"), out)
     rows = results.read(out)
-    for variant, name in zip(variants, FAULTS, strict=True):
+    for variant, name in zip(variants, OURS_GOES, strict=True):
         found = table([row for row in rows if row["vocab"] == str(variant.vocab)])
         assert is_reason(found["roma"], name), found["roma"]["reason"]
         for peer in GOOD:

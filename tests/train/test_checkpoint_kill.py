@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from multiprocessing import Pipe
 from pathlib import Path
@@ -111,9 +112,11 @@ class Life:
         except EOFError:
             self.end()
 
-    def kill_after(self, seconds: float, rank: int = 0) -> None:
-        """Waits from its first step on, kills one if it still runs, and until all are dead."""
-        next(self.steps(), None)
+    def kill_after(self, steps: int, seconds: float, rank: int = 0) -> None:
+        """Waits for steps and some time, kills one if it still runs, and until all are dead."""
+        told = self.steps()
+        for _ in range(1 + steps):  # from the word that it begins
+            next(told, None)
         self.processes[rank].join(seconds)
         self.processes[rank].kill()
         self.end()
@@ -159,8 +162,12 @@ def test_one_of_two_ranks_is_killed(clean: Clean, tmp_path: Path, engine: str) -
 
 def _kill_often(folder: Path, kills: int, world: int, *options: str) -> None:
     last = config(folder, *options).trainer.total_steps
-    whole = folder / "whole"
-    assert list(Life(whole, *options, world=world).steps()) == list(range(last + 1))
+    whole, took = folder / "whole", [time.monotonic()]
+    for step in Life(whole, *options, world=world).steps():
+        assert step == len(took) - 1
+        took.append(time.monotonic())
+    assert len(took) == last + 2
+    a_step = (took[-1] - took[1]) / last
     drawn, killed_so_far, runs, in_save = random.Random(0), 0, 0, 0
     while True:
         out, victim = folder / str(runs), drawn.randrange(world)
@@ -168,12 +175,13 @@ def _kill_often(folder: Path, kills: int, world: int, *options: str) -> None:
             life = Life(out, *options, world=world)
             list(life.steps())
         elif killed_so_far % 2:
-            moment = drawn.randrange(1, 12)
+            moment, victim = drawn.randrange(1, 12), 0  # of another rank Python sees no change
             life = Life(out, *options, die=moment, world=world, dies=victim)
             list(life.steps())
         else:
             life = Life(out, *options, world=world)
-            life.kill_after(drawn.uniform(0, 1), victim)
+            # Within the step that follows some: a time alone would often end after the run.
+            life.kill_after(drawn.randrange(3), drawn.uniform(0, a_step), victim)
         if not any(life.codes):
             same(out, whole / f"global_step_{last}", last)
             if killed_so_far == kills:
