@@ -117,7 +117,7 @@ def _readings(made: StudyRun) -> list[dict[str, Any]]:
     place, rows = made.place, list[dict[str, Any]]()
     task, examples = place.task, place.examples("test")
     cells = {"clean": [Cell()]}
-    for level in (*task.measured_levels, task.unreadable):
+    for level in (*task.levels["test"], task.unreadable):
         seen = [c for c in place.cells("test") if (c.pool, c.level) == ("seen", level)]
         # Of the lowest quality a JPEG is still legible.
         cells[f"seen L{level}"] = [

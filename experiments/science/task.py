@@ -32,8 +32,8 @@ class Task:
     """Every word of problems and solutions."""
     config: str
     """Of ROMA's run, in configs/."""
-    levels: str
-    """The level table, in configs/."""
+    level_table: str
+    """In configs/."""
     warm_steps: int
     """Supervised steps of 32 questions each."""
     answer_tokens: int
@@ -43,9 +43,11 @@ class Task:
     )
     measured: int = 500
     """Questions of a split that a model is measured on, the first ones."""
-    measured_levels: tuple[int, ...] = (2, 3, 4)
-    """Of pools seen and unseen. Views of the chosen severity reach the last but one in training,
-    and not the last."""
+    levels: Mapping[str, tuple[int, ...]] = field(
+        default_factory=lambda: {"val": (2, 3, 4), "test": (3, 4)}
+    )
+    """Split → levels of pools seen and unseen that are measured. Views of the chosen severity reach
+    the last but one in training, and not the last."""
     unreadable: int = 5
     """At it nothing can be read, but for JPEG, whose quality ends at 1. Test images have it too, of
     pool seen."""
@@ -56,7 +58,7 @@ DIGITS = Task(
     questions=digit_questions,
     words=DIGIT_WORDS,
     config="demo.yaml",
-    levels="demo_levels.yaml",
+    level_table="demo_levels.yaml",
     warm_steps=300,
     answer_tokens=16,
 )
@@ -65,7 +67,7 @@ BARS = Task(
     questions=bar_questions,
     words=BAR_WORDS,
     config="bars.yaml",
-    levels="bars_levels.yaml",
+    level_table="bars_levels.yaml",
     warm_steps=700,
     answer_tokens=32,
 )
@@ -93,7 +95,7 @@ class Place:
     @cached_property
     def corruptions(self) -> Mapping[str, Corruption]:
         """The level table."""
-        return load_levels(CONFIGS / self.task.levels)
+        return load_levels(CONFIGS / self.task.level_table)
 
     def prepare(self) -> None:
         """Writes the data and the warm-started model, where they are not there yet."""
@@ -145,7 +147,7 @@ class Place:
     def cells(self, split: str) -> list[Cell]:
         """Every condition that a model is measured at."""
         task, table = self.task, self.corruptions
-        readable = cells_of(("clean", "seen", "unseen"), task.measured_levels, table)
+        readable = cells_of(("clean", "seen", "unseen"), task.levels[split], table)
         if split == "val":
             return readable
         return readable + cells_of(("seen",), (task.unreadable,), table)
@@ -157,7 +159,7 @@ class Place:
             [
                 f"data.train_files={self.folder}/data@train",
                 f"data.val_files={self.folder}/data@val",
-                f"algorithm.views.level_table={CONFIGS / self.task.levels}",
+                f"algorithm.views.level_table={CONFIGS / self.task.level_table}",
                 f"worker.actor.model_path={self.base}",
                 f"trainer.out={self.folder}/{name}-seed{seed}",
                 f"trainer.seed={seed}",
