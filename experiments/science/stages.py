@@ -1,6 +1,7 @@
 """The stages of `make science`: each does what is not done yet, and writes its tables."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from experiments.report.hierarchy import Hierarchy
 from experiments.report.rows import FIELDS
 from experiments.science import perception
 from experiments.science.plan import METHODS, SEVERITIES, STUDIES, at
-from experiments.science.results import over_seeds, write
+from experiments.science.results import FOLDER, over_seeds, write
 from experiments.science.study import StudyRun
 from experiments.science.task import Place
 from roma.data import Example, load_dataset_rows
@@ -143,7 +144,19 @@ def _readings(made: StudyRun) -> list[dict[str, Any]]:
     return rows
 
 
+def _demo(out: Path, console: Console) -> None:
+    """Takes the figures of a demo that was run."""
+    demo = Path("runs/demo")
+    if not (demo / "report.csv").is_file():
+        console.print(f"{demo} holds no report.csv: run make demo; the committed figures stay")
+        return
+    shutil.copyfile(demo / "report.csv", FOLDER / "demo.csv")
+    shutil.copyfile(demo / "robustness.png", "docs/demo_robustness.png")
+    console.print(f"wrote {FOLDER / 'demo.csv'}", soft_wrap=True)
+
+
 def _pages(out: Path, console: Console) -> None:
+    """Figures and documents, all from the CSV files."""
     from experiments.science.pages import write_figures, write_pages
 
     for path in (*write_figures(), *write_pages()):
@@ -157,5 +170,6 @@ STAGES = {
     "bars": Stage(_study("bars"), "the second task: four marks of a chart, K = 4"),
     "ablations": Stage(_study("ablations"), "ROMA without each of its parts"),
     "perception": Stage(_perception, "what chains claim to see"),
+    "demo": Stage(_demo, "the figures of make demo"),
     "pages": Stage(_pages, "figures and documents from the CSV files"),
 }
