@@ -180,8 +180,9 @@ def _kill_often(folder: Path, kills: int, world: int, *options: str) -> None:
             list(life.steps())
         else:
             life = Life(out, *options, world=world)
-            # Within the step that follows some: a time alone would often end after the run.
-            life.kill_after(drawn.randrange(3), drawn.uniform(0, a_step), victim)
+            # After a checkpoint, at any moment of a step; a time alone would fall before the first
+            # one or after the run.
+            life.kill_after(drawn.randrange(2, 4), drawn.uniform(0, a_step), victim)
         if not any(life.codes):
             same(out, whole / f"global_step_{last}", last)
             if killed_so_far == kills:
