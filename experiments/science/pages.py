@@ -15,7 +15,7 @@ import jinja2
 
 from experiments.report.plots import arm_style
 from experiments.science import figures, texts
-from experiments.science.plan import CHOSEN, METHODS, SEEDS, SEVERITIES, at
+from experiments.science.plan import CHOSEN, METHODS, SEEDS, SEVERITIES, STUDIES, at
 from experiments.science.results import Table
 from roma.evaluate.figures import save
 from roma.evaluate.wording import number, signed, signed_number
@@ -115,6 +115,7 @@ def _names() -> Mapping[str, Any]:
         "reading_rows": _reading_rows,
         "hopes": _hopes,
         "seeds": len(SEEDS),
+        "seeds_abl": len(STUDIES["ablations"].seeds),
         "chosen": f"{CHOSEN:g}",
     } | texts.NAMES
 

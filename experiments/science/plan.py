@@ -98,7 +98,8 @@ def _time() -> Study:
     longer = f"{cheap}_equal_time"
     arms[longer] = arms[cheap]
     as_long_as[longer] = (cheap, roma)
-    pairs += [(longer, other) for other in ("grpo_equal_time", f"{at('naive', CHOSEN)}_equal_time")]
+    others = ("grpo_equal_time", f"{at('naive', CHOSEN)}_equal_time", roma)
+    pairs += [(longer, other) for other in others]
     return Study(name="time", task=DIGITS, arms=arms, pairs=pairs, as_long_as=as_long_as)
 
 
