@@ -147,14 +147,16 @@ def _bars() -> Study:
         "naive": Arm(("algorithm.view_mode=rollout",), file),
         "roma": Arm(("algorithm.view_mode=roma",), file),
         "grpo_equal_time": Arm(("algorithm.view_mode=none",), file),
+        "naive_equal_time": Arm(("algorithm.view_mode=rollout",), file),
     }
-    pairs = [("roma", "grpo"), ("roma", "naive"), ("naive", "grpo"), ("roma", "grpo_equal_time")]
+    pairs = [("roma", "grpo"), ("roma", "naive"), ("naive", "grpo")]
+    pairs += [("roma", "grpo_equal_time"), ("roma", "naive_equal_time")]
     return Study(
         name="bars",
         task=BARS,
         arms=arms,
         pairs=pairs,
-        as_long_as={"grpo_equal_time": ("grpo", "roma")},
+        as_long_as={"grpo_equal_time": ("grpo", "roma"), "naive_equal_time": ("naive", "roma")},
     )
 
 

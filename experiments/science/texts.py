@@ -95,6 +95,7 @@ NAMES = {
         "grpo": "GRPO",
         "grpo_equal_time": "GRPO, equal time",
         "naive": "naive augmentation",
+        "naive_equal_time": "naive augmentation, equal time",
         "roma": "ROMA",
     },
     "bar_pairs": [
@@ -102,6 +103,7 @@ NAMES = {
         ("roma", "naive", "ROMA − naive"),
         ("naive", "grpo", "naive − GRPO"),
         ("roma", "grpo_equal_time", "ROMA − GRPO, equal time"),
+        ("roma", "naive_equal_time", "ROMA − naive, equal time"),
     ],
     "demo_arms": {
         "grpo": "GRPO",
