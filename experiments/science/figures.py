@@ -46,7 +46,7 @@ def severity(table: Table, seen: Table) -> Figure:
     _dress(panels[0, 3], "training: rollouts that are right", "%", middle)
     _lines(panels[1, 3], lambda method, own: _poisoned(seen, method, own))
     middle = seen.entry("rollouts", "grpo", "poisoned, clean")["mean"]
-    _dress(panels[1, 3], "training: rewarded with a digit made up", "% of right rollouts", middle)
+    _dress(panels[1, 3], "training: right with a digit made up", "% of right rollouts", middle)
     for panel in panels[1]:
         panel.set_xlabel("highest level of training views")
     styles = [arm_style(method) for method in METHODS]
@@ -93,7 +93,7 @@ def _lines(panel: Axes, entry: Callable[[str, float], _Entry | None]) -> None:
 
 
 def _dress(panel: Axes, title: str, unit: str, grpo: float) -> None:
-    panel.set_title(title, fontsize=11)
+    panel.set_title(title, fontsize=10.5)
     panel.set_ylabel(unit)
     panel.axhline(grpo, color=arm_style("grpo").colour, linewidth=1.4, linestyle="--")
     panel.set_xticks(SEVERITIES, [f"{level:g}" for level in SEVERITIES])

@@ -96,8 +96,15 @@ def _names() -> Mapping[str, Any]:
         "gained": lambda name, arm, against, column: signed_number(
             _difference(name, arm, against, column)["mean"]
         ),
+        "by": lambda name, arm, against, column: number(
+            _difference(name, arm, against, column)["mean"]
+        ),
         "lost": lambda name, arm, against, column: number(
             -_difference(name, arm, against, column)["mean"]
+        ),
+        "misread_more": lambda name: number(
+            _table(name).entry("reading", "naive_5", "misread, clean")["mean"]
+            - _table(name).entry("reading", "grpo", "misread, clean")["mean"]
         ),
         "poisoned": lambda name, arm, where: number(
             _table(name).entry("rollouts", arm, f"poisoned, {where}")["mean"]
@@ -108,7 +115,7 @@ def _names() -> Mapping[str, Any]:
         "gains": _gains,
         "steps_of": lambda name: lambda arm: _cost(name, arm, "steps"),
         "seconds_of": lambda name: lambda arm: _cost(name, arm),
-        "none": lambda _: "–",
+        "dash": lambda _: "–",
         "severity_rows": _severity_rows,
         "ablation_rows": _ablation_rows,
         "poison_rows": _poison_rows,
