@@ -49,7 +49,7 @@ demo: $(STAMP)
 	@$(BIN)/python -m experiments.digits --out runs/demo --methods "$(METHOD)"
 
 science: $(STAMP)
-	@echo "science: three hours on two cores the first time; stages resume; runs/science"
+	@echo "science: two hours on two cores the first time; stages resume; runs/science"
 	@$(BIN)/python -m experiments.science $(STAGES)
 
 # Two test processes on two cores: more threads in each would only wait for one another.

@@ -229,15 +229,18 @@ def _two_levels(differences: NDArray[np.float64], generator: np.random.Generator
     return Interval(100 * float(differences.mean()), float(low), float(high), images)
 
 
+SEEDS, SPREADS = (3, 5), (0.0, 0.005, 0.01, 0.02)
+"""Experiments that `over_seeds` is asked about: seeds of an arm, and their spread."""
+
+
 def seeds_table() -> str:
     """Coverage of intervals over seeds and images, in percent."""
     names = ("hierarchy", "two levels", "images")
     lines = [f"| seeds | spread of seeds, points | {' | '.join(names)} |", "|---|---|---|---|---|"]
-    for count in (3, 5):
-        for spread in (0.0, 0.005, 0.01, 0.02):
-            found = over_seeds(count, spread)
-            shown = " | ".join(_percent(found[name]) for name in names)
-            lines.append(f"| {count} | {100 * spread:g} | {shown} |")
+    for count, spread in product(SEEDS, SPREADS):
+        found = over_seeds(count, spread)
+        shown = " | ".join(_percent(found[name]) for name in names)
+        lines.append(f"| {count} | {100 * spread:g} | {shown} |")
     return "\n".join(lines)
 
 

@@ -27,8 +27,9 @@ from typing import Any
 from rich.console import Console
 
 from experiments.digits.arms import ARMS, METHODS, methods_of
-from experiments.runner.jobs import Arm, Job, Runs, bars, by_run
-from roma.train.config import Config, load_config, to_dict
+from experiments.runner.ground import make_base, make_images, run_config
+from experiments.runner.jobs import Arm, Job, Runs, by_run
+from roma.train.config import Config, to_dict
 from roma_kernels.errors import fail
 
 POOLS = ("clean", "seen", "unseen")
@@ -119,22 +120,14 @@ class _Demo:
         self.timings[name] = round(time.perf_counter() - start, 1)
 
     def _config(self, arm: str, seed: int, steps: int | None = None) -> Config:
-        overrides = [
-            f"data.train_files={self.out}/data@train",
-            f"data.val_files={self.out}/data@val",
-            f"algorithm.views.level_table={self.configs}/demo_levels.yaml",
-            f"worker.actor.model_path={self.out}/base",
-            f"trainer.out={self.out}/{arm}-seed{seed}",
-            f"trainer.seed={seed}",
-            f"data.seed={seed}",
-            "trainer.resume=never",
-            "trainer.logger=[file]",
-            *self.arms[arm].overrides,
-        ]
-        steps = steps or self.sizes.steps
-        return load_config(
-            self.configs / self.arms[arm].file,
-            overrides + ([f"trainer.total_steps={steps}"] if steps else []),
+        return run_config(
+            self.arms[arm],
+            configs=self.configs,
+            ground=self.out,
+            level_table="demo_levels.yaml",
+            out=self.out / f"{arm}-seed{seed}",
+            seed=seed,
+            steps=steps or self.sizes.steps,
         )
 
     def _job(self, arm: str, seed: int, steps: int | None = None) -> Job:
@@ -181,38 +174,22 @@ class _Demo:
         write_digits(folder, train=sizes.train, val=sizes.val, test=sizes.test, overwrite=True)
 
     def _warm_start(self) -> None:
-        from experiments.runner.warm_start import warm_start
-        from roma.data import DIGIT_WORDS, load_dataset_rows
-        from roma.models.qwen_vl import Policy
-        from roma.models.small import build_small_vlm
+        from roma.data import DIGIT_WORDS
 
-        base = build_small_vlm(self.out / "base", words=DIGIT_WORDS)
-        policy = Policy.load(base)
-        with bars(self.console) as shown:
-            task = shown.add_task("warm start", total=self.sizes.warm_steps)
-            warm_start(
-                policy,
-                load_dataset_rows(self.out / "data", split="train"),
-                steps=self.sizes.warm_steps,
-                batch_size=32,
-                progress=lambda step, loss: shown.update(task, completed=step),
-            )
-        policy.save_pretrained(base)
+        steps = self.sizes.warm_steps
+        make_base(self.out, words=DIGIT_WORDS, steps=steps, console=self.console)
 
     def _degrade(self) -> None:
         from roma.data import load_dataset_rows
-        from roma.evaluate.conditions import DegradedImages, cells_of
-        from roma.models.qwen_vl import Policy
+        from roma.evaluate.conditions import cells_of
         from roma.views import load_levels
 
         table = load_levels(self.configs / "demo_levels.yaml")
-        images = DegradedImages(
+        rows, cells = (
             load_dataset_rows(self.out / "data", split="test"),
             cells_of(POOLS, LEVELS, table),
-            resize=Policy.load(self.out / "base").processor.resize,
-            corruptions=table,
-        ).make_all()
-        self.images.write_bytes(pickle.dumps(images))
+        )
+        make_images(self.images, rows, cells, base=self.out / "base", corruptions=table)
 
     def _train_and_evaluate(self, *, reuse: bool) -> dict[str, dict[int, Any]]:
         """Jobs on as many processes as cores, one thread each; returns arm → seed → answers."""

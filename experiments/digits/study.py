@@ -13,7 +13,6 @@ again.
 
 import argparse
 import json
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,9 @@ from typing import Any
 from rich.console import Console
 
 from experiments.digits.arms import ARMS, MILD
+from experiments.runner.ground import make_images, run_config
 from experiments.runner.jobs import Arm, Job, Runs, by_run
-from roma.train.config import Config, load_config
+from roma.train.config import Config
 from roma_kernels.errors import fail
 
 LEVEL = 3
@@ -100,23 +100,14 @@ class _Run:
     def config(self, arm: str, seed: int) -> Config:
         """As the demo's, in a folder of its own; of an arm that the demo has, the demo's."""
         place = self.out if self._of_demo(arm) else self.folder
-        table = f"algorithm.views.level_table={CONFIGS}/demo_levels.yaml"
-        overrides = [
-            f"data.train_files={self.out}/data@train",
-            f"data.val_files={self.out}/data@val",
-            *(() if self._has_table(arm) else (table,)),
-            f"worker.actor.model_path={self.out}/base",
-            f"trainer.out={place}/{arm}-seed{seed}",
-            f"trainer.seed={seed}",
-            f"data.seed={seed}",
-            "trainer.resume=never",
-            "trainer.logger=[file]",
-            *self.arms[arm].overrides,
-        ]
-        return load_config(CONFIGS / self.arms[arm].file, overrides)
-
-    def _has_table(self, arm: str) -> bool:
-        return any("level_table" in override for override in self.arms[arm].overrides)
+        return run_config(
+            self.arms[arm],
+            configs=CONFIGS,
+            ground=self.out,
+            level_table="demo_levels.yaml",
+            out=place / f"{arm}-seed{seed}",
+            seed=seed,
+        )
 
     def _of_demo(self, arm: str) -> bool:
         return self.arms[arm] == ARMS.get(arm)
@@ -169,21 +160,16 @@ class _Run:
     def _images(self, split: str) -> Path:
         """Clean, seen and unseen images of a split at one level, made once."""
         from roma.data import load_dataset_rows
-        from roma.evaluate.conditions import DegradedImages, cells_of
-        from roma.models.qwen_vl import Policy
+        from roma.evaluate.conditions import cells_of
         from roma.views import load_levels
 
         path = self.folder / f"{split}_images.pickle"
         if not path.is_file():
             table = load_levels(CONFIGS / "demo_levels.yaml")
             rows = load_dataset_rows(self.out / "data", split=split)
-            images = DegradedImages(
-                [rows[i] for i in range(min(len(rows), VALIDATION))],
-                cells_of(("clean", "seen", "unseen"), (LEVEL,), table),
-                resize=Policy.load(self.out / "base").processor.resize,
-                corruptions=table,
-            )
-            path.write_bytes(pickle.dumps(images.make_all()))
+            some = [rows[i] for i in range(min(len(rows), VALIDATION))]
+            cells = cells_of(("clean", "seen", "unseen"), (LEVEL,), table)
+            make_images(path, some, cells, base=self.out / "base", corruptions=table)
         return path
 
     def _report(self, split: str, took: Mapping[str, Any]) -> dict[str, Any]:

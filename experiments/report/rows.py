@@ -19,9 +19,10 @@ def rows_of(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     Returns:
         Rows with the keys `FIELDS`. kind: "accuracy", % of an arm; "difference", points, arm minus
-        `against`; "cost", what training an arm took. seed: "mean" over seeds, or one. column:
-        "clean", "seen L3", …; of a cost "steps" or "cpu_s", seconds of one core. low and high: ends
-        of the 95 % interval; of a cost the least and greatest over seeds.
+        `against`; "cost", what training an arm took; "time", what a stage took. seed: "mean" over
+        seeds, or one. column: "clean", "seen L3", …; of a cost "steps" or "cpu_s", seconds of one
+        core; of a time the stage, in seconds. low and high: ends of the 95 % interval; of a cost
+        the least and greatest over seeds.
 
     Example:
         >>> entry = {"mean": 90.0, "low": 88.1, "high": 91.5, "n": 500}
@@ -59,6 +60,10 @@ def _rows(report: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
             yield ("cost", arm, "", "mean", column, mean, *ends)
             for seed, value in values.items():
                 yield ("cost", arm, "", str(seed), column, value, value, value)
+
+    for stage, seconds in report["timings"].items():
+        if isinstance(seconds, int | float):
+            yield ("time", "", "", "mean", stage, seconds, seconds, seconds)
 
 
 def _entries(first: tuple[str, ...], tree: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:

@@ -109,6 +109,8 @@ def _names() -> Mapping[str, Any]:
         "poisoned": lambda name, arm, where: number(
             _table(name).entry("rollouts", arm, f"poisoned, {where}")["mean"]
         ),
+        "minutes": _minutes,
+        "covered": _covered,
         "cost": _cost,
         "ratio": _ratio,
         "rows": _rows,
@@ -129,6 +131,17 @@ def _names() -> Mapping[str, Any]:
 
 def _difference(name: str, arm: str, against: str, column: str) -> dict[str, float]:
     return _table(name).entry("difference", arm, column, against=against)
+
+
+def _minutes(name: str) -> str:
+    """What all stages of a report took."""
+    return f"{sum(_table(name).column('time').values()) / 60:.1f}"
+
+
+def _covered(kind: str) -> str:
+    """The least and greatest coverage of a kind of interval, %."""
+    found = _table("coverage").column(kind).values()
+    return f"{number(min(found))} to {number(max(found))} %"
 
 
 def _cost(name: str, arm: str, column: str = "cpu_s") -> str:

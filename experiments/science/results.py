@@ -87,3 +87,18 @@ class Table:
             for (own, name, other, seed, where), found in self._rows.items()
             if (own, name, other, where) == wanted and seed != "mean"
         ]
+
+    def column(self, kind: str) -> dict[str, float]:
+        """Column → number, of every row of a kind that has no arm.
+
+        Raises:
+            ValueError: the file has none.
+        """
+        found = {
+            where: each["mean"]
+            for (own, arm, _, _, where), each in self._rows.items()
+            if own == kind and not arm
+        }
+        if not found:
+            fail(f"{self.name}.csv", f"rows of kind {kind}", "none", "correct the name")
+        return found

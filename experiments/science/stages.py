@@ -4,12 +4,14 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
+from experiments import coverage
 from experiments.report.hierarchy import Hierarchy
 from experiments.report.rows import FIELDS
 from experiments.science import perception
@@ -144,6 +146,17 @@ def _readings(made: StudyRun) -> list[dict[str, Any]]:
     return rows
 
 
+def _coverage(out: Path, console: Console) -> None:
+    """How often intervals over seeds and images hold, by simulation."""
+    rows = []
+    for count, spread in product(coverage.SEEDS, coverage.SPREADS):
+        where = f"{count} seeds, spread {100 * spread:g}"
+        for kind, share in coverage.over_seeds(count, spread).items():
+            values = (kind, "", "", "mean", where, *[round(100 * share, 3)] * 3)
+            rows.append(dict(zip(FIELDS, values, strict=True)))
+    console.print(f"wrote {write('coverage', rows)}", soft_wrap=True)
+
+
 def _demo(out: Path, console: Console) -> None:
     """Takes the figures of a demo that was run."""
     demo = Path("runs/demo")
@@ -170,6 +183,7 @@ STAGES = {
     "bars": Stage(_study("bars"), "the second task: four marks of a chart, K = 4"),
     "ablations": Stage(_study("ablations"), "ROMA without each of its parts"),
     "perception": Stage(_perception, "what chains claim to see"),
+    "coverage": Stage(_coverage, "how often the intervals hold"),
     "demo": Stage(_demo, "the figures of make demo"),
     "pages": Stage(_pages, "figures and documents from the CSV files"),
 }

@@ -67,8 +67,8 @@ class StudyRun:
         )
 
     def write(self, split: str) -> Path:
-        """Writes the split's CSV file: the report's rows, and each run's training reward."""
-        rows = rows_of(self.report(split)) + list(self._rewards())
+        """Writes the split's CSV file: the report's rows, and what the runs logged."""
+        rows = rows_of(self.report(split)) + list(self._training())
         return write(f"{self.study.name}-{split}", rows)
 
     def model(self, arm: str, seed: int) -> Path:
@@ -129,13 +129,19 @@ class StudyRun:
         arms, seeds = self.study.arms, self.study.seeds
         return by_run({(arm, seed): self._took_of(arm, seed) for arm in arms for seed in seeds})
 
-    def _rewards(self) -> Iterator[dict[str, Any]]:
-        """Accuracy of the rollouts over the last steps of each arm's runs, %."""
+    def _training(self) -> Iterator[dict[str, Any]]:
+        """What each arm's runs logged, %: right rollouts over the last steps, and validation."""
         for arm in self.study.arms:
-            by_seed = {}
+            reward, steps = dict[int, float](), dict[int, dict[int, float]]()
             for seed in self.study.seeds:
                 lines = (self.folder(arm, seed) / "metrics.jsonl").read_text(encoding="utf-8")
-                logged = [json.loads(line)["reward/accuracy"] for line in lines.splitlines()]
-                last = logged[-max(1, round(_LAST * len(logged))) :]
-                by_seed[seed] = 100 * sum(last) / len(last)
-            yield from over_seeds("training", arm, "reward, last fifth", by_seed)
+                rows = [json.loads(line) for line in lines.splitlines()]
+                last = rows[-max(1, round(_LAST * len(rows))) :]
+                reward[seed] = 100 * sum(row["reward/accuracy"] for row in last) / len(last)
+                for row in rows:
+                    if "val/accuracy" in row:
+                        steps.setdefault(row["step"], {})[seed] = 100 * row["val/accuracy"]
+            yield from over_seeds("training", arm, "reward, last fifth", reward)
+            for step, by_seed in sorted(steps.items()):
+                if len(by_seed) == len(self.study.seeds):  # equal time ends at steps of its own
+                    yield from over_seeds("training", arm, f"validation, step {step}", by_seed)

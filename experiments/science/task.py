@@ -1,22 +1,24 @@
 """A task that small policies learn on a CPU: its questions, warm start, images and folder."""
 
-import pickle
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from experiments.runner.jobs import Arm, bars
-from experiments.runner.warm_start import warm_start
+from experiments.runner.ground import make_base, make_images, run_config
+from experiments.runner.jobs import Arm
 from experiments.science.bars import BAR_WORDS, bar_questions
 from roma.data import DIGIT_WORDS, Example, load_dataset_rows
 from roma.data.synthetic.digits import digit_questions
 from roma.data.synthetic.writer import Source, write_splits
-from roma.evaluate.conditions import Cell, DegradedImages, cells_of
-from roma.train.config import Config, load_config
+from roma.evaluate.conditions import Cell, cells_of
+from roma.train.config import Config
 from roma.views import Corruption, load_levels
+from roma_kernels.errors import fail
 
 CONFIGS = Path("configs")
 """Relative, as all paths of a run are: a run made in one clone is known again in another."""
@@ -36,6 +38,8 @@ class Task:
     """In configs/."""
     warm_steps: int
     """Supervised steps of 32 questions each."""
+    warm_threads: int
+    """Of torch in the warm start; another number gives another model in the last bits."""
     answer_tokens: int
     """Budget of an answer in an evaluation, tokens."""
     sizes: Mapping[str, int] = field(
@@ -60,6 +64,7 @@ DIGITS = Task(
     config="demo.yaml",
     level_table="demo_levels.yaml",
     warm_steps=300,
+    warm_threads=1,
     answer_tokens=16,
 )
 BARS = Task(
@@ -69,6 +74,7 @@ BARS = Task(
     config="bars.yaml",
     level_table="bars_levels.yaml",
     warm_steps=700,
+    warm_threads=2,
     answer_tokens=32,
 )
 
@@ -98,29 +104,45 @@ class Place:
         return load_levels(CONFIGS / self.task.level_table)
 
     def prepare(self) -> None:
-        """Writes the data and the warm-started model, where they are not there yet."""
-        from roma.models.qwen_vl import Policy
-        from roma.models.small import build_small_vlm
+        """Writes the data and the warm-started model, where they are not there yet.
 
-        done = self.base / "made"  # written last
-        if done.is_file():
+        Raises:
+            ValueError: the folder holds those of other settings.
+        """
+        task, path = self.task, self.folder / "made.json"  # written last
+        if path.is_file():
+            if json.loads(path.read_text(encoding="utf-8")) != self.settings():
+                remedy = "remove the folder, or name another: --out"
+                fail(str(self.folder), "runs of these settings", "those of others", remedy)
             return
+        write_splits(
+            self.folder / "data",
+            task.questions,
+            sizes=dict(task.sizes),
+            seed=0,
+            format="parquet",
+            overwrite=True,
+        )
+        make_base(
+            self.folder,
+            words=task.words,
+            steps=task.warm_steps,
+            console=self.console,
+            threads=task.warm_threads,
+        )
+        path.write_text(json.dumps(self.settings(), indent=1) + "\n", encoding="utf-8")
+
+    def settings(self) -> dict[str, Any]:
+        """What data, warm start and images depend on; JSON-able."""
         task = self.task
-        data = self.folder / "data"
-        sizes = dict(task.sizes)
-        write_splits(data, task.questions, sizes=sizes, seed=0, format="parquet", overwrite=True)
-        policy = Policy.load(build_small_vlm(self.base, words=task.words))
-        with bars(self.console) as shown:
-            bar = shown.add_task(f"{task.name}: warm start", total=task.warm_steps)
-            warm_start(
-                policy,
-                load_dataset_rows(data, split="train"),
-                steps=task.warm_steps,
-                batch_size=32,
-                progress=lambda step, _: shown.update(bar, completed=step),
-            )
-        policy.save_pretrained(self.base)
-        done.touch()
+        return {
+            "sizes": dict(task.sizes),
+            "measured": task.measured,
+            "levels": {split: list(levels) for split, levels in task.levels.items()},
+            "unreadable": task.unreadable,
+            "level_table": (CONFIGS / task.level_table).read_text(encoding="utf-8"),
+            "warm_start": [task.warm_steps, task.warm_threads],
+        }
 
     def examples(self, split: str) -> list[Example]:
         """The questions of a split that models are measured on."""
@@ -131,17 +153,8 @@ class Place:
         """A pickle of `DegradedImages`: what `cells` says."""
         path = self.folder / f"{split}_images.pickle"
         if not path.is_file():
-            from roma.models.qwen_vl import Policy
-
-            images = DegradedImages(
-                self.examples(split),
-                self.cells(split),
-                resize=Policy.load(self.base).processor.resize,
-                corruptions=self.corruptions,
-            )
-            part = path.with_suffix(".part")
-            part.write_bytes(pickle.dumps(images.make_all()))
-            part.rename(path)
+            examples, cells = self.examples(split), self.cells(split)
+            make_images(path, examples, cells, base=self.base, corruptions=self.corruptions)
         return path
 
     def cells(self, split: str) -> list[Cell]:
@@ -154,19 +167,12 @@ class Place:
 
     def config(self, name: str, arm: Arm, seed: int, *, steps: int | None = None) -> Config:
         """The run of an arm; `steps` in place of its file's."""
-        return load_config(
-            CONFIGS / arm.file,
-            [
-                f"data.train_files={self.folder}/data@train",
-                f"data.val_files={self.folder}/data@val",
-                f"algorithm.views.level_table={CONFIGS / self.task.level_table}",
-                f"worker.actor.model_path={self.base}",
-                f"trainer.out={self.folder}/{name}-seed{seed}",
-                f"trainer.seed={seed}",
-                f"data.seed={seed}",
-                "trainer.resume=never",
-                "trainer.logger=[file]",
-                *arm.overrides,
-                *([f"trainer.total_steps={steps}"] if steps else []),
-            ],
+        return run_config(
+            arm,
+            configs=CONFIGS,
+            ground=self.folder,
+            level_table=self.task.level_table,
+            out=self.folder / f"{name}-seed{seed}",
+            seed=seed,
+            steps=steps,
         )

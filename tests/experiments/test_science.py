@@ -232,3 +232,14 @@ def test_a_study_from_runs_to_its_table(tmp_path: Path, monkeypatch: pytest.Monk
     assert difference["low"] > 0
     assert table.entry("training", "roma", "reward, last fifth")["mean"] == 100
     assert table.entry("cost", "roma", "cpu_s")["mean"] == 75
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
+    place = Place(STUDIES["bars"].task, tmp_path, Console())
+    path = place.folder / "made.json"
+    path.write_text(json.dumps(place.settings()), encoding="utf-8")
+    place.prepare()  # made earlier: nothing is done
+    assert not place.base.exists()
+    path.write_text(json.dumps(place.settings() | {"measured": 3}), encoding="utf-8")
+    with pytest.raises(ValueError, match="expected runs of these settings, got those of others"):
+        place.prepare()

@@ -5,7 +5,7 @@ Wherever a stock call gives the same numbers, it is the reference.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import sys
 from typing import Any
 
@@ -247,9 +247,14 @@ def test_a_cap_that_the_class_ignores():
 
 
 def test_without_trl(monkeypatch):
-    real = importlib.util.find_spec
-    lacks = lambda name, *rest: None if name == "trl" else real(name, *rest)  # noqa: E731
-    monkeypatch.setattr(importlib.util, "find_spec", lacks)
+    real = importlib.metadata.version
+
+    def lacks(name):
+        if name == "trl":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", lacks)
     for name in [n for n in sys.modules if n.split(".")[0] == "trl"]:
         monkeypatch.delitem(sys.modules, name)
     model = patch_lm_head(heads.model("llama"), outputs=heads.OUTPUTS)
